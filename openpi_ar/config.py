@@ -1,0 +1,194 @@
+"""The schema: frozen dataclasses only. Presets live in `configs/`; derived values are properties.
+
+Every field is a tyro flag: `python train.py --config debug --model.action-horizon 4 --optimizer.peak-lr 1e-4`.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class SigLIPConfig:
+    """The vision transformer (big_vision's SigLIP). Default: So400m/14 at 224 x 224, as in PaliGemma."""
+
+    width: int = 1152
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+    patch_size: int = 14
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels; each must be a multiple of the patch size."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per camera."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """One Gemma tower."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+GEMMA_2B = TowerConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = TowerConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """pi0 and pi0.5. The towers may differ in everything but depth, heads and head_dim (they share keys and values)."""
+
+    pi05: bool = True
+    """True: time enters through AdaRMS, state through the prompt. False (pi0): state token and action-time MLP."""
+    siglip: SigLIPConfig = SigLIPConfig()
+    vlm: TowerConfig = GEMMA_2B
+    expert: TowerConfig = GEMMA_300M
+    vocab_size: int = 257_152
+    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    """Camera names in the order in which the model reads them."""
+    state_dim: int = 32
+    action_dim: int = 32
+    """Action dimensions of the model; a robot's own are padded to it with zeros."""
+    action_horizon: int = 10
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype of matmuls. Norms, softmax, RoPE, logits, losses and the flow state are always float32."""
+    remat: bool = True
+    """Recompute each block in the backward pass: a block's input is all that is kept."""
+
+    def __post_init__(self):
+        s, v, e = self.siglip, self.vlm, self.expert
+        problems = []
+        if s.image_size[0] % s.patch_size or s.image_size[1] % s.patch_size:
+            problems.append(f"siglip.image_size {s.image_size} is not a multiple of siglip.patch_size {s.patch_size}")
+        if s.width % s.num_heads:
+            problems.append(f"siglip.width {s.width} is not a multiple of siglip.num_heads {s.num_heads}")
+        if (v.depth, v.num_heads, v.num_kv_heads, v.head_dim) != (e.depth, e.num_heads, e.num_kv_heads, e.head_dim):
+            problems.append(
+                "the towers share keys and values, so depth, num_heads, num_kv_heads and head_dim must agree: "
+                f"vlm {(v.depth, v.num_heads, v.num_kv_heads, v.head_dim)}, "
+                f"expert {(e.depth, e.num_heads, e.num_kv_heads, e.head_dim)}"
+            )
+        if v.num_heads % v.num_kv_heads:
+            problems.append(f"num_heads {v.num_heads} is not a multiple of num_kv_heads {v.num_kv_heads}")
+        if problems:
+            raise ValueError("ModelConfig: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Tokenizer, prompt template and token budgets."""
+
+    tokenizer: str = "embedded"
+    """`embedded` (shipped, small), `paligemma` (the public 257,152-piece model from the cache), or a path to a
+    SentencePiece `.model` file."""
+    template: str = "subtask"
+    """A key of `openpi_ar.text.prompts.TEMPLATES`."""
+    max_prompt_tokens: int = 200
+    max_target_tokens: int = 32
+    """Budget of the said text, EOS included; also the most tokens ever decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """`loss = flow_weight * flow + text_weight * cross_entropy`."""
+
+    flow_weight: float = 10.0
+    text_weight: float = 1.0
+    flow_draws: int = 4
+    """Noise and time draws per prefix; the prefix is ~100x dearer than the action tower."""
+    knowledge_insulation: bool = False
+    """Stop the flow loss's gradient at the keys and values of the first tower (arXiv 2505.23705)."""
+    average_padded_dims: bool = False
+    """Average the flow loss over padded action dimensions too, as openpi does (re-weights flow against text)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How text and actions are sampled."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    denoise_steps: int = 10
+    """Euler steps from noise (t = 1) to actions (t = 0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TabletopData:
+    """Demonstrations of the embedded tabletop, generated on first use and cached."""
+
+    episodes: int = 600
+    seed: int = 0
+    image_size: tuple[int, int] = (64, 64)
+    noise: float = 1.0
+    """Scale of the disturbances that the scripted expert recovers from."""
+    cache_dir: str | None = None
+    """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
+    prompt_swap: float = 0.0
+    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: the actions
+    can then follow only the subtask, which is what makes the conditioning on it real."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeRobotData:
+    """A LeRobot dataset on disk."""
+
+    path: str = ""
+    """Directory of the dataset (the one that holds `meta/`)."""
+    subtask_key: str = "subtask"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and global-norm clipping, all from optax."""
+
+    peak_lr: float = 2.5e-5
+    final_lr: float = 2.5e-6
+    warmup_steps: int = 1_000
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 1e-10
+    clip_norm: float = 1.0
+    ema_decay: float | None = 0.99
+    """None: no moving average. When on, the average is what `params` of a checkpoint holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything one training run depends on. It travels in the checkpoint's `assets/config.json`."""
+
+    name: str
+    """Preset name; first level of the checkpoint path."""
+    exp_name: str = "default"
+    """Experiment name; second level of the checkpoint path."""
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    loss: LossConfig = LossConfig()
+    decode: DecodeConfig = DecodeConfig()
+    data: TabletopData | LeRobotData = TabletopData()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    init_from: str = ""
+    """Checkpoint to start from (a local directory); empty: random initialisation."""
+    seed: int = 0
+    batch_size: int = 32
+    num_steps: int = 30_000
+    log_every: int = 20
+    eval_every: int = 1_000
+    eval_batches: int = 4
+    save_every: int = 1_000
+    keep_last: int = 1
+    """Checkpoints kept besides the last one of the run."""
+    checkpoint_dir: str = "checkpoints"
+    tensorboard: bool = False
+    wandb: bool = False

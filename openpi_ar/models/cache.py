@@ -1,0 +1,113 @@
+"""The key/value cache and every attention mask. `KVCache.append` is the only writer; attention only reads."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from openpi_ar.types import Array
+
+
+@nnx.dataclass
+class KVCache(nnx.Pytree):
+    """Keys (after RoPE) and values that tower 1 wrote.
+
+    Slot is not position: padding leaves holes that `valid` masks, and positions count valid tokens only, so rows of
+    different lengths need no alignment.
+
+    k, v    one entry per layer and slot.
+    valid   slot may be attended to.
+    hidden  slot is invisible to the action tower.
+    fill    next slot to write, the same for all rows.
+    """
+
+    k: Float[Array, "L B S K H"] = nnx.data()
+    v: Float[Array, "L B S K H"] = nnx.data()
+    valid: Bool[Array, "B S"] = nnx.data()
+    hidden: Bool[Array, "B S"] = nnx.data()
+    fill: Int[Array, ""] = nnx.data()
+
+    @classmethod
+    def empty(cls, k: Float[Array, "L B T K H"], slots: int) -> "KVCache":
+        """An empty cache of `slots` slots with the layers, batch, heads and dtype of the keys `k`."""
+        layers, batch, _, heads, dim = k.shape
+        blank = jnp.zeros((layers, batch, slots, heads, dim), k.dtype)
+        none = jnp.zeros((batch, slots), bool)
+        return cls(k=blank, v=blank, valid=none, hidden=none, fill=jnp.zeros((), jnp.int32))
+
+    @property
+    def next_pos(self) -> Int[Array, " B"]:
+        """RoPE position of the next token of tower 1, per row."""
+        return self.valid.sum(-1, dtype=jnp.int32)
+
+    @property
+    def visible(self) -> Bool[Array, "B S"]:
+        """Slots that the action tower may attend to."""
+        return self.valid & ~self.hidden
+
+    @property
+    def action_pos(self) -> Int[Array, " B"]:
+        """RoPE position of the first token of the action tower, per row: hidden tokens hold no position there."""
+        return self.visible.sum(-1, dtype=jnp.int32)
+
+    def grow(self, slots: int) -> "KVCache":
+        """The same cache with room for `slots` more tokens."""
+        pad = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
+        return dataclasses.replace(
+            self,
+            k=jnp.pad(self.k, pad),
+            v=jnp.pad(self.v, pad),
+            valid=jnp.pad(self.valid, pad[1:3]),
+            hidden=jnp.pad(self.hidden, pad[1:3]),
+        )
+
+    def append(
+        self,
+        k: Float[Array, "L B T K H"],
+        v: Float[Array, "L B T K H"],
+        valid: Bool[Array, "B T"],
+        hidden: Bool[Array, "B T"],
+    ) -> "KVCache":
+        """The cache with T more tokens in the slots from `fill` on. There must be room: see `grow`."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        return KVCache(
+            k=write(self.k, k, self.fill, axis=2),
+            v=write(self.v, v, self.fill, axis=2),
+            valid=write(self.valid, valid, self.fill, axis=1),
+            hidden=write(self.hidden, hidden, self.fill, axis=1),
+            fill=self.fill + k.shape[2],
+        )
+
+
+def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """RoPE positions of a sequence that starts at 0: valid tokens before each token. Padding holds no position."""
+    return jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+
+
+def prefix_lm_mask(valid: Bool[Array, "B T"], causal: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Who attends to whom ([query, key]) in one sequence, from each token's `causal` bit (big_vision's `mask_ar`).
+
+    A causal token opens a new block; a token sees its own block and all earlier ones.
+
+        causal 0 0 0 | 1 1 1   bidirectional prefix, autoregressive text
+        causal 1 | 1 0 0 0     pi0's suffix: a state token, then an action chunk that sees itself whole
+    """
+    block = jnp.cumsum(causal, axis=-1)
+    return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :] & valid[:, :, None]
+
+
+def decode_mask(cache: KVCache) -> Bool[Array, "B 1 _"]:
+    """One new text token attends to every valid slot of the cache and to itself."""
+    batch = cache.valid.shape[0]
+    return jnp.concatenate([cache.valid[:, None], jnp.ones((batch, 1, 1), bool)], axis=-1)
+
+
+def action_mask(cache: KVCache, causal: Bool[Array, " T"]) -> Bool[Array, "B T _"]:
+    """The action tower's T tokens attend to the visible cache and to each other as their `causal` bits say."""
+    batch, steps = cache.valid.shape[0], causal.shape[0]
+    everything = jnp.ones((batch, steps), bool)
+    own = prefix_lm_mask(everything, jnp.broadcast_to(causal, (batch, steps)))
+    seen = jnp.broadcast_to(cache.visible[:, None], (batch, steps, cache.valid.shape[1]))
+    return jnp.concatenate([seen, own], axis=-1)

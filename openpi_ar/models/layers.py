@@ -1,0 +1,158 @@
+"""Layers shared by the towers: linear maps, norms, the gated MLP, rotary embedding, attention, time embedding.
+
+Parameters are float32 at construction and may be cast to bfloat16 for inference. Each layer computes its matmuls in the
+dtype of its input; norms, softmax and rotations are float32 inside and return the dtype of their input.
+"""
+
+from collections.abc import Sequence
+import math
+
+from einops import rearrange
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from openpi_ar.types import Array
+
+# Masked logits. Finite, so that a row that may attend to nothing (a padded query) stays finite too.
+MASKED = -2.3819763e38
+
+
+def fan_in_init(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """Truncated normal of variance 1 / fan_in (LeCun), for weights whose input axes are not the leading ones."""
+    # 0.8796 is the standard deviation of a unit normal cut at two sigma.
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (1.0 / (math.sqrt(fan_in) * 0.87962566103423978))
+
+
+class Einsum(nnx.Module):
+    """`einsum(spec, x, w)` in the dtype of x."""
+
+    def __init__(self, spec: str, shape: tuple[int, ...], *, fan_in: int, rngs: nnx.Rngs):
+        self.spec = spec
+        self.w = nnx.Param(fan_in_init(rngs.params(), shape, fan_in))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.einsum(self.spec, x, self.w[...].astype(x.dtype))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` in the dtype of x."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, zero_init: bool = False):
+        shape = (in_dim, out_dim)
+        self.kernel = nnx.Param(jnp.zeros(shape) if zero_init else fan_in_init(rngs.params(), shape, in_dim))
+        self.bias = nnx.Param(jnp.zeros((out_dim,)))
+
+    def __call__(self, x: Float[Array, "*d i"]) -> Float[Array, "*d o"]:
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with bias, eps 1e-6 (flax's default, which SigLIP was trained with)."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones((dim,)))
+        self.bias = nnx.Param(jnp.zeros((dim,)))
+
+    def __call__(self, x: Float[Array, "*d D"]) -> Float[Array, "*d D"]:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        var = jnp.square(x32 - mean).mean(-1, keepdims=True)
+        y = (x32 - mean) * jax.lax.rsqrt(var + 1e-6) * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+def _rms(x: Float[Array, "*d D"]) -> Float[Array, "*d D"]:
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+
+
+class RMSNorm(nnx.Module):
+    """Gemma's RMSNorm: eps 1e-6, the weight is stored as its distance from 1."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.zeros((dim,)))
+
+    def __call__(self, x: Float[Array, "*d D"], cond: None = None) -> tuple[Float[Array, "*d D"], None]:
+        """Returns the normed input and no gate."""
+        return (_rms(x) * (1.0 + self.scale[...])).astype(x.dtype), None
+
+
+class AdaRMSNorm(nnx.Module):
+    """RMSNorm whose scale, shift and residual gate come from a condition (openpi `gemma.py`; adaLN-zero of DiT).
+
+    The map starts at zero, so an untrained block passes its input on unchanged.
+    """
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.modulation = Linear(dim, 3 * dim, rngs=rngs, zero_init=True)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cond: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
+        """Returns the modulated norm of x and the gate of the residual branch that follows."""
+        scale, shift, gate = jnp.split(self.modulation(cond.astype(x.dtype))[:, None], 3, axis=-1)
+        return (_rms(x) * (1.0 + scale) + shift).astype(x.dtype), gate
+
+
+class GatedMLP(nnx.Module):
+    """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`; gate and up are one stacked weight [2 D F]."""
+
+    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate_up = Einsum("...D,cDF->c...F", (2, dim, hidden), fan_in=dim, rngs=rngs)
+        self.down = Einsum("...F,FD->...D", (hidden, dim), fan_in=hidden, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*d D"]) -> Float[Array, "*d D"]:
+        gate, up = self.gate_up(x)
+        return self.down(jax.nn.gelu(gate, approximate=True) * up)
+
+
+def rotary(positions: Int[Array, "B T"], head_dim: int) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+    """Sine and cosine of RoPE's angles (base 10,000), computed once and shared by every layer; h = head_dim / 2."""
+    timescale = 10_000.0 ** (jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim))
+    angle = positions[..., None, None].astype(jnp.float32) / timescale
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], sin: Float[Array, "B T 1 h"], cos: Float[Array, "B T 1 h"]
+) -> Float[Array, "B T N H"]:
+    """RoPE over split halves (not interleaved pairs), in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    kv: Sequence[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"]]],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention over several runs of keys, float32 logits and softmax. q comes already scaled.
+
+    The runs (cache, own tokens) are joined in the logits, not in the keys: the cache is read in place, never copied.
+    S is the sum of the runs' lengths.
+    """
+    kv_heads = kv[0][0].shape[2]
+    q = rearrange(q, "B T (K G) H -> B T K G H", K=kv_heads)
+    logits = [jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k, _ in kv]
+    logits = jnp.where(mask[:, None, None], jnp.concatenate(logits, axis=-1), MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    start, out = 0, None
+    for _, v in kv:
+        part = jnp.einsum("BKGTS,BSKH->BTKGH", probs[..., start : start + v.shape[1]], v)
+        out = part if out is None else out + part
+        start += v.shape[1]
+    return rearrange(out, "B T K G H -> B T (K G) H")
+
+
+def sincos_embedding(
+    t: Float[Array, " B"], dim: int, min_period: float = 4e-3, max_period: float = 4.0
+) -> Float[Array, "B dim"]:
+    """Sine-cosine embedding of flow time with periods from 4e-3 to 4.0, geometric (openpi `posemb_sincos`), float32."""
+    if dim % 2:
+        raise ValueError(f"the time embedding needs an even width, found {dim}")
+    period = min_period * (max_period / min_period) ** jnp.linspace(0.0, 1.0, dim // 2)
+    # Angles reach 1570 rad, where one rounding is 1e-4: the order of operations is openpi's.
+    angle = t.astype(jnp.float32)[:, None] * (1.0 / period * 2 * math.pi)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -1,0 +1,93 @@
+"""pi0 and pi0.5: SigLIP, two Gemma towers and the projections between them.
+
+This module embeds and projects; `openpi_ar.algorithms` composes the calls into training, decoding and denoising.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from openpi_ar.config import ModelConfig
+from openpi_ar.models.gemma import Embedder, Tower
+from openpi_ar.models.layers import Linear, sincos_embedding
+from openpi_ar.models.siglip import SigLIP
+from openpi_ar.types import Array, Observation
+
+
+class Pi0(nnx.Module):
+    """pi0.5 (`cfg.pi05`): flow time conditions the action tower through AdaRMS; state is text in the prompt.
+    pi0: one state token leads the actions, and time is mixed into them by an MLP.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        width = cfg.expert.width
+        self.img = SigLIP(cfg.siglip, cfg.vlm.width, rngs=rngs)
+        self.embedder = Embedder(cfg.vocab_size, cfg.vlm.width, rngs=rngs)
+        self.vlm = Tower(cfg.vlm, adaptive=False, rngs=rngs)
+        self.expert = Tower(cfg.expert, adaptive=cfg.pi05, rngs=rngs)
+        self.action_in = Linear(cfg.action_dim, width, rngs=rngs)
+        self.action_out = Linear(width, cfg.action_dim, rngs=rngs)
+        if cfg.pi05:
+            self.time_mlp_in = Linear(width, width, rngs=rngs)
+            self.time_mlp_out = Linear(width, width, rngs=rngs)
+        else:
+            self.state_in = Linear(cfg.state_dim, width, rngs=rngs)
+            self.action_time_mlp_in = Linear(2 * width, width, rngs=rngs)
+            self.action_time_mlp_out = Linear(width, width, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype of the towers."""
+        return jnp.dtype(self.cfg.dtype)
+
+    def unstacked(self) -> "Pi0":
+        """The same model with its layers as lists: unrolled programs, for inference (see `models.stack`)."""
+        new = nnx.clone(self)
+        new.img.blocks = self.img.blocks.unstacked()
+        new.vlm.blocks = self.vlm.blocks.unstacked()
+        new.expert.blocks = self.expert.blocks.unstacked()
+        return new
+
+    def embed_images(self, obs: Observation) -> Float[Array, "B T D"]:
+        """Tokens of all cameras in one batched call of the vision tower; T = cameras * patches, camera-major."""
+        batch, cameras = obs.images.shape[:2]
+        images = jnp.asarray(obs.images).reshape(-1, *obs.images.shape[2:])
+        if images.dtype == jnp.uint8:
+            images = images.astype(jnp.float32) / 127.5 - 1.0
+        tokens = self.img(images.astype(jnp.float32), self.dtype, remat=self.cfg.remat)
+        return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
+
+    def embed_text(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings in the compute dtype."""
+        return self.embedder.encode(ids).astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Float32 next-token logits of tower-1 hidden states."""
+        return self.embedder.logits(hidden)
+
+    @property
+    def suffix_causal(self) -> Bool[Array, " T"]:
+        """`causal` bits of the action tower's tokens: a state token (pi0) is its own block, then one block of actions."""
+        opens = [True] if self.cfg.pi05 else [True, True]
+        return jnp.array(opens + [False] * (self.cfg.action_horizon - 1))
+
+    def embed_suffix(
+        self, obs: Observation, x_t: Float[Array, "B A X"], t: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B E"] | None]:
+        """Action-tower tokens and AdaRMS condition (None for pi0). The projections are float32, as openpi's."""
+        emb = sincos_embedding(t, self.cfg.expert.width)
+        actions = self.action_in(x_t.astype(jnp.float32))
+        if self.cfg.pi05:
+            cond = jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(emb))))
+            return actions.astype(self.dtype), cond.astype(self.dtype)
+        state = self.state_in(jnp.asarray(obs.state, jnp.float32))[:, None]
+        emb = jnp.broadcast_to(emb[:, None], actions.shape)
+        mixed = jax.nn.swish(self.action_time_mlp_in(jnp.concatenate([actions, emb], axis=-1)))
+        tokens = jnp.concatenate([state, self.action_time_mlp_out(mixed)], axis=1)
+        return tokens.astype(self.dtype), None
+
+    def project_velocity(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B A X"]:
+        """Float32 velocity of the action tokens (the last `action_horizon` ones)."""
+        return self.action_out(hidden[:, -self.cfg.action_horizon :].astype(jnp.float32))

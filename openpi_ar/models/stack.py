@@ -1,0 +1,56 @@
+"""A stack of equal layers in either of its two forms.
+
+Stacked: one module whose every array has a leading layer axis (as openpi's checkpoints store it), run by `lax.scan` with
+optional remat; few leaves and short programs, for training. Unstacked: a list of modules, unrolled; no slice of the
+stack is copied per step, which makes one-token decoding about 3x faster on CPU. `unstacked()` converts, once, at load.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+class Stack(nnx.Module):
+    """`depth` layers built by `make(rngs)`."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
+        self.depth = depth
+        self.layers = jax.vmap(make)(rngs.split(depth))
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether arrays have a leading layer axis."""
+        return not isinstance(self.layers, nnx.List)
+
+    def unstacked(self) -> "Stack":
+        """The same layers as a list."""
+        new = nnx.clone(self)
+        new.layers = nnx.List([jax.tree.map(lambda a, i=i: a[i], self.layers) for i in range(self.depth)])
+        return new
+
+    def __call__(
+        self,
+        step: Callable[[Any, Any, Any], tuple[Any, Any]],
+        carry: Any,
+        per_layer: Any = None,
+        *,
+        remat: bool = False,
+    ) -> tuple[Any, Any]:
+        """Runs `carry, out = step(layer, carry, per_layer[i])` over all layers.
+
+        `per_layer` is a pytree with a leading layer axis (or None); the outs come back stacked the same way.
+        """
+        if self.is_stacked:
+
+            def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+                return step(xs[0], carry, xs[1])
+
+            return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (self.layers, per_layer))
+        outs = []
+        for i, layer in enumerate(self.layers):
+            carry, out = step(layer, carry, jax.tree.map(lambda a, i=i: a[i], per_layer))
+            outs.append(out)
+        return carry, jax.tree.map(lambda *o: jnp.stack(o), *outs)

@@ -1,0 +1,69 @@
+"""The pytrees that cross module borders, and the axis legend used in every einsum string and signature.
+
+    B batch      T query tokens   S key slots (cache)   N query heads   K key/value heads   G = N / K
+    H head dim   D model width    F mlp width           V vocabulary    L layers            M decoded tokens
+    C cameras    P state dims     A action steps (horizon)   X action dims                  n flow draws
+    h, w image height and width in pixels
+
+`nnx.Pytree` dataclasses rather than flax.struct: only these pass jaxtyping's import hook under `jax.eval_shape`. Fields
+say `nnx.data()` because flax does not recognise a tracer as data on Python 3.11.
+"""
+
+from flax import nnx
+import jax
+from jaxtyping import Bool, Float, Int, UInt8
+import numpy as np
+
+# Batches are built from numpy on the host and become jax arrays when they enter a jitted function.
+Array = jax.Array | np.ndarray
+
+
+@nnx.dataclass
+class Text(nnx.Pytree):
+    """A run of tokens. Slots are not positions: invalid slots are holes that nothing reads and no position counts.
+
+    ids     token ids.
+    valid   slot holds a real token.
+    causal  token opens a new attention block: it sees itself and everything before, nothing before sees it.
+            A run of causal tokens is autoregressive, a run of non-causal ones is bidirectional.
+    loss    token is a supervised target of the cross-entropy.
+    hidden  token is invisible to the action tower and holds none of its positions (FAST action tokens).
+    """
+
+    ids: Int[Array, "B T"] = nnx.data()
+    valid: Bool[Array, "B T"] = nnx.data()
+    causal: Bool[Array, "B T"] = nnx.data()
+    loss: Bool[Array, "B T"] = nnx.data()
+    hidden: Bool[Array, "B T"] = nnx.data()
+
+
+@nnx.dataclass
+class Observation(nnx.Pytree):
+    """What the model sees. Cameras are stacked in the order of the config's `cameras`.
+
+    images      uint8 in [0, 255] (scaled to [-1, 1] on the device) or float32 already in [-1, 1].
+    image_mask  camera is present. A masked camera holds no position and nothing attends to it.
+    prompt      tokenized prompt, BOS included.
+    state       normalised robot state; read by pi0 (state token), ignored by pi0.5 (state is in the prompt).
+    """
+
+    images: UInt8[Array, "B C h w 3"] | Float[Array, "B C h w 3"] = nnx.data()
+    image_mask: Bool[Array, "B C"] = nnx.data()
+    prompt: Text = nnx.data()
+    state: Float[Array, "B P"] = nnx.data()
+
+
+@nnx.dataclass
+class Batch(nnx.Pytree):
+    """One training batch.
+
+    target       the text to be said (subtask or answer), EOS included; all of it causal.
+    actions      normalised action chunks, padded to the model's action dimension.
+    action_mask  entry counts in the flow loss: False past an episode's end, in padded dimensions (unless the config
+                 asks for openpi's average over all of them), and in rows that carry no actions.
+    """
+
+    observation: Observation = nnx.data()
+    target: Text = nnx.data()
+    actions: Float[Array, "B A X"] = nnx.data()
+    action_mask: Bool[Array, "B A X"] = nnx.data()

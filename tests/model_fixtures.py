@@ -1,0 +1,99 @@
+"""Tiny random models and ragged observations, shared by the model and algorithm tests."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openpi_ar.algorithms import decode, losses
+from openpi_ar.config import ModelConfig, SigLIPConfig, TowerConfig
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.types import Batch, Observation, Text
+
+VOCAB, EOS = 64, 1
+
+# Jitted once for all tests: equal shapes share one compilation.
+prefill = jax.jit(decode.prefill)
+generate = jax.jit(decode.generate, static_argnames=("max_tokens", "eos_id", "temperature"))
+velocity = jax.jit(decode.velocity)
+denoise = jax.jit(decode.denoise, static_argnames=("num_steps",))
+act = jax.jit(decode.act, static_argnames=("eos_id", "max_tokens", "num_steps", "temperature"))
+compute_loss = jax.jit(losses.compute_loss, static_argnames=("cfg",))
+flow_loss = jax.jit(losses.flow_loss, static_argnames=("draws",))
+text_loss = jax.jit(losses.text_loss)
+
+
+def tiny_config(**changes) -> ModelConfig:
+    fields = {
+        "siglip": SigLIPConfig(width=24, depth=2, mlp_dim=40, num_heads=2, patch_size=8, image_size=(16, 24)),
+        "vlm": TowerConfig(width=32, depth=3, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8),
+        "expert": TowerConfig(width=20, depth=3, mlp_dim=28, num_heads=4, num_kv_heads=2, head_dim=8),
+        "vocab_size": VOCAB,
+        "cameras": ("front", "wrist"),
+        "state_dim": 3,
+        "action_dim": 5,
+        "action_horizon": 4,
+        "dtype": "float32",
+        "remat": False,
+    }
+    return ModelConfig(**{**fields, **changes})
+
+
+def tiny_model(cfg: ModelConfig | None = None, seed: int = 0) -> Pi0:
+    """A model whose every parameter is random: norms, gates and biases too, so that nothing is hidden by a zero."""
+    model = Pi0(cfg or tiny_config(), rngs=nnx.Rngs(seed))
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def text_run(ids: np.ndarray, lengths: list[int], causal: bool, hidden: np.ndarray | None = None) -> Text:
+    valid = np.arange(ids.shape[1])[None] < np.asarray(lengths)[:, None]
+    flag = np.full(ids.shape, causal)
+    return Text(
+        ids=ids.astype(np.int32) * valid,
+        valid=valid,
+        causal=flag,
+        loss=flag & valid,
+        hidden=np.zeros(ids.shape, bool) if hidden is None else hidden,
+    )
+
+
+def ragged_observation(cfg: ModelConfig, seed: int = 0, batch: int = 3, prompt: int = 7) -> Observation:
+    """Prompts of different lengths, a masked camera in row 1 (the first one: a hole in the middle of the sequence)."""
+    rng = np.random.default_rng(seed)
+    h, w = cfg.siglip.image_size
+    masks = np.ones((batch, len(cfg.cameras)), bool)
+    masks[1, 0] = False
+    lengths = [prompt, 4, 2][:batch]
+    return Observation(
+        images=rng.uniform(-1, 1, (batch, len(cfg.cameras), h, w, 3)).astype(np.float32),
+        image_mask=masks,
+        prompt=text_run(rng.integers(2, VOCAB, (batch, prompt)), lengths, causal=False),
+        state=rng.normal(size=(batch, cfg.state_dim)).astype(np.float32),
+    )
+
+
+def ragged_batch(cfg: ModelConfig, seed: int = 0) -> Batch:
+    """Targets of different lengths that end with EOS; chunks cut at different steps."""
+    rng = np.random.default_rng(seed + 100)
+    lengths = [5, 2, 4]
+    ids = rng.integers(2, VOCAB, (3, 6))
+    ids[np.arange(3), np.asarray(lengths) - 1] = EOS
+    target = text_run(ids, lengths, causal=True)
+    target = Text(target.ids, target.valid, target.causal, target.loss, hidden=target.ids == EOS)
+    mask = np.ones((3, cfg.action_horizon, cfg.action_dim), bool)
+    mask[2, 2:] = False
+    mask[:, :, -1] = False
+    actions = rng.normal(size=mask.shape).astype(np.float32)
+    return Batch(ragged_observation(cfg, seed), target, actions, mask)
+
+
+def rows(tree, index) -> object:
+    """Rows of every leaf of a batch."""
+    return jax.tree.map(lambda a: a[index], tree)
+
+
+def max_diff(a, b) -> float:
+    return float(jnp.max(jnp.abs(jnp.asarray(a) - jnp.asarray(b))))

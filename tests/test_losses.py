@@ -1,0 +1,163 @@
+"""If this fails, training minimises something other than 10 x flow matching + subtask cross-entropy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openpi_ar.algorithms import losses
+from openpi_ar.algorithms.losses import sample_time
+from openpi_ar.config import LossConfig
+from tests.model_fixtures import (
+    VOCAB,
+    compute_loss,
+    flow_loss,
+    prefill,
+    ragged_batch,
+    text_loss,
+    tiny_config,
+    tiny_model,
+    velocity,
+)
+
+
+def setting(pi05=True):
+    cfg = tiny_config(pi05=pi05)
+    return cfg, tiny_model(cfg), ragged_batch(cfg)
+
+
+def test_text_loss_against_a_loop_in_float64():
+    _, model, batch = setting()
+    out, _ = prefill(model, batch.observation, batch.target)
+    ce, metrics = text_loss(model, out.prompt_last, out.text, batch.target)
+    hidden, table = np.asarray(out.hidden, np.float64), np.asarray(model.embedder.table[...], np.float64)
+    start = hidden.shape[1] - batch.target.ids.shape[1]
+    prompt = np.asarray(batch.observation.prompt.valid)
+    losses, hits = [], []
+    for b in range(3):
+        row = start - prompt.shape[1] + np.flatnonzero(prompt[b])[-1]  # the last valid prompt token predicts first
+        right = []
+        for i in np.flatnonzero(batch.target.valid[b]):
+            logits = table @ hidden[b, row]
+            losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[batch.target.ids[b, i]])
+            right.append(logits.argmax() == batch.target.ids[b, i])
+            row = start + i
+        hits.append(right)
+    assert abs(float(ce) - np.mean(losses)) < 1e-5
+    assert float(metrics["exact_match"]) == np.mean([all(h) for h in hits])
+    assert float(metrics["first_token"]) == np.mean([h[0] for h in hits])
+    assert len(losses) == 11  # 5 + 2 + 4: padding is not scored
+
+
+def test_exact_match_and_first_token_differ_when_they_should():
+    """Put the model's own choices in as targets, then spoil one late token of one row and the first of another."""
+    _, model, batch = setting()
+    ids = np.asarray(batch.target.ids).copy()
+    for i in range(ids.shape[1]):  # teacher forcing is causal: fix the choices left to right
+        out, _ = prefill(model, batch.observation, dataclasses.replace(batch.target, ids=ids))
+        predicts = jnp.concatenate([out.prompt_last[:, None], out.text[:, :-1]], axis=1)
+        ids[:, i] = np.asarray(jnp.argmax(model.logits(predicts), axis=-1))[:, i]
+    ids = np.where(batch.target.valid, ids, 0)
+
+    def scores(ids):
+        target = dataclasses.replace(batch.target, ids=ids)
+        out, _ = prefill(model, batch.observation, target)
+        m = text_loss(model, out.prompt_last, out.text, target)[1]
+        return round(float(m["exact_match"]), 4), round(float(m["first_token"]), 4)
+
+    assert scores(ids) == (1.0, 1.0)
+    late = ids.copy()
+    late[0, 4] = (late[0, 4] + 1) % VOCAB
+    assert scores(late) == (0.6667, 1.0)
+    first = late.copy()
+    first[1, 0] = (first[1, 0] + 1) % VOCAB
+    assert scores(first) == (0.3333, 0.6667)
+
+
+def test_flow_loss_against_one_draw_by_hand():
+    _, model, batch = setting()
+    _, cache = prefill(model, batch.observation, batch.target)
+    key = jax.random.key(4)
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, (2, *batch.actions.shape))
+    t = sample_time(time_key, (2, 3))
+    errors = []
+    for e, s in zip(noise, t, strict=True):
+        x_t = s[:, None, None] * e + (1 - s[:, None, None]) * batch.actions
+        v = velocity(model, batch.observation, cache, x_t, s)
+        errors.append(np.square(np.asarray(v) - np.asarray(e - batch.actions))[batch.action_mask])
+    got = float(flow_loss(model, batch, cache, key, draws=2))
+    assert abs(got - np.mean(errors)) < 1e-5 * got
+
+
+def test_masked_action_entries_do_not_count():
+    _, model, batch = setting()
+    other = np.where(batch.action_mask, batch.actions, 3.0).astype(np.float32)
+    _, cache = prefill(model, batch.observation, batch.target)
+
+    def errors(actions):
+        """Squared error per entry, with fixed noise and time."""
+        noise, t = jnp.ones(actions.shape), jnp.full((3,), 0.5)
+        return losses.flow_error(model, batch.observation, cache, jnp.asarray(actions), noise, t)
+
+    # A masked entry still enters the noisy chunk, as padding does at inference, but its own error is not in the loss.
+    want = np.asarray(errors(other))[batch.action_mask].mean()
+    all_of_it = np.asarray(errors(other)).mean()
+    assert abs(float(losses.mean_where(errors(other), batch.action_mask)) - want) < 1e-5
+    assert abs(want - all_of_it) > 1e-2
+    nothing = dataclasses.replace(batch, action_mask=np.zeros_like(batch.action_mask))
+    assert float(flow_loss(model, nothing, cache, jax.random.key(0), draws=1)) == 0.0
+
+
+def test_total_is_ten_flow_plus_text():
+    _, model, batch = setting()
+    loss, m = compute_loss(model, batch, jax.random.key(0), LossConfig(flow_draws=2))
+    assert abs(float(loss) - (10 * float(m["flow"]) + float(m["text_ce"]))) < 1e-4
+    half, _ = compute_loss(model, batch, jax.random.key(0), LossConfig(flow_draws=2, flow_weight=5.0, text_weight=0.5))
+    assert abs(float(loss) - 2 * float(half)) < 1e-4
+    assert set(m) == {"loss", "flow", "text_ce", "exact_match", "first_token"}
+
+
+def test_more_draws_estimate_the_same_loss():
+    _, model, batch = setting()
+    _, cache = prefill(model, batch.observation, batch.target)
+    many = float(flow_loss(model, batch, cache, jax.random.key(0), draws=400))
+    singles = [float(flow_loss(model, batch, cache, jax.random.key(i), draws=1)) for i in range(1, 60)]
+    assert abs(np.mean(singles) - many) < 4 * np.std(singles) / np.sqrt(len(singles))
+
+
+def test_knowledge_insulation_stops_the_flow_gradient_at_the_cache():
+    """With the text weight at zero, no gradient reaches tower 1; without insulation it does."""
+    _, model, batch = setting()
+
+    def norms(insulated):
+        cfg = LossConfig(text_weight=0.0, flow_draws=1, knowledge_insulation=insulated)
+        g = jax.jit(jax.grad(lambda m: losses.compute_loss(m, batch, jax.random.key(0), cfg)[0]))(model)
+        size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+        return size((g.vlm, g.img, g.embedder)), size(g.expert)
+
+    assert norms(True)[0] == 0.0
+    assert norms(True)[1] > 0.0
+    assert norms(False)[0] > 1e-4
+
+
+def test_unsupervised_text_gives_no_text_gradient_but_conditions_the_actions():
+    _, model, batch = setting()
+    off = dataclasses.replace(batch, target=dataclasses.replace(batch.target, loss=np.zeros_like(batch.target.loss)))
+    _, m = compute_loss(model, off, jax.random.key(0), LossConfig(flow_draws=1))
+    assert float(m["text_ce"]) == 0.0
+    ids = (np.asarray(batch.target.ids) + 1) % VOCAB
+    said = dataclasses.replace(off, target=dataclasses.replace(off.target, ids=ids))
+    _, n = compute_loss(model, said, jax.random.key(0), LossConfig(flow_draws=1))
+    assert abs(float(m["flow"]) - float(n["flow"])) > 1e-4
+
+
+def test_sample_time_is_openpis_beta():
+    t = np.asarray(sample_time(jax.random.key(0), (20_000,)))
+    assert t.min() >= 0.001
+    assert t.max() <= 1.0
+    # Beta(1.5, 1): mean 0.6, second moment 1.5 / 3.5
+    u = (t - 0.001) / 0.999
+    assert abs(u.mean() - 0.6) < 0.01
+    assert abs((u**2).mean() - 1.5 / 3.5) < 0.01
