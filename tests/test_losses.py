@@ -80,10 +80,10 @@ def test_flow_loss_against_one_draw_by_hand():
     _, cache = prefill(model, batch.observation, batch.target)
     key = jax.random.key(4)
     noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (2, *batch.actions.shape))
-    t = sample_time(time_key, (2, 3))
+    noise = jax.random.normal(noise_key, (3, 2, *batch.actions.shape[1:]))
+    t = sample_time(time_key, (3, 2))
     errors = []
-    for e, s in zip(noise, t, strict=True):
+    for e, s in ((noise[:, i], t[:, i]) for i in range(2)):
         x_t = s[:, None, None] * e + (1 - s[:, None, None]) * batch.actions
         v = velocity(model, batch.observation, cache, x_t, s)
         errors.append(np.square(np.asarray(v) - np.asarray(e - batch.actions))[batch.action_mask])
@@ -98,8 +98,8 @@ def test_masked_action_entries_do_not_count():
 
     def errors(actions):
         """Squared error per entry, with fixed noise and time."""
-        noise, t = jnp.ones(actions.shape), jnp.full((3,), 0.5)
-        return losses.flow_error(model, batch.observation, cache, jnp.asarray(actions), noise, t)
+        noise, t = jnp.ones((3, 1, *actions.shape[1:])), jnp.full((3, 1), 0.5)
+        return losses.flow_error(model, batch.observation, cache, jnp.asarray(actions), noise, t)[:, 0]
 
     # A masked entry still enters the noisy chunk, as padding does at inference, but its own error is not in the loss.
     want = np.asarray(errors(other))[batch.action_mask].mean()

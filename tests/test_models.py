@@ -75,7 +75,7 @@ def test_ada_rms_chunks_are_scale_shift_gate():
     norm = layers.AdaRMSNorm(4, rngs=nnx.Rngs(0))
     norm.modulation.bias[...] = jnp.array([1.0] * 4 + [2.0] * 4 + [3.0] * 4)
     x = jnp.array([[[1.0, -1.0, 1.0, -1.0]]])
-    y, gate = norm(x, jnp.zeros((1, 4)))
+    y, gate = norm(x, jnp.zeros((1, 1, 4)))
     assert max_diff(y, x * 2.0 + 2.0) < 1e-5  # x has unit rms up to eps 1e-6
     assert max_diff(gate, 3.0) == 0.0
 

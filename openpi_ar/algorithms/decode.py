@@ -157,11 +157,23 @@ def velocity(
     model: Pi0, obs: Observation, cache: KVCache, x_t: Float[Array, "B A X"], t: Float[Array, " B"]
 ) -> Float[Array, "B A X"]:
     """The flow's velocity v_t at the noisy chunk x_t and time t (1 is noise, 0 is data). The cache is only read."""
+    return velocities(model, obs, cache, x_t[:, None], t[:, None])[:, 0]
+
+
+def velocities(
+    model: Pi0, obs: Observation, cache: KVCache, x_t: Float[Array, "B n A X"], t: Float[Array, "B n"]
+) -> Float[Array, "B n A X"]:
+    """`velocity` of n chunks per row that share the row's cache and do not see each other.
+
+    They run side by side as one long suffix, so n draws are one set of matmuls and the cache is never copied.
+    """
     x, cond = model.embed_suffix(obs, x_t, t)
-    pos = cache.action_pos[:, None] + jnp.arange(x.shape[1])
-    mask = action_mask(cache, model.suffix_causal)
+    batch, draws, tokens, width = x.shape
+    pos = cache.action_pos[:, None] + jnp.tile(jnp.arange(tokens), draws)
+    mask = action_mask(cache, model.suffix_causal, draws)
+    x = x.reshape(batch, draws * tokens, width)
     hidden, _ = model.expert(x, pos, mask, cache, cond, remat=model.cfg.remat)
-    return model.project_velocity(hidden)
+    return model.project_velocity(hidden.reshape(batch, draws, tokens, width))
 
 
 def denoise(

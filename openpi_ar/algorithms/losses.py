@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 import optax
 
-from openpi_ar.algorithms.decode import prefill, velocity
+from openpi_ar.algorithms.decode import prefill, velocities
 from openpi_ar.config import LossConfig
 from openpi_ar.models.cache import KVCache
 from openpi_ar.models.pi0 import Pi0
@@ -54,23 +54,23 @@ def flow_error(
     obs: Observation,
     cache: KVCache,
     actions: Float[Array, "B A X"],
-    noise: Float[Array, "B A X"],
-    t: Float[Array, " B"],
-) -> Float[Array, "B A X"]:
+    noise: Float[Array, "B n A X"],
+    t: Float[Array, "B n"],
+) -> Float[Array, "B n A X"]:
     """Squared error of the velocity per entry: x_t = t * noise + (1 - t) * actions, target u = noise - actions."""
-    w = t[:, None, None]
-    v = velocity(model, obs, cache, w * noise + (1 - w) * actions, t)
-    return jnp.square(v - (noise - actions))
+    w, clean = t[:, :, None, None], actions[:, None]
+    v = velocities(model, obs, cache, w * noise + (1 - w) * clean, t)
+    return jnp.square(v - (noise - clean))
 
 
 def flow_loss(model: Pi0, batch: Batch, cache: KVCache, key: Array, draws: int) -> Float[Array, ""]:
     """Flow-matching loss, averaged over `draws` independent (noise, time) pairs per row that share one prefix."""
     actions = jnp.asarray(batch.actions)
     noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (draws, *actions.shape))
-    t = sample_time(time_key, (draws, actions.shape[0]))
-    error = jax.vmap(lambda e, s: flow_error(model, batch.observation, cache, actions, e, s))(noise, t)
-    return mean_where(error, jnp.broadcast_to(batch.action_mask, error.shape))
+    noise = jax.random.normal(noise_key, (actions.shape[0], draws, *actions.shape[1:]))
+    t = sample_time(time_key, noise.shape[:2])
+    error = flow_error(model, batch.observation, cache, actions, noise, t)
+    return mean_where(error, jnp.broadcast_to(batch.action_mask[:, None], error.shape))
 
 
 def compute_loss(model: Pi0, batch: Batch, key: Array, cfg: LossConfig) -> tuple[Float[Array, ""], Metrics]:

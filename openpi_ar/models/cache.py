@@ -104,10 +104,14 @@ def decode_mask(cache: KVCache) -> Bool[Array, "B 1 _"]:
     return jnp.concatenate([cache.valid[:, None], jnp.ones((batch, 1, 1), bool)], axis=-1)
 
 
-def action_mask(cache: KVCache, causal: Bool[Array, " T"]) -> Bool[Array, "B T _"]:
-    """The action tower's T tokens attend to the visible cache and to each other as their `causal` bits say."""
-    batch, steps = cache.valid.shape[0], causal.shape[0]
-    everything = jnp.ones((batch, steps), bool)
-    own = prefix_lm_mask(everything, jnp.broadcast_to(causal, (batch, steps)))
-    seen = jnp.broadcast_to(cache.visible[:, None], (batch, steps, cache.valid.shape[1]))
-    return jnp.concatenate([seen, own], axis=-1)
+def action_mask(cache: KVCache, causal: Bool[Array, " T"], draws: int) -> Bool[Array, "B _ _"]:
+    """The action tower's mask for `draws` chunks of T tokens side by side, [B draws*T S+draws*T].
+
+    Every token attends to the visible cache, and to its own chunk as the `causal` bits say.
+    """
+    batch, slots = cache.valid.shape
+    everything = jnp.ones((1, causal.shape[0]), bool)
+    chunk = prefix_lm_mask(everything, causal[None])[0]
+    own = jnp.kron(jnp.eye(draws, dtype=jnp.int8), chunk.astype(jnp.int8)).astype(bool)
+    seen = jnp.broadcast_to(cache.visible[:, None], (batch, own.shape[0], slots))
+    return jnp.concatenate([seen, jnp.broadcast_to(own, (batch, *own.shape))], axis=-1)

@@ -22,7 +22,7 @@ def _norm(cfg: TowerConfig, adaptive: bool, rngs: nnx.Rngs) -> RMSNorm | AdaRMSN
     return AdaRMSNorm(cfg.width, rngs=rngs) if adaptive else RMSNorm(cfg.width)
 
 
-def _residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], gate: Float[Array, "B 1 D"] | None) -> Array:
+def _residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], gate: Float[Array, "B T D"] | None) -> Array:
     return x + y if gate is None else x + gate * y
 
 
@@ -45,7 +45,7 @@ class Block(nnx.Module):
         cos: Float[Array, "B T 1 h"],
         mask: Bool[Array, "B T S"],
         cached: KV | None,
-        cond: Float[Array, "B D"] | None,
+        cond: Float[Array, "B n D"] | None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The block's output and the keys (after RoPE) and values of its T tokens. S covers cache, then own tokens."""
         y, gate = self.attn_norm(x, cond)
@@ -73,13 +73,14 @@ class Tower(nnx.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T S"],
         cache: KVCache | None = None,
-        cond: Float[Array, "B D"] | None = None,
+        cond: Float[Array, "B n D"] | None = None,
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """Hidden states after the final norm, and the keys and values [L B T K H] of these tokens.
 
-        `cache` is only read; its slots come first along S.
+        `cache` is only read; its slots come first along S. `cond` conditions AdaRMS, one for each of n equal groups of
+        tokens.
         """
         sin, cos = rotary(positions, self.head_dim)
 

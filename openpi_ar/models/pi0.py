@@ -74,20 +74,24 @@ class Pi0(nnx.Module):
         return jnp.array(opens + [False] * (self.cfg.action_horizon - 1))
 
     def embed_suffix(
-        self, obs: Observation, x_t: Float[Array, "B A X"], t: Float[Array, " B"]
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "B E"] | None]:
-        """Action-tower tokens and AdaRMS condition (None for pi0). The projections are float32, as openpi's."""
+        self, obs: Observation, x_t: Float[Array, "B n A X"], t: Float[Array, "B n"]
+    ) -> tuple[Float[Array, "B n T E"], Float[Array, "B n E"] | None]:
+        """Action-tower tokens and AdaRMS condition (None for pi0) of n noisy chunks per row.
+
+        The projections are float32, as openpi's.
+        """
         emb = sincos_embedding(t, self.cfg.expert.width)
         actions = self.action_in(x_t.astype(jnp.float32))
         if self.cfg.pi05:
             cond = jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(emb))))
             return actions.astype(self.dtype), cond.astype(self.dtype)
-        state = self.state_in(jnp.asarray(obs.state, jnp.float32))[:, None]
-        emb = jnp.broadcast_to(emb[:, None], actions.shape)
+        state = self.state_in(jnp.asarray(obs.state, jnp.float32))[:, None, None]
+        state = jnp.broadcast_to(state, (*actions.shape[:2], 1, state.shape[-1]))
+        emb = jnp.broadcast_to(emb[:, :, None], actions.shape)
         mixed = jax.nn.swish(self.action_time_mlp_in(jnp.concatenate([actions, emb], axis=-1)))
-        tokens = jnp.concatenate([state, self.action_time_mlp_out(mixed)], axis=1)
+        tokens = jnp.concatenate([state, self.action_time_mlp_out(mixed)], axis=2)
         return tokens.astype(self.dtype), None
 
-    def project_velocity(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B A X"]:
+    def project_velocity(self, hidden: Float[Array, "B n T E"]) -> Float[Array, "B n A X"]:
         """Float32 velocity of the action tokens (the last `action_horizon` ones)."""
-        return self.action_out(hidden[:, -self.cfg.action_horizon :].astype(jnp.float32))
+        return self.action_out(hidden[:, :, -self.cfg.action_horizon :].astype(jnp.float32))
