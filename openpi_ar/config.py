@@ -135,6 +135,8 @@ class TabletopData:
     """Scale of the disturbances that the scripted expert recovers from."""
     cache_dir: str | None = None
     """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
+    vision_steps: int = 0
+    """Steps in which the vision tower first learns where everything is (`training/vision.py`); only a fresh start."""
     prompt_swap: float = 0.0
     """Fraction of training rows whose task is replaced by another one and whose text is not supervised: the actions
     can then follow only the subtask, which is what makes the conditioning on it real."""

@@ -145,16 +145,17 @@ def attend(
     S is the sum of the runs' lengths.
     """
     kv_heads = kv[0][0].shape[2]
-    q = rearrange(q, "B T (K G) H -> B T K G H", K=kv_heads)
-    logits = [jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k, _ in kv]
-    logits = jnp.where(mask[:, None, None], jnp.concatenate(logits, axis=-1), MASKED)
+    # The axes are in the order in which a batched matmul leaves them: the large logits are never transposed.
+    q = rearrange(q, "B T (K G) H -> B K T G H", K=kv_heads)
+    logits = [jnp.einsum("BKTGH,BSKH->BKTGS", q, k, preferred_element_type=jnp.float32) for k, _ in kv]
+    logits = jnp.where(mask[:, None, :, None], jnp.concatenate(logits, axis=-1), MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     start, out = 0, None
     for _, v in kv:
-        part = jnp.einsum("BKGTS,BSKH->BTKGH", probs[..., start : start + v.shape[1]], v)
+        part = jnp.einsum("BKTGS,BSKH->BKTGH", probs[..., start : start + v.shape[1]], v)
         out = part if out is None else out + part
         start += v.shape[1]
-    return rearrange(out, "B T K G H -> B T (K G) H")
+    return rearrange(out, "B K T G H -> B T (K G) H")
 
 
 def sincos_embedding(

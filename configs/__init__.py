@@ -1,0 +1,32 @@
+"""Presets: name -> configuration. A preset is a Python value; make your own with `dataclasses.replace`."""
+
+import difflib
+
+from configs.debug import DEBUG
+from configs.pi0 import PI0, PI0_TABLETOP
+from configs.pi05 import PI05, PI05_TABLETOP
+from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_TABLETOP
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+
+HELP: dict[str, tuple[TrainConfig, str]] = {
+    c.name: (c, text)
+    for c, text in (
+        (PI05_SUBTASK_TABLETOP, "talks and acts on the embedded tabletop; trains on two CPU cores. Start here"),
+        (PI05_TABLETOP, "pi0.5 on the tabletop, actions only (state in the prompt, AdaRMS time)"),
+        (PI0_TABLETOP, "pi0 on the tabletop, actions only (state token, time mixed into the actions)"),
+        (DEBUG, "a tiny model on a handful of episodes: seconds, for tests"),
+        (PI05_SUBTASK, "full-size pi0.5 (So400m, Gemma 2B + 300M) that says its subtask; LeRobot data"),
+        (PI05, "full-size pi0.5, actions only, openpi's prompt; LeRobot data"),
+        (PI0, "full-size pi0, actions only; LeRobot data"),
+    )
+}
+PRESETS: dict[str, TrainConfig] = {name: cfg for name, (cfg, _) in HELP.items()}
+
+
+def get_preset(name: str) -> TrainConfig:
+    """The preset of that name. Raises UserError that lists all, the nearest first."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = sorted(PRESETS, key=lambda p: -difflib.SequenceMatcher(None, name, p).ratio())
+    raise UserError(f"unknown config {name!r}; did you mean {near[0]}? Presets: {', '.join(near)}")

@@ -1,0 +1,8 @@
+"""pi0.5, actions only, with openpi's prompt (`Task: ..., State: ...;`)."""
+
+import dataclasses
+
+from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_TABLETOP, actions_only
+
+PI05 = dataclasses.replace(actions_only(PI05_SUBTASK), name="pi05")
+PI05_TABLETOP = dataclasses.replace(actions_only(PI05_SUBTASK_TABLETOP), name="pi05_tabletop")

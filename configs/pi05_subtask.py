@@ -1,0 +1,76 @@
+"""pi0.5 that says its next subtask and acts on it: at full size, and on the embedded tabletop."""
+
+import dataclasses
+
+from openpi_ar.config import (
+    LeRobotData,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SigLIPConfig,
+    TabletopData,
+    TextConfig,
+    TowerConfig,
+    TrainConfig,
+)
+
+# Sizes of the released pi05_base: 32 state and action dimensions (a robot's own are padded), chunks of 50 actions
+# (openpi fine-tunes LIBERO with 10 and DROID with 15: set --model.action-horizon), 200 prompt tokens.
+PI05_SUBTASK = TrainConfig(
+    name="pi05_subtask",
+    model=ModelConfig(pi05=True, action_horizon=50),
+    text=TextConfig(tokenizer="paligemma", template="subtask", max_prompt_tokens=200, max_target_tokens=32),
+    loss=LossConfig(),
+    data=LeRobotData(),
+    # openpi's fine-tuning values.
+    optimizer=OptimizerConfig(peak_lr=2.5e-5, final_lr=2.5e-6, warmup_steps=1_000, ema_decay=0.999),
+    batch_size=32,
+)
+
+# About 2.5 million parameters: several steps a second on two CPU cores. All numbers of the tabletop models are here.
+TABLETOP_MODEL = ModelConfig(
+    pi05=True,
+    siglip=SigLIPConfig(width=128, depth=3, mlp_dim=384, num_heads=4, patch_size=16, image_size=(64, 64)),
+    vlm=TowerConfig(width=128, depth=4, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32),
+    expert=TowerConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+    vocab_size=1024,
+    cameras=("front", "wrist"),
+    state_dim=4,
+    action_dim=4,
+    action_horizon=8,
+    dtype="float32",
+    remat=False,
+)
+
+# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9; the rest is room for
+# other wordings.
+PI05_SUBTASK_TABLETOP = TrainConfig(
+    name="pi05_subtask_tabletop",
+    model=TABLETOP_MODEL,
+    text=TextConfig(tokenizer="embedded", template="subtask", max_prompt_tokens=32, max_target_tokens=10),
+    loss=LossConfig(flow_draws=4),
+    data=TabletopData(
+        episodes=1_000, image_size=TABLETOP_MODEL.siglip.image_size, vision_steps=1_200, prompt_swap=0.15
+    ),
+    optimizer=OptimizerConfig(
+        peak_lr=1e-3, final_lr=1e-5, warmup_steps=200, b2=0.99, weight_decay=1e-4, ema_decay=0.999
+    ),
+    batch_size=32,
+    num_steps=2_400,
+    log_every=20,
+    eval_every=400,
+    save_every=400,
+)
+
+
+def actions_only(cfg: TrainConfig) -> TrainConfig:
+    """The same preset saying nothing: openpi's prompt, flow loss alone."""
+    data = cfg.data
+    if isinstance(data, TabletopData):
+        data = dataclasses.replace(data, prompt_swap=0.0)  # without a subtask, only the prompt says what to do
+    return dataclasses.replace(
+        cfg,
+        data=data,
+        text=dataclasses.replace(cfg.text, template="openpi", max_target_tokens=1),
+        loss=dataclasses.replace(cfg.loss, text_weight=0.0),
+    )

@@ -1,0 +1,255 @@
+"""Checkpoints on disk: orbax, in openpi's layout.
+
+    <checkpoint_dir>/<config>/<exp>/<step>/params        {"params": parameters}; the moving average when there is one
+                                          /train_state   the rest: raw parameters, optimizer, step, data position
+                                          /assets        config.json, tokenizer.model, norm_stats.json
+
+A step directory appears under its name only when it is complete (orbax writes beside it and renames).
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from openpi_ar import config_json
+from openpi_ar.config import TrainConfig
+from openpi_ar.data.normalize import FILE as NORM_STATS
+from openpi_ar.data.normalize import NormStats, load_norm_stats, save_norm_stats
+from openpi_ar.errors import UserError
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.text.tokenizer import Tokenizer
+from openpi_ar.training.state import TrainState
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+_MARK = "_CHECKPOINT_METADATA"
+_NEEDED = (_MARK, "params/_METADATA", f"assets/{CONFIG}", f"assets/{TOKENIZER}", f"assets/{NORM_STATS}")
+
+# orbax narrates every save at INFO and warns about its own defaults; the run says in one line that it saved.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """What a policy needs besides parameters."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    stats: dict[str, NormStats]
+
+
+@dataclasses.dataclass
+class _AssetsArgs(ocp.args.CheckpointArgs):
+    assets: Assets | None = None
+
+
+class _AssetsHandler(ocp.CheckpointHandler):
+    """Writes the assets as plain files, so that they can be read without orbax."""
+
+    def save(self, directory: epath.Path, args: _AssetsArgs) -> None:
+        assert args.assets is not None
+        folder = Path(directory)
+        (folder / CONFIG).write_text(config_json.dumps(args.assets.config))
+        (folder / TOKENIZER).write_bytes(args.assets.tokenizer.model_bytes)
+        save_norm_stats(folder, args.assets.stats)
+
+    def restore(self, directory: epath.Path, args: Any = None) -> None:
+        raise NotImplementedError("assets are plain files: read them with load_assets")
+
+
+# orbax accepts a handler only with a type of arguments for each direction.
+ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)(_AssetsArgs)
+
+
+class CheckpointStore:
+    """The writer of one experiment's directory; keeps the last `keep_last` checkpoints besides the newest."""
+
+    def __init__(self, directory: Path, *, keep_last: int):
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            item_handlers={
+                "params": ocp.PyTreeCheckpointHandler(),
+                "train_state": ocp.PyTreeCheckpointHandler(),
+                "assets": _AssetsHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last + 1, create=True),
+        )
+
+    def save(self, state: TrainState, data_position: int, assets: Assets) -> None:
+        """Saves the state under its step number; copies to the host now, writes in the background."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        rest = {
+            "step": state.step,
+            "data_position": np.asarray(data_position, np.int64),
+            "opt_state": pure_params(state.opt_state),
+        }
+        if state.ema is not None:
+            rest["params"] = pure_params(state.model)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave({"params": pure_params(state.best_model)}),
+                train_state=ocp.args.PyTreeSave(rest),
+                assets=_AssetsArgs(assets),
+            ),
+        )
+
+    def close(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def complete_steps(experiment: Path) -> list[int]:
+    """Steps of an experiment directory that are whole, ascending."""
+    if not experiment.is_dir():
+        return []
+    steps = [int(p.name) for p in experiment.iterdir() if p.name.isdigit() and not missing_parts(p)]
+    return sorted(steps)
+
+
+def latest_step(experiment: Path) -> int | None:
+    """The newest complete step, None if there is none."""
+    return max(complete_steps(experiment), default=None)
+
+
+def missing_parts(step_dir: Path) -> list[str]:
+    """Parts that a checkpoint needs to be used by a policy and that are not there."""
+    return [part for part in _NEEDED if not (step_dir / part).exists()]
+
+
+def load_assets(step_dir: Path) -> Assets:
+    """Config, tokenizer and statistics of a step directory. Raises UserError naming what is missing."""
+    if missing := missing_parts(step_dir):
+        raise UserError(
+            f"{step_dir} is not a complete checkpoint: {', '.join(missing)} missing; give the directory of a step "
+            f"(<config>/<exp>/<step>) or of an experiment that holds complete steps"
+        )
+    path = step_dir / "assets" / CONFIG
+    return Assets(
+        config=config_json.loads(path.read_text(), source=str(path)),
+        tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
+        stats=load_norm_stats(step_dir / "assets"),
+    )
+
+
+def resolve_step_dir(path: str | Path) -> Path:
+    """A step directory as it is; an experiment directory as its newest complete step."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: expected the directory of a checkpoint step or of an experiment")
+    if (step := latest_step(path)) is not None:
+        return path / str(step)
+    parts = [p.name for p in path.iterdir() if p.name.isdigit()]
+    if parts:
+        newest = path / max(parts, key=int)
+        raise UserError(f"{path} holds no complete checkpoint: {newest.name} lacks {', '.join(missing_parts(newest))}")
+    return path
+
+
+def load_params(step_dir: Path, model: Pi0, sharding: jax.sharding.Sharding | None = None) -> Pi0:
+    """The parameters of a step directory in the shape of `model` (abstract or concrete, stacked).
+
+    Raises UserError that lists every parameter that is missing, left over or of another shape.
+    """
+    folder = (step_dir / "params").absolute()
+    want = {"params": pure_params(model)}
+    handler = ocp.PyTreeCheckpointer()
+    try:
+        metadata: Any = handler.metadata(folder).item_metadata
+        _check_shapes(step_dir, want, metadata.tree)
+        return _fill(model, handler.restore(folder, args=_restore_args(want, sharding))["params"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{folder} cannot be read as orbax parameters: {' '.join(str(e).split())[:300]}") from e
+
+
+def restore_train_state(
+    step_dir: Path, template: TrainState, sharding: jax.sharding.Sharding | None = None
+) -> tuple[TrainState, int]:
+    """The state saved in a step directory and its data position. `template` may be abstract (`jax.eval_shape`).
+
+    Raises UserError if the directory holds no train state, or one that does not fit the template.
+    """
+    folder = (step_dir / "train_state").absolute()
+    if not (folder / "_METADATA").exists():
+        raise UserError(f"{step_dir} holds no train_state, so training cannot go on from it (--init-from can use it)")
+    want = {"step": template.step, "data_position": np.zeros((), np.int64), "opt_state": pure_params(template.opt_state)}
+    if template.ema is not None:
+        want["params"] = pure_params(template.model)
+    rest = ocp.PyTreeCheckpointer().restore(folder, args=_restore_args(want, sharding))
+    best = load_params(step_dir, template.best_model, sharding)
+    has_ema = template.ema is not None
+    state = TrainState(
+        step=rest["step"],
+        model=_fill(template.model, rest["params"]) if has_ema else best,
+        opt_state=_fill(template.opt_state, rest["opt_state"]),
+        ema=best if has_ema else None,
+    )
+    return state, int(rest["data_position"])
+
+
+def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenizer, dict[str, NormStats]]:
+    """(config, model, tokenizer, statistics) of a step or experiment directory; float32 parameters, stacked layers.
+
+    Raises UserError naming what is missing or does not fit.
+    """
+    step_dir = resolve_step_dir(path)
+    assets = load_assets(step_dir)
+    abstract = nnx.eval_shape(lambda: Pi0(assets.config.model, rngs=nnx.Rngs(0)))
+    return assets.config, load_params(step_dir, abstract), assets.tokenizer, assets.stats
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nnx.Module)
+
+
+def pure_params(tree: Any) -> Any:
+    """Modules anywhere in the tree to pure dicts: names without nnx's trailing `value`, as openpi saves them."""
+    return jax.tree.map(lambda x: nnx.to_pure_dict(nnx.state(x)) if _is_module(x) else x, tree, is_leaf=_is_module)
+
+
+def _fill(template: Any, pure: Any) -> Any:
+    """Inverse of `pure_params`."""
+
+    def fill(t: Any, p: Any) -> Any:
+        if not _is_module(t):
+            return p
+        graph, state = nnx.split(t)
+        nnx.replace_by_pure_dict(state, p)
+        return nnx.merge(graph, state)
+
+    return jax.tree.map(fill, template, pure, is_leaf=_is_module)
+
+
+def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args.PyTreeRestore:
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(x: Any) -> Any:
+        # The data position stays a numpy int64: jax would narrow it.
+        return x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    item = jax.tree.map(abstract, want)
+    return ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+
+
+def _check_shapes(step_dir: Path, want: Any, found: Any) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+        return {"/".join(str(getattr(k, "key", k)) for k in path): tuple(x.shape) for path, x in leaves}
+
+    a, b = shapes(want), shapes(found)
+    problems = [f"{k} missing" for k in a if k not in b] + [f"{k} unknown" for k in b if k not in a]
+    problems += [f"{k}: expected {a[k]}, found {b[k]}" for k in a if k in b and a[k] != b[k]]
+    if problems:
+        raise UserError(f"{step_dir}: the parameters do not fit the model: {'; '.join(problems)}")

@@ -1,0 +1,83 @@
+"""A `TrainConfig` as JSON and back: what travels in a checkpoint's `assets/config.json`."""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+
+# Written for fields that may hold one of several dataclasses, so that reading knows which.
+_TYPE = "type"
+
+
+def dumps(cfg: TrainConfig) -> str:
+    """The config as indented JSON, every field written out (defaults may change; a checkpoint must not)."""
+    return json.dumps(_encode(cfg, tagged=False), indent=2) + "\n"
+
+
+def loads(text: str, *, source: str = "config.json") -> TrainConfig:
+    """Inverse of `dumps`. Fields that are absent take their defaults. Raises UserError on unknown or unfit fields."""
+    try:
+        return _decode(TrainConfig, json.loads(text), source)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{source} is not JSON: {e}") from e
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field name -> value, in declaration order; a field with several possible types also yields `name.type`."""
+    flat: dict[str, Any] = {}
+    for field, options in _fields(type(cfg)):
+        value, name = getattr(cfg, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            if len(options) > 1:
+                flat[f"{name}.{_TYPE}"] = type(value).__name__
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field, list[type]]]:
+    """Each field with the dataclasses it may hold (empty for plain values)."""
+    hints = typing.get_type_hints(cls)
+    found = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found.append((field, [m for m in members if dataclasses.is_dataclass(m)]))
+    return found
+
+
+def _encode(value: Any, *, tagged: bool) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return list(value) if isinstance(value, tuple) else value
+    body = {_TYPE: type(value).__name__} if tagged else {}
+    return body | {f.name: _encode(getattr(value, f.name), tagged=len(o) > 1) for f, o in _fields(type(value))}
+
+
+def _decode(cls: type, body: Any, where: str) -> Any:
+    if not isinstance(body, dict):
+        raise UserError(f"{where}: expected the fields of {cls.__name__}, found {body!r}")
+    values, fields = {}, {f.name: (f, options) for f, options in _fields(cls)}
+    if unknown := sorted(set(body) - set(fields) - {_TYPE}):
+        raise UserError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}; written by another version?")
+    for name, value in body.items():
+        if name == _TYPE:
+            continue
+        options = fields[name][1]
+        if isinstance(value, dict) and options:
+            by_name = {o.__name__: o for o in options}
+            tag = value.get(_TYPE, options[0].__name__)
+            if tag not in by_name:
+                raise UserError(f"{where}: {name} must be one of {', '.join(by_name)}, found {tag!r}")
+            values[name] = _decode(by_name[tag], value, f"{where}: {name}")
+        else:
+            # JSON has no tuples; every sequence of the schema is one.
+            values[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where}: {e}") from e

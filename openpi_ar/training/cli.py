@@ -1,0 +1,88 @@
+"""The command line: `--config NAME`, what to do with an existing experiment, and every field of the config as a flag."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+
+import tyro
+
+from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
+from openpi_ar.errors import UserError
+
+_DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
+
+USAGE = """\
+usage: python train.py --config NAME [--exp-name NAME] [--resume | --overwrite] [--data tabletop|lerobot]
+                       [--any.field value ...]
+
+Trains a preset. Every field of its config is a flag:
+    python train.py --config pi05_subtask_tabletop --exp-name wide --model.vlm.mlp-dim 768 --optimizer.peak-lr 5e-4
+Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_name>/.
+
+    --config NAME       the preset (below); `--config NAME --help` lists its fields and their values
+    --exp-name NAME     name of this run (default: default)
+    --resume            go on from the newest complete checkpoint, exactly as if never stopped
+    --overwrite         delete what the experiment's directory holds and start anew
+    --data KIND         train on another kind of data than the preset's
+
+Presets:
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What one call of `train.py` asks for."""
+
+    config: TrainConfig
+    resume: bool
+    overwrite: bool
+
+
+def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], get_preset) -> Arguments:
+    """Parses the command line. Raises UserError in one line; SystemExit(0) after printing help."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--data", choices=sorted(_DATA))
+    try:
+        own, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e}; see python train.py --help") from e
+    names = "".join(f"    {name:<24}{text}\n" for name, (_, text) in presets.items())
+    if own.config is None:
+        if {"-h", "--help"} & set(rest):
+            print(USAGE + names, end="")
+            raise SystemExit(0)
+        raise UserError(f"--config NAME is needed; presets: {', '.join(presets)}; see python train.py --help")
+    preset = get_preset(own.config)
+    if own.data is not None and not isinstance(preset.data, _DATA[own.data]):
+        preset = dataclasses.replace(preset, data=_DATA[own.data]())
+    return Arguments(_parse_fields(preset, rest), own.resume, own.overwrite)
+
+
+def _parse_fields(preset: TrainConfig, rest: Sequence[str]) -> TrainConfig:
+    """tyro, with the boxes of its error messages folded into one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[TrainConfig],
+                default=preset,
+                args=list(rest),
+                prog=f"python train.py --config {preset.name}",
+                description=f"Fields of preset {preset.name} and their values.",
+            )
+    except SystemExit as e:
+        if not e.code:
+            sys.stderr.write(errors.getvalue())
+            raise
+        lines = [re.sub(r"[─-╿]|--{5,}", "", line).strip() for line in errors.getvalue().splitlines()]
+        lines = [line for line in lines if line]
+        end = next((i for i, s in enumerate(lines) if s.startswith(("Argument helptext", "For full help"))), len(lines))
+        # The first line is the box's title ("Value error"); what follows says it all.
+        raise UserError(f"{' '.join(lines[1:end])}; see python train.py --config {preset.name} --help") from e

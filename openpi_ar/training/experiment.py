@@ -1,0 +1,143 @@
+"""The directory of one experiment: what may be started, resumed or overwritten there, and how a run is stopped."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+from pathlib import Path
+import shutil
+import signal
+
+from openpi_ar import config_json
+from openpi_ar.checkpoints import store
+from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
+from openpi_ar.errors import UserError
+from openpi_ar.text.prompts import TEMPLATES
+
+# Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
+_FIXED = ("model.", "text.", "data.", "seed", "batch_size")
+_FREE = ("data.cache_dir", "data.vision_steps", "text.tokenizer", "model.remat", "model.dtype")
+
+
+def check_config(cfg: TrainConfig) -> None:
+    """Raises UserError for values that no machine or data could mend."""
+    positive = ("batch_size", "num_steps", "log_every", "eval_every", "eval_batches", "save_every")
+    wrong = [f"{name} is {getattr(cfg, name)}" for name in positive if getattr(cfg, name) < 1]
+    wrong += [f"{name} is {v}" for name, v in config_json.flatten(cfg).items() if name.endswith("_lr") and not v > 0]
+    if wrong:
+        raise UserError(f"must be positive: {', '.join(wrong)}")
+    for name in ("name", "exp_name"):
+        value = getattr(cfg, name)
+        if not value or value in (".", "..") or Path(value).name != value:
+            raise UserError(f"{name} must be a plain directory name, found {value!r}")
+    decay = cfg.optimizer.ema_decay
+    if decay is not None and not 0 <= decay < 1:
+        raise UserError(f"optimizer.ema_decay must lie in [0, 1) or be None, found {decay}")
+    if isinstance(cfg.data, TabletopData) and not 0 <= cfg.data.prompt_swap <= 1:
+        raise UserError(f"data.prompt_swap must lie in [0, 1], found {cfg.data.prompt_swap}")
+    if cfg.text.template not in TEMPLATES:
+        raise UserError(f"unknown template {cfg.text.template!r}: choose one of {', '.join(TEMPLATES)}")
+    if isinstance(cfg.data, TabletopData) and cfg.data.prompt_swap and TEMPLATES[cfg.text.template].target is None:
+        raise UserError(
+            f"data.prompt_swap is {cfg.data.prompt_swap}, but template {cfg.text.template!r} says no subtask, so nothing "
+            f"would tell the actions what to do: set --data.prompt-swap 0"
+        )
+    if cfg.keep_last < 0:
+        raise UserError(f"keep_last must be 0 or more, found {cfg.keep_last}")
+
+
+def experiment_dir(cfg: TrainConfig) -> Path:
+    """`<checkpoint_dir>/<config>/<exp>`."""
+    return Path(cfg.checkpoint_dir).expanduser() / cfg.name / cfg.exp_name
+
+
+def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
+    """The step directory to resume from, None for a fresh start. Touches nothing.
+
+    Raises UserError for contradictory flags, an existing experiment without a flag, nothing to resume, or a saved
+    config that this one does not continue.
+    """
+    directory = experiment_dir(cfg)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them")
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file, expected a directory or nothing: choose another --exp-name")
+    if resume:
+        step = store.latest_step(directory)
+        if step is None:
+            raise UserError(f"nothing to resume: {directory} holds no complete checkpoint; start without --resume")
+        _check_continues(cfg, directory / str(step))
+        return directory / str(step)
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(
+            f"{directory} already holds an experiment: add --resume to go on, --overwrite to delete it and start anew, "
+            f"or choose another --exp-name"
+        )
+    return None
+
+
+def create(cfg: TrainConfig, *, overwrite: bool) -> Path:
+    """Makes the experiment's directory, emptying it first if `overwrite`. Call when every other check has passed."""
+    directory = experiment_dir(cfg)
+    try:
+        if overwrite and directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(f"{directory} is not writable")
+    except OSError as e:
+        raise UserError(f"cannot write to {directory}: {e}; choose another --checkpoint-dir") from e
+    return directory
+
+
+def _check_continues(cfg: TrainConfig, step_dir: Path) -> None:
+    saved, now = config_json.flatten(store.load_assets(step_dir).config), config_json.flatten(cfg)
+
+    def fixed(name: str) -> bool:
+        return name.startswith(_FIXED) and name not in _FREE
+
+    differ = [
+        f"{name} ({saved.get(name)!r} saved, {now.get(name)!r} given)"
+        for name in dict.fromkeys([*saved, *now])
+        if fixed(name) and saved.get(name) != now.get(name)
+    ]
+    if (saved["optimizer.ema_decay"] is None) != (now["optimizer.ema_decay"] is None):
+        differ.append(f"optimizer.ema_decay ({saved['optimizer.ema_decay']} saved, {now['optimizer.ema_decay']} given)")
+    if differ:
+        raise UserError(f"{step_dir} was trained with another config: {', '.join(differ)}; use the saved values")
+
+
+def check_data(cfg: TrainConfig) -> None:
+    """Raises UserError if the configured data cannot be read."""
+    if isinstance(cfg.data, LeRobotData):
+        asked = f"data.path is {cfg.data.path!r}" if cfg.data.path else "data.path must name the dataset's directory"
+        raise UserError(
+            f"config {cfg.name} trains on a LeRobot dataset ({asked}), which this version cannot read yet: train on the "
+            f"embedded tabletop with --data tabletop or --config pi05_subtask_tabletop"
+        )
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the loop finishes its step, saves and ends. A second one ends at once."""
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Catches SIGINT and SIGTERM within the block."""
+    request = StopRequest()
+    previous = {s: signal.signal(s, request._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)

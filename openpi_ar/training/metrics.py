@@ -1,0 +1,217 @@
+"""What a run reports: `metrics.jsonl`, the progress bar or plain lines, `loss.png`, TensorBoard and W&B on request."""
+
+from collections.abc import Mapping, Sequence
+import json
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+
+FILE, PLOT = "metrics.jsonl", "loss.png"
+
+
+class MetricsLog:
+    """Appends one JSON object a line: `{"step": n, "kind": "train" | "eval", ...}`.
+
+    On resume, lines after the resumed step are dropped first, so that no step appears twice. Raises UserError if an
+    extra (TensorBoard, W&B) is asked for and not installed.
+    """
+
+    def __init__(self, directory: Path, cfg: TrainConfig, *, start_step: int):
+        self.path = directory / FILE
+        self._tensorboard = _tensorboard(directory) if cfg.tensorboard else None
+        self._wandb = _wandb(directory, cfg) if cfg.wandb else None
+        kept = [json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= start_step]
+        self.path.write_text("".join(kept))
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One record; flushed, so that a killed run keeps what it has seen."""
+        values = {k: float(f"{v:.6g}") for k, v in values.items()}
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Draws `loss.png` and flushes the extras."""
+        plot_losses(self.path, self.path.parent / PLOT)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`; a last line that was cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot_losses(source: Path, target: Path) -> None:
+    """Training and held-out curves of the loss and its parts; nothing if there are fewer than two points."""
+    import matplotlib as mpl  # slow to import, needed once
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(source)
+    names = [n for n in ("loss", "flow", "text_ce", "exact_match") if any(n in r for r in records)]
+    if len(records) < 2 or not names:
+        return
+    fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        for kind, style in (("train", "-"), ("eval", "o")):
+            points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
+            if points:
+                ax.plot(*zip(*points, strict=True), style, label=kind, markersize=4, linewidth=1)
+        ax.set(title=name, xlabel="step", yscale="linear" if name == "exact_match" else "log")
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend()
+    fig.tight_layout()
+    fig.savefig(target, dpi=120)
+    plt.close(fig)
+
+
+class Window:
+    """Metrics since the last report. They stay on the device until then, so steps are dispatched without waiting."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._rows: list[tuple[int, Mapping[str, Any]]] = []
+        self._waits: list[float] = []
+        self.restart_clock()
+
+    def add(self, step: int, metrics: Mapping[str, Any], wait_seconds: float) -> None:
+        """`step` counts updates done, this one included."""
+        self._rows.append((step, metrics))
+        self._waits.append(wait_seconds)
+        self._timed += 1
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError naming the first step whose loss or gradient is not finite."""
+        for step, metrics in self._rows:
+            loss = float(metrics["loss"])
+            if not np.isfinite([loss, float(metrics["grad_norm"])]).all():
+                parts = ", ".join(f"{k} {float(v):.3g}" for k, v in metrics.items())
+                raise FloatingPointError(f"the loss of step {step} is {loss} ({parts})")
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report, samples per second and seconds waited for data per step; starts afresh."""
+        self.check_finite()
+        names = self._rows[0][1]
+        means = {name: float(np.mean([float(m[name]) for _, m in self._rows])) for name in names}
+        now = time.perf_counter()
+        means["samples_per_s"] = self._timed * self._batch_size / (now - self._start)
+        means["wait_s"] = float(np.mean(self._waits))
+        self._rows, self._waits = [], []
+        self.restart_clock()
+        return means
+
+    def restart_clock(self) -> None:
+        """Time until now does not count as training (compiling, evaluating, saving)."""
+        self._start, self._timed = time.perf_counter(), 0
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere (logs, notebooks, pipes)."""
+
+    def __init__(self, num_steps: int, start_step: int, title: str):
+        self.console = Console(soft_wrap=True)
+        self.num_steps = num_steps
+        self._began = (time.perf_counter(), start_step)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self.console) if sys.stdout.isatty() else None
+        if self._bar is not None:
+            self._task = self._bar.add_task(title, total=num_steps, completed=start_step, metrics="compiling")
+
+    def __enter__(self) -> "Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the loss parts beside the bar, or prints them as a line."""
+        names = ("loss", "flow", "text_ce", "exact_match")
+        text = "  ".join(f"{n} {values[n]:.4g}" for n in names if n in values)
+        text += f"  {values['samples_per_s']:.3g} samples/s"
+        if self._bar is not None:
+            self._bar.update(self._task, metrics=text)
+            return
+        began, first = self._began
+        left = (time.perf_counter() - began) / max(step - first, 1) * (self.num_steps - step)
+        print(f"step {step}/{self.num_steps}  {text}  ETA {_duration(left)}", flush=True)
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def evaluation(self, step: int, values: Mapping[str, float], said: Sequence[tuple[str, str]]) -> None:
+        """Held-out metrics, and what the model says beside what it should."""
+        self.line(f"eval at {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        width = max((len(truth) for truth, _ in said), default=0)
+        for truth, text in said:
+            self.line(f"    {'=' if truth == text else '!'} {truth:<{width}} | {text}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02}:{s:02}"
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        import tensorboardX  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError("--tensorboard needs tensorboardX, which is not installed: uv sync --extra viz") from e
+    return tensorboardX.SummaryWriter(str(directory / "tensorboard"))
+
+
+def _wandb(directory: Path, cfg: TrainConfig) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError("--wandb needs wandb, which is not installed: uv sync --extra wandb") from e
+    from openpi_ar import config_json
+
+    # The id ties a resumed run to the same curves.
+    run_id = f"{cfg.name}-{cfg.exp_name}"
+    return wandb.init(
+        project="openpi_ar", id=run_id, name=run_id, dir=str(directory), resume="allow", config=config_json.flatten(cfg)
+    )

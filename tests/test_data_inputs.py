@@ -1,0 +1,139 @@
+"""Broken if this fails: the model is fed other arrays than it was trained on, or bad observations pass unnoticed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs.debug import DEBUG
+from openpi_ar.data.inputs import collate, resize_with_pad
+from openpi_ar.errors import UserError
+from openpi_ar.text import prompts
+from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.types import Batch, Observation
+from tests.data_fixtures import HORIZON, sources, transform
+
+
+def raw(**changes) -> dict:
+    return {**sources()[0][5], **changes}
+
+
+def test_observation_has_every_part_in_its_place():
+    t = transform(state_dim=6)
+    arrays = t.observation(raw())
+    assert arrays["images"].shape == (2, 32, 32, 3)
+    assert (arrays["images"][0] == 5).all() and (arrays["images"][1] == 105).all()
+    assert arrays["image_mask"].all()
+    normalised = t.state_stats.normalize(raw()["state"])
+    np.testing.assert_array_equal(arrays["state"], [*normalised, 0, 0])
+    expected = prompts.encode_prompt(
+        load_tokenizer("embedded"), "subtask", raw()["prompt"], normalised, DEBUG.text.max_prompt_tokens
+    )
+    np.testing.assert_array_equal(arrays["prompt"]["ids"], expected["ids"])
+
+
+def test_camera_order_is_the_configs():
+    arrays = transform(cameras=("wrist", "front")).observation(raw())
+    assert (arrays["images"][0] == 105).all() and (arrays["images"][1] == 5).all()
+
+
+def test_masked_camera_is_black_and_unseen():
+    images = {"front": raw()["images"]["front"]}
+    arrays = transform().observation(raw(images=images, masked=["wrist"]))
+    np.testing.assert_array_equal(arrays["image_mask"], [True, False])
+    assert not arrays["images"][1].any()
+
+
+def test_sample_masks_padding_and_episode_end():
+    t = transform(action_dim=6)
+    end = sources()[0][6]  # the first episode's last frame
+    arrays = t.sample(end)
+    assert arrays["action_mask"].shape == (HORIZON, 6)
+    np.testing.assert_array_equal(arrays["action_mask"][0], [True] * 4 + [False] * 2)
+    assert not arrays["action_mask"][1:].any()
+    np.testing.assert_array_equal(arrays["actions"][:, 4:], 0)
+    every = dataclasses.replace(t.cfg, loss=dataclasses.replace(t.cfg.loss, average_padded_dims=True))
+    assert transform(every).sample(end)["action_mask"][0].all()
+
+
+def test_actions_round_trip_to_real_units():
+    t = transform(action_dim=6)
+    sample = raw()
+    real = t.actions_to_real(t.sample(sample)["actions"])
+    assert real.shape == (HORIZON, 4)
+    np.testing.assert_allclose(real, sample["actions"], atol=1e-4)
+
+
+def test_target_is_supervised_only_when_asked():
+    t = transform()
+    on, off = t.sample(raw()), t.sample(raw(supervise_text=False))
+    np.testing.assert_array_equal(on["target"]["loss"], on["target"]["valid"])
+    assert not off["target"]["loss"].any()
+    np.testing.assert_array_equal(on["target"]["ids"], off["target"]["ids"])
+    assert prompts.parse_target(t.tokenizer, "subtask", on["target"]["ids"].tolist()) == raw()["subtask"]
+
+
+def test_action_only_template_says_nothing():
+    t = transform(dataclasses.replace(DEBUG, text=dataclasses.replace(DEBUG.text, template="openpi")))
+    sample = raw()
+    del sample["subtask"]
+    assert not t.says_text
+    assert not t.sample(sample)["target"]["valid"].any()
+
+
+def test_row_without_actions_trains_text_only():
+    sample = raw()
+    del sample["actions"]
+    assert not transform().sample(sample)["action_mask"].any()
+
+
+def test_collate_makes_the_models_types():
+    t = transform()
+    batch, obs = collate([t.sample(raw())] * 3), collate([t.observation(raw())] * 2)
+    assert isinstance(batch, Batch) and isinstance(obs, Observation)
+    assert batch.actions.shape == (3, HORIZON, 4)
+    assert obs.images.shape == (2, 2, 32, 32, 3)
+
+
+def test_resize_keeps_the_aspect_and_centres():
+    image = np.full((20, 40, 3), 200, np.uint8)
+    out = resize_with_pad(image, 32, 32)
+    assert out.shape == (32, 32, 3)
+    assert (out[8:24] == 200).all() and not out[:8].any() and not out[24:].any()
+    assert resize_with_pad(image, 20, 40) is image
+
+
+FRONT = np.zeros((32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": {"front": FRONT}}, "camera 'wrist' is missing: .*front, wrist.* has front"),
+        ({"images": {"front": FRONT, "wrist": FRONT.astype(np.float32)}}, "camera 'wrist' must be a uint8 .*float32"),
+        ({"images": {"front": FRONT[0], "wrist": FRONT}}, r"camera 'front' .*\[32, 3\]"),
+        ({"images": {"front": FRONT[..., :1], "wrist": FRONT}}, r"camera 'front' .*\[32, 32, 1\]"),
+        ({"images": None}, "must map camera names"),
+        ({"masked": ["front", "wrist"]}, "every camera is masked"),
+        ({"state": np.zeros(3)}, r"must be 4 numbers, found float64 \[3\]"),
+        ({"state": np.array([0, 0, np.nan, 0])}, "not finite"),
+        ({"state": ["a", "b", "c", "d"]}, "must be 4 numbers"),
+        ({"state": None}, "must be 4 numbers"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "put the block " * 40}, "budget"),
+        ({"actions": np.zeros((HORIZON, 3))}, r"actions.*\[4 4\].*\[4, 3\]"),
+        ({"actions": np.full((HORIZON, 4), np.inf)}, "finite"),
+        ({"subtask": ""}, "annotate the data"),
+        ({"subtask": None}, "annotate the data"),
+        ({"subtask": "pick up " * 40}, "budget"),
+    ],
+)
+def test_bad_samples_are_refused_by_name(changes, words):
+    with pytest.raises(UserError, match=words):
+        transform().sample(raw(**changes))
+
+
+def test_robot_larger_than_the_model_is_refused():
+    with pytest.raises(UserError, match=r"actions have 4 dimensions but model.action_dim is 3"):
+        transform(action_dim=3)

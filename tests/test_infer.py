@@ -1,0 +1,221 @@
+"""If this fails, `python infer.py` prints wrong numbers, or answers bad input with a traceback instead of a remedy."""
+
+import json
+from pathlib import Path
+import shutil
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import infer
+from openpi_ar.policy import Policy
+from openpi_ar.sim.world import Tabletop
+
+
+def images(folder: Path) -> list[str]:
+    """Camera arguments of two random images."""
+    rng = np.random.default_rng(0)
+    for name in ("front", "wrist"):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{name}.png")
+    return ["--images", f"front={folder / 'front.png'}", f"wrist={folder / 'wrist.png'}"]
+
+
+STATE = ["--state", "-0.05", "0.1", "0.12", "0.09"]
+PROMPT = ["--prompt", "put the red block in the left bin"]
+
+
+@pytest.fixture
+def ckpt(tiny_checkpoint: Path) -> list[str]:
+    return ["--ckpt", str(tiny_checkpoint), "--repeats", "1"]
+
+
+@pytest.fixture
+def warm(ckpt, tiny_policy, monkeypatch) -> list[str]:
+    """The checkpoint's arguments, with the session's compiled policy in its place."""
+
+    def load(path, *, seed):
+        tiny_policy.reseed(seed)
+        return tiny_policy
+
+    monkeypatch.setattr(Policy, "from_checkpoint", load)
+    return ckpt
+
+
+def fails(argv: list[str], capsys) -> str:
+    """The one line that a call with bad input prints."""
+    with pytest.raises(SystemExit) as e:
+        infer.main(argv)
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+def test_a_checkpoint_is_all_it_needs(ckpt, tiny_policy, tmp_path, capsys):
+    """From the files on disk: what is written is what the policy says of the tabletop's first observation."""
+    infer.main([*ckpt, "--seed", "5", "--json", str(tmp_path / "o.json"), "--plot", str(tmp_path / "chunk.png")])
+    written = json.loads((tmp_path / "o.json").read_text())
+    obs, _ = Tabletop((32, 32)).reset(5)
+    tiny_policy.reseed(5)
+    expected = tiny_policy.infer(obs)
+    np.testing.assert_allclose(written["actions"], expected["actions"], atol=1e-4)
+    assert (written["subtask"], written["prompt"]) == (expected["subtask"], obs["prompt"])
+    assert list(written["timing"]) == ["images", "prefill", "text", "flow", "total", "first_call"]
+    assert written["timing"]["first_call"] > written["timing"]["total"] > 0
+    with Image.open(tmp_path / "chunk.png") as plot:
+        assert plot.size[0] > 300
+
+    out = capsys.readouterr().out
+    assert f"prompt:  {obs['prompt']}" in out and f"subtask: {expected['subtask']}" in out
+    for value in np.asarray(written["actions"]).ravel():
+        assert f"{value:.4f}" in out
+    assert f"{written['timing']['prefill']:.1f}" in out
+
+
+def test_own_images_state_and_prompt(warm, tiny_policy, tmp_path):
+    infer.main([*warm, *images(tmp_path), *STATE, *PROMPT, "--json", str(tmp_path / "o.json")])
+    tiny_policy.reseed(0)
+    raw = {
+        "images": {n: np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("front", "wrist")},
+        "state": np.float32([-0.05, 0.1, 0.12, 0.09]),
+        "prompt": PROMPT[1],
+    }
+    expected = tiny_policy.infer(raw)
+    written = json.loads((tmp_path / "o.json").read_text())
+    np.testing.assert_allclose(written["actions"], expected["actions"], atol=1e-6)
+
+    np.savez(tmp_path / "obs.npz", **raw["images"], state=raw["state"], prompt=np.array(PROMPT[1]))
+    infer.main([*warm, "--observation", str(tmp_path / "obs.npz"), "--json", str(tmp_path / "npz.json")])
+    assert json.loads((tmp_path / "npz.json").read_text())["actions"] == written["actions"]
+
+    other = ["--observation", str(tmp_path / "obs.npz"), "--prompt", "clear the table"]
+    infer.main([*warm, *other, "--json", str(tmp_path / "other.json")])
+    assert json.loads((tmp_path / "other.json").read_text())["actions"] != written["actions"]
+
+
+def test_forced_subtask_and_question(warm, tmp_path, capsys):
+    infer.main([*warm, "--subtask", "done", "--json", str(tmp_path / "s.json")])
+    assert json.loads((tmp_path / "s.json").read_text())["subtask"] == "done"
+    infer.main([*warm, *images(tmp_path), "--question", "what is this?", "--json", str(tmp_path / "q.json")])
+    answer = json.loads((tmp_path / "q.json").read_text())
+    assert set(answer) == {"prompt", "answer", "text_status", "timing"} and answer["prompt"] == "what is this?"
+    assert "answer:" in capsys.readouterr().out
+
+
+def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
+    options = ["--rollout", "2", "--seed", "3", "--split", "held_out", "--execute", "2", "--wrong-subtask"]
+    infer.main([*warm, *options, "--json", str(tmp_path / "r.json"), "--video", str(tmp_path / "r.gif")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {"success", "blocks_placed", "subtask_accuracy", "episodes"} <= set(report)
+    assert [e["seed"] for e in report["episodes"]] == [3, 4]
+    for name in ("success", "blocks_placed", "approached_named", "steps"):
+        assert report[name] == np.mean([e[name] for e in report["episodes"]])
+    out = capsys.readouterr().out
+    assert "2 held_out episodes, seeds from 3" in out and f"{report['steps']:.3f}" in out
+    with Image.open(tmp_path / "r.gif") as gif:
+        assert gif.n_frames > 2
+
+
+def test_tabletop_names_the_checkpoint_inside_the_package(capsys, monkeypatch, tmp_path, tiny_checkpoint):
+    assert Path(infer.__file__).parent / "openpi_ar" / "assets" / "tabletop" == infer.TABLETOP
+    monkeypatch.setattr(infer, "TABLETOP", tiny_checkpoint)
+    assert infer.resolve_checkpoint("tabletop") == tiny_checkpoint
+    monkeypatch.setattr(infer, "TABLETOP", tmp_path / "none")
+    message = fails(["--ckpt", "tabletop"], capsys)
+    assert str(tmp_path / "none") in message and "train.py" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["--state", "1", "2", "3"], ["4 numbers", "[3]"]),
+        (["--state", "1", "2", "nan", "4"], ["not finite", "nan"]),
+        (["--images", "front=FRONT"], ["'wrist' is missing", "front, wrist"]),
+        (["--images", "front=FRONT", "wrist=WRIST", "top=WRIST"], ["no camera 'top'", "front, wrist"]),
+        (["--images", "FRONT"], ["camera=file", "front=a.png"]),
+        (["--images", "front=TEXT", "wrist=WRIST"], ["text.txt", "not an image"]),
+        (["--images", "front=nowhere.png", "wrist=WRIST"], ["'nowhere.png'", "does not exist"]),
+        (["--prompt", "  "], ["--prompt is empty"]),
+        (["--prompt", "put " * 100], ["tokens but the budget is", "shorten"]),
+        (["--subtask", "word " * 50], ["text to be said", "budget"]),
+        (["--subtask", ""], ["--subtask is empty"]),
+        (["--subtask", "done", "--question", "why?"], ["leave out --subtask"]),
+        (["--observation", "TEXT"], ["exclude each other"]),
+        (["--video", "a.mp4"], ["--video", "--rollout N"]),
+        (["--plot", "nowhere/a.png"], ["'nowhere'", "create it"]),
+        (["--plot", "TEXT"], [".png", "text.txt"]),
+        (["--rollout", "1"], ["leave out --images, --state, --prompt"]),
+        (["--repeats", "0"], ["--repeats 1 or more"]),
+    ],
+)
+def test_bad_input_is_one_line_with_cause_and_remedy(warm, tmp_path, capsys, change, parts):
+    argv = [*warm, *images(tmp_path), *STATE, *PROMPT]
+    (tmp_path / "text.txt").write_text("hello")
+    files = {"FRONT": "front.png", "WRIST": "wrist.png", "TEXT": "text.txt"}
+    for key, name in files.items():
+        change = [c.replace(key, str(tmp_path / name)) for c in change]
+    if change[0] in argv:
+        start = argv.index(change[0])
+        stop = next((i for i in range(start + 1, len(argv)) if argv[i].startswith("--")), len(argv))
+        del argv[start:stop]
+    message = fails([*argv, *change], capsys)
+    assert [part for part in parts if part not in message] == []
+    assert (tmp_path / "text.txt").read_text() == "hello"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["does not exist"]),
+        ({}, ["prompt is missing"]),
+        ({"front": np.zeros((4, 4, 3), np.uint8)}, ["prompt is missing"]),
+        ({"front": np.zeros((4, 4, 3), np.uint8), "prompt": "x"}, ["state is missing", "4 numbers"]),
+        ({"state": np.zeros(4), "prompt": "x"}, ["'front' is missing", "has none"]),
+        ({"front": np.zeros((4, 4)), "wrist": np.zeros((4, 4)), "prompt": "x", "state": np.zeros(4)}, ["uint8 RGB"]),
+        ({"state": np.array([{}])}, ["plain arrays"]),
+        (b"hello", ["obs.npz", "plain arrays"]),
+    ],
+)
+def test_bad_observation_files(warm, tmp_path, capsys, content, parts):
+    path = tmp_path / "obs.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.savez(path, **content)
+    message = fails([*warm, "--observation", str(path)], capsys)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_bad_checkpoint_directories(tiny_checkpoint, tmp_path, capsys):
+    def message(path: Path) -> str:
+        return fails(["--ckpt", str(path)], capsys)
+
+    assert "does not exist" in message(tmp_path / "none")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"x")
+    assert "not a complete checkpoint" in message(tmp_path / "foreign")
+
+    step = tiny_checkpoint / "0"
+    for missing in ("assets/config.json", "assets/tokenizer.model", "assets/norm_stats.json", "params/_METADATA"):
+        half = tmp_path / missing.replace("/", "_") / "0"
+        shutil.copytree(step, half)
+        (half / missing).unlink()
+        assert missing in message(half) and missing in message(half.parent)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(step, broken)
+    (broken / "assets" / "tokenizer.model").write_bytes(b"half")
+    assert "SentencePiece" in message(broken)
+    shutil.copyfile(step / "assets" / "tokenizer.model", broken / "assets" / "tokenizer.model")
+    data = [p for p in (broken / "params").rglob("*") if p.is_file() and p.name not in ("_METADATA", "manifest.ocdbt")]
+    for path in data:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "params" in message(broken)
+
+
+def test_another_robots_checkpoint_cannot_play_on_the_tabletop(warm, tiny_policy, capsys, monkeypatch):
+    monkeypatch.setattr(Policy, "cameras", ("base_0_rgb",))
+    for argv in ([], ["--rollout", "1"]):
+        message = fails([*warm, *argv], capsys)
+        assert "another robot" in message and "base_0_rgb" in message and "--images" in message

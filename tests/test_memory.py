@@ -1,0 +1,56 @@
+"""Broken if this fails: a run that cannot fit starts anyway, or one that would fit is refused."""
+
+import dataclasses
+
+import pytest
+
+from configs import PRESETS
+from openpi_ar.errors import UserError
+from openpi_ar.training import memory
+
+DEBUG, FULL = PRESETS["debug"], PRESETS["pi05_subtask"]
+
+
+def optimizer(cfg, **changes):
+    return dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, **changes))
+
+
+def test_full_size_state_is_four_times_its_parameters_plus_the_average():
+    e = memory.estimate(FULL)
+    # 3.35 billion float32 parameters; openpi gives "> 70 GB" for full fine-tuning of pi0.
+    assert 12.0 < e.parameters / memory.GIB < 13.0
+    assert (e.gradients, e.optimizer, e.average) == (e.parameters, 2 * e.parameters, e.parameters)
+    assert memory.estimate(optimizer(FULL, ema_decay=None)).average == 0
+    assert e.total == sum(dict(e.table()[:-1]).values()) == dict(e.table())["total"]
+
+
+def test_activations_scale_with_rows_and_shrink_with_remat_and_devices():
+    e = memory.estimate(FULL)
+    assert memory.estimate(dataclasses.replace(FULL, batch_size=64)).activations == 2 * e.activations
+    assert memory.estimate(FULL, devices=4).activations * 4 == e.activations
+    without = memory.estimate(dataclasses.replace(FULL, model=dataclasses.replace(FULL.model, remat=False)))
+    assert without.activations > 5 * e.activations
+
+
+def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: (24 * memory.GIB, "host memory"))
+    with pytest.raises(UserError) as error:
+        memory.check_fits(FULL, PRESETS)
+    text = str(error.value)
+    assert "pi05_subtask needs about" in text and "24.0 GiB of host memory" in text
+    fitting = text.split("presets that fit: ")[1].split(";")[0].split(", ")
+    assert fitting == ["pi05_subtask_tabletop", "pi05_tabletop", "pi0_tabletop", "debug"]
+    need, have, source = memory.check_fits(DEBUG, PRESETS)
+    assert need.total < have == 24 * memory.GIB and source == "host memory"
+    assert "MiB" in memory.describe(need, have, source)
+
+
+def test_nothing_fits_in_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: (0, "host memory"))
+    with pytest.raises(UserError, match="no preset fits"):
+        memory.check_fits(DEBUG, PRESETS)
+
+
+def test_free_memory_is_read_from_this_machine():
+    have, source = memory.available_bytes()
+    assert 2**28 < have < 2**44 and source

@@ -1,0 +1,241 @@
+"""Trains a preset: `python train.py --config pi05_subtask_tabletop`. See `python train.py --help`.
+
+One readable script: config, mesh, data, state, loop. What it calls lives in `openpi_ar/training`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import os
+from pathlib import Path
+import sys
+import time
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+
+from configs import HELP, PRESETS, get_preset
+from openpi_ar.checkpoints import store
+from openpi_ar.config import TabletopData, TrainConfig
+from openpi_ar.data.inputs import InputTransform
+from openpi_ar.data.loader import Loader
+from openpi_ar.data.tabletop import PromptSwap, TabletopSource, load_tabletop
+from openpi_ar.errors import UserError
+from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
+from openpi_ar.training import cli, experiment, memory
+from openpi_ar.training.evaluate import Evaluator
+from openpi_ar.training.metrics import Display, MetricsLog, Window
+from openpi_ar.training.optimizer import make_optimizer, make_schedule
+from openpi_ar.training.state import TrainState, init_state, started_at, train_key
+from openpi_ar.training.step import make_train_step
+from openpi_ar.training.vision import pretrain_vision
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mesh
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Data parallelism over the local devices: parameters on all of them, each with its share of the batch."""
+
+    replicated: NamedSharding
+    batch: NamedSharding
+    devices: int
+
+
+def make_placement(cfg: TrainConfig) -> Placement:
+    """Raises UserError if the batch does not divide among the devices."""
+    devices = jax.local_device_count()
+    if cfg.batch_size % devices:
+        raise UserError(f"batch_size {cfg.batch_size} does not divide among {devices} devices: use a multiple of it")
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")), devices)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What the loop draws from, and what a checkpoint must carry to be used without it."""
+
+    loader: Loader
+    train: TabletopSource
+    held_out: TabletopSource
+    transform: InputTransform
+    assets: store.Assets
+
+
+def check_tokenizer(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise UserError(
+            f"tokenizer {cfg.text.tokenizer!r} has {tokenizer.vocab_size} pieces but model.vocab_size is "
+            f"{cfg.model.vocab_size}: set --model.vocab-size to {tokenizer.vocab_size} or more"
+        )
+
+
+def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) -> Data:
+    """Sources, statistics and the loader. A resumed run takes tokenizer and statistics from its checkpoint."""
+    experiment.check_data(cfg)
+    assert isinstance(cfg.data, TabletopData)
+    saved = None if resume_from is None else store.load_assets(resume_from)
+    tokenizer = load_tokenizer(cfg.text.tokenizer) if saved is None else saved.tokenizer
+    check_tokenizer(cfg, tokenizer)
+    train, held_out = load_tabletop(cfg.data, cfg.model.action_horizon, cfg.model.cameras)
+    stats = train.norm_stats("quantile" if cfg.model.pi05 else "z_score") if saved is None else saved.stats
+    transform = InputTransform(cfg, tokenizer, stats)
+    transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
+    loader = Loader(
+        train,
+        transform,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        augment=PromptSwap(train.demos.prompts, cfg.data.prompt_swap),
+        sharding=placement.batch,
+    )
+    print(f"data: {len(train)} training frames, {len(held_out)} held out", flush=True)
+    return Data(loader, train, held_out, transform, store.Assets(cfg, tokenizer, stats))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# state
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_state(
+    cfg: TrainConfig, placement: Placement, source: TabletopSource, resume_from: Path | None
+) -> tuple[TrainState, int]:
+    """(state, data position): restored, started from `init_from`, or random (the vision tower perhaps pre-trained)."""
+    tx = make_optimizer(cfg.optimizer, cfg.num_steps)
+    if resume_from is not None:
+        abstract = jax.eval_shape(lambda: init_state(cfg, tx))
+        return store.restore_train_state(resume_from, abstract, placement.replicated)
+    # One program, kept by the compilation cache; eagerly it is a hundred small ones.
+    state = jax.jit(lambda: init_state(cfg, tx), out_shardings=placement.replicated)()
+    if cfg.init_from:
+        state = started_at(state, store.load_params(store.resolve_step_dir(cfg.init_from), state.model))
+    elif isinstance(cfg.data, TabletopData) and cfg.data.vision_steps:
+        model, error = pretrain_vision(state.model, source, steps=cfg.data.vision_steps, seed=cfg.seed)
+        print(f"vision tower: objects placed to {error:.2f} cm after {cfg.data.vision_steps} steps", flush=True)
+        state = started_at(state, model)
+    return jax.device_put(state, placement.replicated), 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loop
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: TrainConfig, directory: Path, data: Data, state: TrainState, placement: Placement) -> TrainState:
+    """Runs to `num_steps`, or to the end of the step in which a signal asks to stop; saves either way."""
+    step = start = int(state.step)
+    step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
+    schedule, key = make_schedule(cfg.optimizer, cfg.num_steps), train_key(cfg)
+    evaluate = Evaluator(cfg, data.held_out, data.transform, placement.batch)
+    log = MetricsLog(directory, cfg, start_step=start)
+    checkpoints = store.CheckpointStore(directory, keep_last=cfg.keep_last)
+    with Display(cfg.num_steps, start, f"{cfg.name}/{cfg.exp_name}") as display, experiment.stop_on_signal() as stop:
+        began = time.perf_counter()
+        window = Window(cfg.batch_size)
+        try:
+            stopping = False  # asked once a step: a signal between two questions must not end the loop unsaved
+            while step < cfg.num_steps and not stopping:
+                state, metrics = step_fn(state, next(data.loader), key)
+                step += 1
+                window.add(step, metrics, data.loader.wait_seconds)
+                display.step(step)
+                interrupted = step == start + 1
+                if interrupted:
+                    jax.block_until_ready(state.step)
+                    display.line(f"first step, with compilation: {time.perf_counter() - began:.1f} s")
+                stopping = bool(stop)
+                last = stopping or step == cfg.num_steps
+                if step % cfg.log_every == 0 or last:
+                    values = {"learning_rate": np.asarray(schedule(step - 1)).item()} | window.report()
+                    log.write("train", step, values)
+                    display.metrics(step, values)
+                if step % cfg.eval_every == 0 or step == cfg.num_steps:
+                    values, said = evaluate(state.best_model)
+                    log.write("eval", step, values)
+                    display.evaluation(step, values, said)
+                    interrupted = True
+                if step % cfg.save_every == 0 or last:
+                    window.check_finite()
+                    checkpoints.save(state, data.loader.position, data.assets)
+                    interrupted = True
+                if interrupted:
+                    window.restart_clock()
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{e}; {_kept(directory, checkpoints)}") from e
+        finally:
+            checkpoints.close()
+            log.close()
+        if stopping:
+            display.line(
+                f"stopped by {stop.signal} at step {step}, saved in {directory / str(step)}; go on with --resume"
+            )
+        else:
+            display.line(f"done: {directory / str(step)}")
+    return state
+
+
+def _kept(directory: Path, checkpoints: store.CheckpointStore) -> str:
+    checkpoints.close()
+    step = store.latest_step(directory)
+    kept = "no checkpoint had been saved" if step is None else f"the last good checkpoint is {directory / str(step)}"
+    return f"{kept}; try a lower --optimizer.peak-lr or --optimizer.clip-norm"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def enable_compilation_cache() -> None:
+    """Compiled programs are kept between runs: a resumed run starts in seconds."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        root = os.environ.get("OPENPI_AR_CACHE") or "~/.cache/openpi_ar"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla"))
+
+
+def run(argv: Sequence[str]) -> None:
+    """Every check that can fail comes before anything is written: flags, config, experiment, memory, data."""
+    args = cli.parse(argv, HELP, get_preset)
+    cfg = args.config
+    experiment.check_config(cfg)
+    make_schedule(cfg.optimizer, cfg.num_steps)
+    resume_from = experiment.plan(cfg, resume=args.resume, overwrite=args.overwrite)
+    enable_compilation_cache()
+    placement = make_placement(cfg)
+    need, have, source = memory.check_fits(cfg, PRESETS, devices=placement.devices)
+    print(memory.describe(need, have, source), flush=True)
+    data = make_data(cfg, placement, resume_from)
+    state, data.loader.position = make_state(cfg, placement, data.train, resume_from)
+    if int(state.step) >= cfg.num_steps:
+        print(f"nothing left to do: step {int(state.step)} of {cfg.num_steps} is saved; raise --num-steps to go on")
+        return
+    directory = experiment.create(cfg, overwrite=args.overwrite)
+    train(cfg, directory, data, state, placement)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2, a diverged run with exit code 1."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved since the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
