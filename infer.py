@@ -1,0 +1,238 @@
+"""Talk and act with a checkpoint: `python infer.py --ckpt tabletop`. See `python infer.py --help`.
+
+Without an observation of yours it takes one from the embedded tabletop; with `--rollout N` it plays closed-loop episodes there.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+from pathlib import Path
+import sys
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+import tyro
+
+import openpi_ar
+from openpi_ar import observations
+from openpi_ar.config import TabletopData
+from openpi_ar.errors import UserError
+from openpi_ar.policy import Policy
+from openpi_ar.sim import rollout
+from openpi_ar.sim.video import check_path
+from openpi_ar.sim.world import CAMERAS, STATE_DIM, Tabletop
+
+TABLETOP = Path(openpi_ar.__file__).parent / "assets" / "tabletop"
+_TABLETOP_ACTIONS = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Says what to do next and does it: one observation, a question, or closed-loop episodes."""
+
+    ckpt: str
+    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package."""
+    seed: int = 0
+    """Tabletop scene, first episode's seed, and seed of the action noise."""
+    images: tuple[str, ...] = ()
+    """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`."""
+    state: tuple[float, ...] | None = None
+    """The robot's state in real units."""
+    prompt: str | None = None
+    """What to do."""
+    observation: Path | None = None
+    """Your observation as .npz: an image per camera by its name, `state`, `prompt`."""
+    subtask: str | None = None
+    """Have the model act as if it had said this."""
+    question: str | None = None
+    """Ask about the images instead of acting (PaliGemma's VQA prompt)."""
+    repeats: int = 5
+    """Calls that the printed times are medians of."""
+    rollout: int = 0
+    """Play this many closed-loop episodes on the tabletop."""
+    split: Literal["train", "held_out"] = "train"
+    """Tasks of the episodes: those of training (new layouts), or combinations never trained on."""
+    execute: int = 4
+    """Actions of a chunk that an episode executes before it asks again."""
+    batch: int = 8
+    """Episodes played at once."""
+    shuffle_prompts: bool = False
+    """Ablation: each episode gets another one's prompt."""
+    blank_images: bool = False
+    """Ablation: black images."""
+    wrong_subtask: bool = False
+    """Ablation: say "pick up" with a block that is not next, and see which one the hand goes to."""
+    video: Path | None = None
+    """Film the episodes: .mp4 or .gif."""
+    plot: Path | None = None
+    """Draw the action chunk into this image file."""
+    json: Path | None = None
+    """Write what was printed to this file."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2."""
+    args = tyro.cli(Args, args=argv, prog="python infer.py")
+    try:
+        run(args)
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(args: Args) -> None:
+    """Everything that can be wrong with the arguments is said before the checkpoint is loaded."""
+    console = Console()
+    _check(args)
+    given = observations.given(args.images, args.state, args.prompt, args.observation)
+    with console.status(f"loading {args.ckpt}"):
+        policy = Policy.from_checkpoint(resolve_checkpoint(args.ckpt), seed=args.seed)
+    if args.rollout:
+        report = _rollout(args, policy, console)
+    else:
+        raw = _observation(args, given, policy)
+        with console.status("compiling and running"):
+            report = policy.measure(raw, subtask=args.subtask, question=args.question, repeats=args.repeats)
+        report = {"prompt": args.question or raw["prompt"], **report}
+        _print_result(report, policy, console)
+        if args.plot is not None:
+            _plot(args.plot, report, policy)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2, default=lambda a: a.tolist()) + "\n")
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """`tabletop` is the checkpoint inside the package, everything else a path."""
+    if name != "tabletop":
+        return Path(name)
+    if not TABLETOP.is_dir():
+        raise UserError(
+            f"the tabletop checkpoint is not in this installation (expected at {TABLETOP}): train one with "
+            "`python train.py --config pi05_subtask_tabletop` and give its directory to --ckpt"
+        )
+    return TABLETOP
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# observations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _check(args: Args) -> None:
+    if args.images and args.observation:
+        raise UserError("--images and --observation exclude each other: give one of them")
+    if args.seed < 0 or args.rollout < 0 or args.repeats < 1:
+        raise UserError("--seed and --rollout must be 0 or more, --repeats 1 or more")
+    own = [flag for flag in ("images", "state", "prompt", "observation", "question", "plot") if getattr(args, flag)]
+    if args.rollout and own:
+        raise UserError(f"--rollout plays the tabletop's own episodes: leave out {', '.join('--' + f for f in own)}")
+    only = [f for f in ("video", "shuffle_prompts", "blank_images", "wrong_subtask") if getattr(args, f)]
+    if only and not args.rollout:
+        raise UserError(f"--{only[0].replace('_', '-')} is about episodes: add --rollout N")
+    for text, flag in ((args.subtask, "--subtask"), (args.question, "--question"), (args.prompt, "--prompt")):
+        if text is not None and not text.strip():
+            raise UserError(f"{flag} is empty: give it a text or leave it out")
+    if args.subtask is not None and args.question is not None:
+        raise UserError("--question is answered without acting: leave out --subtask")
+    if args.question is not None and args.plot is not None:
+        raise UserError("--question gives no actions to plot: leave out --plot")
+    for path in (args.video, args.plot, args.json):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(
+                f"the folder {str(path.parent)!r} does not exist: create it before writing {path.name} there"
+            )
+    if args.video is not None:
+        check_path(args.video)
+    if args.plot is not None and args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot must end in .png, .pdf or .svg, found {str(args.plot)!r}")
+
+
+def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
+    """The observation that the arguments give, else the tabletop's of this seed with what they do give in its place."""
+    for name in given.get("images", {}):
+        if name not in policy.cameras:
+            raise UserError(f"the model has no camera {name!r}: it reads {', '.join(policy.cameras)}")
+    if "images" not in given:
+        obs, _ = _make_world(policy).reset(args.seed, split=args.split)
+        return {**obs, **given}
+    if "prompt" not in given and args.question is None:
+        raise UserError("the prompt is missing: say what to do with --prompt")
+    if "state" not in given and args.question is None:
+        raise UserError(f"the state is missing: give its {policy.transform.state_stats.dims} numbers with --state")
+    return {"prompt": "", **given}
+
+
+def _make_world(policy: Policy) -> Tabletop:
+    dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
+    if not set(policy.cameras) <= set(CAMERAS) or dims != (STATE_DIM, len(_TABLETOP_ACTIONS)):
+        raise UserError(
+            f"this checkpoint is for another robot than the tabletop's (cameras {', '.join(policy.cameras)}; {dims[0]} "
+            f"state and {dims[1]} action dimensions): give an observation with --images, --state and --prompt"
+        )
+    data = policy.cfg.data
+    size = data.image_size if isinstance(data, TabletopData) else policy.cfg.model.siglip.image_size
+    return Tabletop(size, policy.cameras)
+
+
+def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
+    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(rollout.RolloutConfig) if hasattr(args, f.name)}
+    cfg = rollout.RolloutConfig(**{**same, "episodes": args.rollout})
+    result = rollout.run_rollouts(policy, cfg, lambda: _make_world(policy), video=args.video)
+    console.print(f"{args.rollout} {args.split} episodes, seeds from {args.seed}", highlight=False)
+    table = Table("mean over episodes", "")
+    for name, value in result.means.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:.3f}")
+    console.print(table)
+    return {**result.means, "episodes": [dataclasses.asdict(e) for e in result.episodes]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _action_names(policy: Policy) -> tuple[str, ...]:
+    if isinstance(policy.cfg.data, TabletopData):
+        return _TABLETOP_ACTIONS
+    return tuple(f"action {i}" for i in range(policy.transform.action_stats.dims))
+
+
+def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> None:
+    note = "" if report["text_status"] == "ok" else f"   [{report['text_status']}: the text has no proper end]"
+    said = "answer" if "answer" in report else "subtask"
+    for name, text in (("prompt", report["prompt"]), (said, report[said] + note)):
+        console.print(f"{name + ':':<9}{text}", markup=False, highlight=False, soft_wrap=True)
+    if "actions" in report:
+        table = Table("step", *_action_names(policy), title="actions")
+        for step, action in enumerate(report["actions"]):
+            table.add_row(str(step), *(f"{value:.4f}" for value in action))
+        console.print(table)
+    notes = {"total": "as one program", "first_call": "compiles"}
+    table = Table("stage", "ms", "", title="time")
+    for name, ms in report["timing"].items():
+        table.add_row(name.replace("_", " "), f"{ms:.1f}", notes.get(name, ""))
+    console.print(table)
+
+
+def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    actions = report["actions"]
+    fig, axes = plt.subplots(actions.shape[1], 1, sharex=True, squeeze=False, figsize=(6, 1.5 * actions.shape[1] + 1))
+    for ax, name, values in zip(axes[:, 0], _action_names(policy), actions.T, strict=True):
+        ax.plot(values, marker="o")
+        ax.set_ylabel(name)
+    axes[-1, 0].set_xlabel("control step")
+    fig.suptitle(f"{report['prompt']}\nsays: {report['subtask']}", fontsize=9)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Observations from the command line: image files, numbers, .npz."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+import zipfile
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from openpi_ar.errors import UserError
+
+
+def given(
+    images: Sequence[str] = (),
+    state: Sequence[float] | None = None,
+    prompt: str | None = None,
+    file: Path | None = None,
+) -> dict[str, Any]:
+    """A raw observation of what is given, and no more: "images", "state", "prompt".
+
+    Args:
+        images: camera=file for each camera.
+        state: real units; in place of the file's.
+        prompt: in place of the file's.
+        file: .npz with an image per camera by its name, "state" and "prompt".
+
+    Raises:
+        UserError: a file that is missing or is not what it should be.
+    """
+    raw: dict[str, Any] = {} if file is None else read_npz(file)
+    if images:
+        raw["images"] = dict(read_image(item) for item in images)
+    if state is not None:
+        raw["state"] = np.asarray(state, np.float32)
+    if prompt is not None:
+        raw["prompt"] = prompt
+    return raw
+
+
+def read_image(item: str) -> tuple[str, np.ndarray]:
+    """camera=file -> (camera, uint8 [h w 3]). Raises UserError if the file is missing or no image."""
+    camera, _, file = item.partition("=")
+    if not camera or not file:
+        raise UserError(f"--images takes camera=file, found {item!r}; for example front=a.png")
+    try:
+        return camera, np.asarray(Image.open(file).convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"image file {file!r} of camera {camera!r} does not exist") from None
+    except (UnidentifiedImageError, OSError) as e:
+        raise UserError(f"{file!r} of camera {camera!r} is not an image that can be read: {e}") from None
+
+
+def read_npz(path: Path) -> dict[str, Any]:
+    """An .npz of one observation. Raises UserError if the file is missing or holds anything but plain arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except FileNotFoundError:
+        raise UserError(f"observation file {str(path)!r} does not exist") from None
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise UserError(f"{str(path)!r} is not an .npz file with plain arrays: {e}") from None
+    raw: dict[str, Any] = {}
+    if "state" in arrays:
+        raw["state"] = arrays.pop("state")
+    if "prompt" in arrays:
+        raw["prompt"] = str(arrays.pop("prompt"))
+    return {**raw, "images": arrays}

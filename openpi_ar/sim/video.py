@@ -1,0 +1,127 @@
+"""Episodes as video: cameras side by side, the prompt and what the model says underneath."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from pathlib import Path
+import textwrap
+
+import av
+from av.container import OutputContainer
+from av.video.stream import VideoStream
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from openpi_ar.errors import UserError
+
+FPS = 10
+"""Control steps a second: video time is the tabletop's time."""
+
+_PANEL = 256
+_FONT = 15
+_LINES = 3
+"""Two for the prompt, one for what is said."""
+
+
+def check_path(path: Path) -> None:
+    """Raises UserError unless the path ends in .mp4 or .gif and its folder exists."""
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise UserError(f"a video must end in .mp4 or .gif, found {str(path)!r}")
+    if not path.parent.is_dir():
+        raise UserError(f"the folder {str(path.parent)!r} of the video does not exist: create it first")
+
+
+def draw_frame(images: Mapping[str, np.ndarray], prompt: str, said: str, *, right: bool | None = None) -> np.ndarray:
+    """One frame, uint8 [h w 3] with even sides.
+
+    Args:
+        images: uint8 [h w 3] by camera name, enlarged to 256 pixels of height and put side by side.
+        prompt: the task, on up to two lines.
+        said: what the model says, on one line.
+        right: colours it: True green, False red, None white.
+    """
+    panels = [_enlarge(image) for image in images.values()]
+    width = sum(p.width for p in panels)
+    font = ImageFont.load_default(size=_FONT)
+    line = _FONT + 6
+    frame = Image.new("RGB", (width + width % 2, _PANEL + line * _LINES + (line * _LINES) % 2), (20, 20, 24))
+    x = 0
+    for panel in panels:
+        frame.paste(panel, (x, 0))
+        x += panel.width
+    draw = ImageDraw.Draw(frame)
+    letters = max(10, int(width / font.getlength("n")))
+    lines = [*textwrap.wrap(prompt, letters)[:2], "", ""][:2]
+    for i, text in enumerate(lines):
+        draw.text((4, _PANEL + 2 + i * line), text, font=font, fill=(190, 190, 200))
+    color = {None: (255, 255, 255), True: (120, 230, 120), False: (255, 120, 110)}[right]
+    draw.text((4, _PANEL + 2 + 2 * line), f"says: {said}"[:letters], font=font, fill=color)
+    return np.asarray(frame)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """One control step: images by camera name, what the model says, and whether that is right (None: not judged)."""
+
+    images: Mapping[str, np.ndarray]
+    said: str
+    right: bool | None
+
+
+class VideoWriter:
+    """Writes frames of one size to an .mp4 (H.264) or .gif file, 10 a second. A context manager.
+
+    Raises:
+        UserError: another extension, or a folder that does not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        check_path(self.path)
+        self._open: tuple[OutputContainer, VideoStream] | None = None
+        self._gif: list[Image.Image] = []
+
+    def add_episode(self, prompt: str, shots: Sequence[Shot]) -> None:
+        """Append an episode, each step drawn with the prompt and what is said."""
+        self.add([draw_frame(shot.images, prompt, shot.said, right=shot.right) for shot in shots])
+
+    def add(self, frames: Sequence[np.ndarray]) -> None:
+        """Append uint8 [h w 3] frames; the sides must be even."""
+        for frame in frames:
+            if self.path.suffix.lower() == ".gif":
+                # One palette per frame costs little and keeps the blocks' colours.
+                self._gif.append(Image.fromarray(frame).quantize(64))
+            else:
+                self._encode(frame)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish the file; without frames there is none."""
+        if self._open is not None:
+            container, stream = self._open
+            container.mux(stream.encode())
+            container.close()
+            self._open = None
+        if self._gif:
+            first, *rest = self._gif
+            first.save(self.path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0)
+            self._gif = []
+
+    def _encode(self, frame: np.ndarray) -> None:
+        if self._open is None:
+            container = av.open(str(self.path), "w")
+            stream = container.add_stream("libx264", rate=FPS)
+            stream.height, stream.width = frame.shape[:2]
+            stream.pix_fmt = "yuv420p"
+            self._open = container, stream
+        container, stream = self._open
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+
+def _enlarge(image: np.ndarray) -> Image.Image:
+    height, width = image.shape[:2]
+    return Image.fromarray(image).resize((round(width * _PANEL / height), _PANEL), Image.Resampling.NEAREST)
