@@ -61,6 +61,8 @@ class Args:
     """Ablation: each episode gets another one's prompt."""
     blank_images: bool = False
     """Ablation: black images."""
+    expert_drives: bool = False
+    """The scripted expert acts and the model only talks: how often is what it says right?"""
     wrong_subtask: bool = False
     """Ablation: say "pick up" with a block that is not next, and see which one the hand goes to."""
     video: Path | None = None
@@ -127,7 +129,9 @@ def _check(args: Args) -> None:
     own = [flag for flag in ("images", "state", "prompt", "observation", "question", "plot") if getattr(args, flag)]
     if args.rollout and own:
         raise UserError(f"--rollout plays the tabletop's own episodes: leave out {', '.join('--' + f for f in own)}")
-    only = [f for f in ("video", "shuffle_prompts", "blank_images", "wrong_subtask") if getattr(args, f)]
+    only = [
+        f for f in ("video", "shuffle_prompts", "blank_images", "expert_drives", "wrong_subtask") if getattr(args, f)
+    ]
     if only and not args.rollout:
         raise UserError(f"--{only[0].replace('_', '-')} is about episodes: add --rollout N")
     for text, flag in ((args.subtask, "--subtask"), (args.question, "--question"), (args.prompt, "--prompt")):

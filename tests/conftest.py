@@ -53,5 +53,5 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_checkpoint: Path) -> Policy:
-    """Its policy, compiled once for the whole session; call `reseed` before depending on its noise."""
+    """Its policy, compiled once for all tests; call `reseed` before depending on its noise."""
     return Policy.from_checkpoint(tiny_checkpoint)

@@ -32,7 +32,7 @@ def ckpt(tiny_checkpoint: Path) -> list[str]:
 
 @pytest.fixture
 def warm(ckpt, tiny_policy, monkeypatch) -> list[str]:
-    """The checkpoint's arguments, with the session's compiled policy in its place."""
+    """The checkpoint's arguments, with the shared compiled policy in its place."""
 
     def load(path, *, seed):
         tiny_policy.reseed(seed)

@@ -69,6 +69,22 @@ def test_an_expert_that_says_what_it_does_is_perfect(expert_result):
     assert all(10 < e.steps < 180 for e in expert_result.episodes)
 
 
+def test_when_the_expert_drives_only_words_count(expert_result):
+    """The policy's own actions would go nowhere; the expert's finish the task, and every word is still judged."""
+
+    class Lazy(Scripted):
+        def infer(self, raw, forced):
+            plan = super().infer(raw, forced)
+            return {**plan, "actions": np.zeros_like(plan["actions"])}
+
+    driven = run(Lazy(), expert_drives=True)
+    assert (driven.means["success"], driven.means["subtask_accuracy"]) == (1.0, 1.0)
+    assert run(Lazy(say="done"), expert_drives=True, episodes=1).means["subtask_accuracy"] < 0.2
+    assert run(Lazy(), episodes=1).means["success"] == 0.0  # control
+    with pytest.raises(UserError, match="does not listen"):
+        run(Lazy(), expert_drives=True, wrong_subtask=True)
+
+
 def test_words_and_deeds_are_scored_apart(expert_result):
     liar = run(Scripted(say="done"))
     assert (liar.means["success"], liar.means["subtask_accuracy"], liar.means["text_trouble"]) == (1.0, 0.0, 1.0)

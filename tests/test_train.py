@@ -162,21 +162,20 @@ def test_init_from_starts_at_the_averaged_parameters(uninterrupted):
 
 def test_overfits_one_batch_and_compiles_once():
     cfg = dataclasses.replace(CFG, num_steps=STEPS)
-    tx = make_optimizer(cfg.optimizer, cfg.num_steps)
-    step = make_train_step(cfg, tx)
+    step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
     placement = train.make_placement(cfg)
     t, data = transform(), sources()[0]
     batch = jax.device_put(collate([t.sample(data[i]) for i in range(4)]), placement.batch)
-    state = jax.device_put(init_state(cfg, tx), placement.replicated)
+    state, _ = train.make_state(cfg, placement, data, None)
     history = []
     for _ in range(STEPS):
         state, metrics = step(state, batch, train_key(cfg))
         history.append({k: float(v) for k, v in metrics.items()})
     assert int(state.step) == STEPS
     assert history[0]["text_ce"] > 6.0  # chance is log 1024 = 6.93
-    assert history[-1]["text_ce"] < 0.3
+    assert history[-1]["text_ce"] < 0.5
     assert history[-1]["exact_match"] == 1.0
-    assert np.mean([h["flow"] for h in history[-20:]]) < 0.5 * np.mean([h["flow"] for h in history[:5]])
+    assert np.mean([h["flow"] for h in history[-20:]]) < 0.35 * np.mean([h["flow"] for h in history[:5]])
     assert step._cache_size() == 1
 
 
@@ -297,14 +296,14 @@ def refused(argv: list[str], capsys) -> str:
         ("--config debug --data.prompt-swap 2", "prompt_swap"),
         ("--config debug --data.prompt-swap 0.5 --text.template openpi", "nothing would tell the actions"),
         ("--config debug --text.template poem", "unknown template 'poem'"),
-        ("--config debug --text.tokenizer nowhere.model", "nowhere.model"),
-        ("--config debug --model.vocab-size 100", "1024 pieces but model.vocab_size is 100"),
-        ("--config debug --model.cameras front top", "tabletop has front, wrist"),
-        ("--config debug --model.action-dim 3", "model.action_dim is 3"),
-        ("--config debug --text.max-prompt-tokens 5", "--text.max-prompt-tokens"),
-        ("--config debug --data.episodes 1", "at least 2"),
-        ("--config debug --init-from nowhere", "nowhere does not exist"),
-        ("--config debug --data lerobot", "data.path must name"),
+        ("--config debug --exp-name fresh --text.tokenizer nowhere.model", "nowhere.model"),
+        ("--config debug --exp-name fresh --model.vocab-size 100", "1024 pieces but model.vocab_size is 100"),
+        ("--config debug --exp-name fresh --model.cameras front top", "tabletop has front, wrist"),
+        ("--config debug --exp-name fresh --model.action-dim 3", "model.action_dim is 3"),
+        ("--config debug --exp-name fresh --text.max-prompt-tokens 5", "--text.max-prompt-tokens"),
+        ("--config debug --exp-name fresh --data.episodes 1", "at least 2"),
+        ("--config debug --exp-name fresh --init-from nowhere", "nowhere does not exist"),
+        ("--config debug --exp-name fresh --data lerobot", "data.path must name"),
         ("--config debug --resume --exp-name fresh", "nothing to resume"),
         ("--config debug --resume --overwrite", "exclude each other"),
         ("--config debug", "already holds an experiment"),
@@ -358,11 +357,15 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 0.5)]
 
 
+def test_batch_that_does_not_divide_among_devices_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    flags = ["--config", "debug", "--batch-size", "3", "--checkpoint-dir", str(tmp_path)]
+    assert "batch_size 3 does not divide among 2 devices" in refused(flags, capsys)
+
+
 def test_two_devices_compute_what_one_does(uninterrupted, tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
     command = [sys.executable, "train.py", *FLAGS, "--checkpoint-dir", str(tmp_path)]
-    odd = subprocess.run([*command, "--batch-size", "3"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert odd.returncode == 2 and "does not divide among 2 devices" in odd.stderr
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

@@ -1,6 +1,6 @@
 """A checkpoint to hand out: parameters and assets only, smaller in bfloat16.
 
-    python -m openpi_ar.checkpoints.slim checkpoints/pi05_subtask_tabletop/long/12000 my_policy --dtype bfloat16
+python -m openpi_ar.checkpoints.slim checkpoints/pi05_subtask_tabletop/long/12000 my_policy --dtype bfloat16
 """
 
 import dataclasses

@@ -184,7 +184,11 @@ def restore_train_state(
     folder = (step_dir / "train_state").absolute()
     if not (folder / "_METADATA").exists():
         raise UserError(f"{step_dir} holds no train_state, so training cannot go on from it (--init-from can use it)")
-    want = {"step": template.step, "data_position": np.zeros((), np.int64), "opt_state": pure_params(template.opt_state)}
+    want = {
+        "step": template.step,
+        "data_position": np.zeros((), np.int64),
+        "opt_state": pure_params(template.opt_state),
+    }
     if template.ema is not None:
         want["params"] = pure_params(template.model)
     rest = ocp.PyTreeCheckpointer().restore(folder, args=_restore_args(want, sharding))

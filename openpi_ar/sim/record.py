@@ -145,4 +145,6 @@ def _attempt(world: Tabletop, rng: np.random.Generator, noise: float) -> Episode
             success_at = step + 1
     if success_at is None or subtasks[-1] != "done":
         return None
-    return Episode(task.prompt, np.stack(images), np.stack(states), np.stack(actions), subtasks, np.array(blocks, np.float32))
+    return Episode(
+        task.prompt, np.stack(images), np.stack(states), np.stack(actions), subtasks, np.array(blocks, np.float32)
+    )

@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpi_ar.errors import UserError
-from openpi_ar.sim.expert import approached, parse_subtask
+from openpi_ar.sim.expert import Expert, approached, parse_subtask
 from openpi_ar.sim.tasks import Split, pick_up, sample_task
 from openpi_ar.sim.video import Shot, VideoWriter
 from openpi_ar.sim.world import Info, Observation, Tabletop
@@ -42,6 +42,7 @@ class RolloutConfig:
     batch            episodes run at once.
     shuffle_prompts  each episode gets the prompt of another one, but is scored by its own task.
     blank_images     the policy sees black images.
+    expert_drives    the scripted expert acts; the policy only says what comes next, and only that is judged.
     subtask          the policy is made to say this, always.
     wrong_subtask    it is made to say "pick up the X block" where X is on the table but not what comes next.
 
@@ -55,6 +56,7 @@ class RolloutConfig:
     batch: int = 8
     shuffle_prompts: bool = False
     blank_images: bool = False
+    expert_drives: bool = False
     subtask: str | None = None
     wrong_subtask: bool = False
 
@@ -153,6 +155,7 @@ class _Slot:
 
     def __init__(self, world: Tabletop, *, record: bool):
         self.world, self.record = world, record
+        self.expert = Expert(world)
         self.over = True
 
     def begin(self, cfg: RolloutConfig, episode: int | None, prompts: Sequence[str]) -> bool:
@@ -189,6 +192,8 @@ class _Slot:
             if self.record:
                 self.film.append(Shot(self.obs["images"], said, right))
             looked_at = self.record or i == cfg.execute - 1
+            if cfg.expert_drives:
+                action = self.expert.act()
             self.obs, _, success, _, self.info = self.world.step(action, render=looked_at)
             self.steps += 1
             if self.forced is not None:
@@ -234,6 +239,8 @@ def _check(cfg: RolloutConfig) -> None:
         raise UserError(f"must be at least 1: {', '.join(wrong)}")
     if cfg.seed < 0:
         raise UserError(f"seed must be 0 or more, found {cfg.seed}")
+    if cfg.expert_drives and cfg.is_forced:
+        raise UserError("the expert does not listen to a forced subtask: leave out one of them")
     if cfg.subtask is not None and cfg.wrong_subtask:
         raise UserError("a given subtask and a wrong one exclude each other: ask for one of them")
     if cfg.subtask is not None:

@@ -53,8 +53,8 @@ def experiment_dir(cfg: TrainConfig) -> Path:
 def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
     """The step directory to resume from, None for a fresh start. Touches nothing.
 
-    Raises UserError for contradictory flags, an existing experiment without a flag, nothing to resume, or a saved
-    config that this one does not continue.
+    Raises UserError for contradictory flags, an existing experiment without a flag, nothing to resume, a saved config
+    that this one does not continue, or an `init_from` that is not there.
     """
     directory = experiment_dir(cfg)
     if resume and overwrite:
@@ -67,6 +67,8 @@ def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
             raise UserError(f"nothing to resume: {directory} holds no complete checkpoint; start without --resume")
         _check_continues(cfg, directory / str(step))
         return directory / str(step)
+    if cfg.init_from:
+        store.resolve_step_dir(cfg.init_from)
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
             f"{directory} already holds an experiment: add --resume to go on, --overwrite to delete it and start anew, "
