@@ -18,6 +18,8 @@ import tyro
 from openpi_ar.checkpoints import store
 from openpi_ar.errors import UserError
 
+_MARK = "commit_success.txt"
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -45,7 +47,9 @@ def slim(source: Path, target: Path, dtype: str) -> int:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)).absolute()
     try:
         ocp.PyTreeCheckpointer().save(scratch / "params", {"params": pure})
-        shutil.copytree(step_dir / "assets", scratch / "assets")
+        # orbax's marks of success name the directory they were written in; complete is what has been renamed.
+        (scratch / "params" / _MARK).unlink(missing_ok=True)
+        shutil.copytree(step_dir / "assets", scratch / "assets", ignore=shutil.ignore_patterns(_MARK))
         shutil.copy(step_dir / "_CHECKPOINT_METADATA", scratch)
         scratch.chmod(0o755)
         scratch.rename(target)
