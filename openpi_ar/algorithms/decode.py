@@ -124,8 +124,8 @@ def generate(
             step=state.step + 1,
             last=token,
             done=state.done | (token == eos_id),
-            ids=state.ids.at[:, state.step].set(token, mode="drop"),
-            valid=state.valid.at[:, state.step].set(~state.done, mode="drop"),
+            ids=jnp.asarray(state.ids).at[:, state.step].set(token, mode="drop"),
+            valid=jnp.asarray(state.valid).at[:, state.step].set(~state.done, mode="drop"),
         )
 
     def body(state: _State) -> _State:

@@ -79,7 +79,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.zeros((dim,)))
 
-    def __call__(self, x: Float[Array, "*d D"], cond: None = None) -> tuple[Float[Array, "*d D"], None]:
+    def __call__(self, x: Float[Array, "*d D"], cond: Array | None = None) -> tuple[Float[Array, "*d D"], None]:
         """Returns the normed input and no gate."""
         return (_rms(x) * (1.0 + self.scale[...])).astype(x.dtype), None
 
@@ -94,12 +94,13 @@ class AdaRMSNorm(nnx.Module):
         self.modulation = Linear(dim, 3 * dim, rngs=rngs, zero_init=True)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cond: Float[Array, "B n D"]
+        self, x: Float[Array, "B T D"], cond: Float[Array, "B n D"] | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """Returns the modulated norm of x and the gate of the residual branch that follows.
 
         The T tokens are n equal groups (flow draws), each with its own condition.
         """
+        assert cond is not None, "this tower is conditioned: it needs a condition"
         modulation = jnp.repeat(self.modulation(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
         scale, shift, gate = jnp.split(modulation, 3, axis=-1)
         return (_rms(x) * (1.0 + scale) + shift).astype(x.dtype), gate
@@ -150,12 +151,11 @@ def attend(
     logits = [jnp.einsum("BKTGH,BSKH->BKTGS", q, k, preferred_element_type=jnp.float32) for k, _ in kv]
     logits = jnp.where(mask[:, None, :, None], jnp.concatenate(logits, axis=-1), MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    start, out = 0, None
+    start, parts = 0, []
     for _, v in kv:
-        part = jnp.einsum("BKTGS,BSKH->BKTGH", probs[..., start : start + v.shape[1]], v)
-        out = part if out is None else out + part
+        parts.append(jnp.einsum("BKTGS,BSKH->BKTGH", probs[..., start : start + v.shape[1]], v))
         start += v.shape[1]
-    return rearrange(out, "B K T G H -> B T (K G) H")
+    return rearrange(sum(parts[1:], start=parts[0]), "B K T G H -> B T (K G) H")
 
 
 def sincos_embedding(

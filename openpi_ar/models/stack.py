@@ -43,14 +43,15 @@ class Stack(nnx.Module):
 
         `per_layer` is a pytree with a leading layer axis (or None); the outs come back stacked the same way.
         """
-        if self.is_stacked:
+        layers = self.layers
+        if not isinstance(layers, nnx.List):
 
             def body(carry: Any, xs: Any) -> tuple[Any, Any]:
                 return step(xs[0], carry, xs[1])
 
-            return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (self.layers, per_layer))
+            return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (layers, per_layer))
         outs = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             carry, out = step(layer, carry, jax.tree.map(lambda a, i=i: a[i], per_layer))
             outs.append(out)
         return carry, jax.tree.map(lambda *o: jnp.stack(o), *outs)

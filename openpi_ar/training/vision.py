@@ -52,7 +52,7 @@ def pose_targets(
     for camera in cameras:
         on_wrist = "wrist" in camera
         at = objects - tool[:, None] if on_wrist else objects
-        visible = np.isfinite(at).all(-1)
+        visible = np.asarray(np.isfinite(at).all(-1))
         if on_wrist:
             visible &= (np.abs(np.nan_to_num(at[..., :2], nan=9.0)) < _WRIST_REACH).all(-1)
             visible[:, -1] = False
