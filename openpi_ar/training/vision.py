@@ -91,7 +91,7 @@ def pretrain_vision(
         return optax.apply_updates(tower, updates), opt_state, error
 
     run = jax.jit(step, donate_argnums=(0, 1))
-    tower: Any = (nnx.clone(model.img), head)
+    tower: Any = (jax.tree.map(jnp.copy, model.img), head)  # a copy: the step donates it
     opt_state = tx.init(tower)
     errors: list[Array] = []
     for batch in track(_batches(model, source, steps, batch_size, seed), "vision tower: poses", total=steps):
