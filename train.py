@@ -94,7 +94,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         transform,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
-        augment=PromptSwap(train.demos.prompts, cfg.data.prompt_swap),
+        augment=PromptSwap(train.prompts, cfg.data.prompt_swap),
         sharding=placement.batch,
     )
     print(f"data: {len(train)} training frames, {len(held_out)} held out", flush=True)
@@ -158,7 +158,7 @@ def train(cfg: TrainConfig, directory: Path, data: Data, state: TrainState, plac
                     values = {"learning_rate": np.asarray(schedule(step - 1)).item()} | window.report()
                     log.write("train", step, values)
                     display.metrics(step, values)
-                if step % cfg.eval_every == 0 or step == cfg.num_steps:
+                if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.num_steps):
                     values, said = evaluate(state.best_model)
                     log.write("eval", step, values)
                     display.evaluation(step, values, said)

@@ -17,7 +17,7 @@ DEBUG = dataclasses.replace(
     ),
     loss=dataclasses.replace(TABLETOP.loss, flow_draws=2),
     data=TabletopData(episodes=3, image_size=(32, 32)),
-    optimizer=OptimizerConfig(peak_lr=3e-3, final_lr=1e-4, warmup_steps=2, b2=0.99, ema_decay=0.99),
+    optimizer=OptimizerConfig(peak_lr=1e-2, final_lr=1e-3, warmup_steps=2, b2=0.99, ema_decay=0.99),
     batch_size=4,
     num_steps=6,
     log_every=2,

@@ -50,13 +50,17 @@ PI05_SUBTASK_TABLETOP = TrainConfig(
     text=TextConfig(tokenizer="embedded", template="subtask", max_prompt_tokens=32, max_target_tokens=10),
     loss=LossConfig(flow_draws=4),
     data=TabletopData(
-        episodes=1_000, image_size=TABLETOP_MODEL.siglip.image_size, vision_steps=1_200, prompt_swap=0.15
+        episodes=1_000,
+        image_size=TABLETOP_MODEL.siglip.image_size,
+        vision_steps=1_000,
+        commanded=0.25,
+        prompt_swap=0.1,
     ),
     optimizer=OptimizerConfig(
         peak_lr=1e-3, final_lr=1e-5, warmup_steps=200, b2=0.99, weight_decay=1e-4, ema_decay=0.999
     ),
     batch_size=32,
-    num_steps=2_400,
+    num_steps=2_000,
     log_every=20,
     eval_every=400,
     save_every=400,
@@ -67,7 +71,7 @@ def actions_only(cfg: TrainConfig) -> TrainConfig:
     """The same preset saying nothing: openpi's prompt, flow loss alone."""
     data = cfg.data
     if isinstance(data, TabletopData):
-        data = dataclasses.replace(data, prompt_swap=0.0)  # without a subtask, only the prompt says what to do
+        data = dataclasses.replace(data, commanded=0.0, prompt_swap=0.0)  # without a subtask, only the prompt says what to do
     return dataclasses.replace(
         cfg,
         data=data,

@@ -137,9 +137,14 @@ class TabletopData:
     """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
     vision_steps: int = 0
     """Steps in which the vision tower first learns where everything is (`training/vision.py`); only a fresh start."""
+    commanded: float = 0.0
+    """Fraction of the episodes in which the expert follows a random plan that the prompt does not tell, and whose text is
+    not supervised: the actions can then follow only the subtask, which is what makes the conditioning on it real."""
+    asked: tuple[str, ...] = ()
+    """Colours of the blocks that tasks ask for, others only stand by; empty: all."""
     prompt_swap: float = 0.0
-    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: the actions
-    can then follow only the subtask, which is what makes the conditioning on it real."""
+    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: as `commanded`,
+    of frames that the prompt's own plan leads to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +192,7 @@ class TrainConfig:
     num_steps: int = 30_000
     log_every: int = 20
     eval_every: int = 1_000
+    """0: never, not even at the end."""
     eval_batches: int = 4
     save_every: int = 1_000
     keep_last: int = 1

@@ -34,6 +34,7 @@ def demos(lengths: tuple[int, ...] = LENGTHS) -> Demos:
         subtask_id=(index % len(SUBTASKS)).astype(np.int32),
         episode_index=episode,
         blocks=np.full((n, 5, 3), np.nan, np.float32),
+        commanded=np.zeros(n, bool),
         prompts=PROMPTS,
         subtasks=SUBTASKS,
         camera_names=("front", "wrist"),

@@ -10,6 +10,7 @@ from openpi_ar.config import TabletopData
 from openpi_ar.data.normalize import Mode, NormStats, compute_stats
 from openpi_ar.errors import UserError
 from openpi_ar.sim import demos as sim_demos
+from openpi_ar.sim.scene import COLORS
 from openpi_ar.sim.world import CAMERAS
 
 HELD_OUT = 0.05
@@ -47,7 +48,13 @@ class TabletopSource:
             "subtask": d.subtasks[int(d.subtask_id[t])],
             "actions": np.asarray(d.action[np.minimum(steps, end)]),
             "action_valid": steps <= end,
+            "supervise_text": not d.commanded[t],
         }
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that occur in these frames."""
+        return tuple(self.demos.prompts[i] for i in np.unique(self.demos.prompt_id[self.frames]))
 
     def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
         """Statistics of states and actions over all frames of this source."""
@@ -87,6 +94,9 @@ def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tu
     """
     if cfg.episodes < 2:
         raise UserError(f"data.episodes must be at least 2 (one is held out for evaluation), found {cfg.episodes}")
+    asked = cfg.asked or COLORS
+    if len(set(asked)) < 2 or not set(asked) <= set(COLORS):
+        raise UserError(f"data.asked must name at least two of {', '.join(COLORS)}, found {' '.join(asked)}")
     _check_cameras(cameras, CAMERAS)
     demos = sim_demos.load_or_generate(
         sim_demos.DemoConfig(
@@ -94,6 +104,8 @@ def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tu
             seed=cfg.seed,
             image_size=cfg.image_size,
             noise=cfg.noise,
+            commanded=cfg.commanded,
+            asked=asked,
             cache_dir=cfg.cache_dir,
         ),
         # Starting worker processes costs more than a few episodes do.
@@ -105,7 +117,10 @@ def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tu
 def split_sources(
     demos: sim_demos.Demos, horizon: int, cameras: Sequence[str]
 ) -> tuple[TabletopSource, TabletopSource]:
-    """(training, held-out) sources over the demonstrations, split by episode."""
+    """(training, held-out) sources over the demonstrations, split by episode.
+
+    Of the held-out episodes only those count whose subtasks follow from the prompt: nobody can say the others.
+    """
     _check_cameras(cameras, demos.camera_names)
     episode = np.asarray(demos.episode_index)
     ids, inverse = np.unique(episode, return_inverse=True)
@@ -116,7 +131,9 @@ def split_sources(
     held_out = max(1, math.ceil(HELD_OUT * len(ids)))
     is_train = inverse < len(ids) - held_out
     all_last = last[inverse]
-    train, test = (np.flatnonzero(mask) for mask in (is_train, ~is_train))
+    train, test = (np.flatnonzero(mask) for mask in (is_train, ~is_train & ~np.asarray(demos.commanded)))
+    if not len(test):
+        raise UserError("all held-out episodes are commanded ones: raise data.episodes or lower data.commanded")
     return TabletopSource(demos, train, horizon, all_last), TabletopSource(demos, test, horizon, all_last)
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpi_ar.sim.record import Episode, record_episode
+from openpi_ar.sim.scene import COLORS
 from openpi_ar.sim.tasks import known_prompts, known_subtasks
 from openpi_ar.sim.world import CAMERAS, Tabletop
 
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 """Raise when the scene, the expert or the recording changes: old caches are then left alone and not read."""
 
 _CHUNK = 4
@@ -37,6 +38,8 @@ class DemoConfig:
     seed         different seeds share no episode.
     image_size   height and width in pixels.
     noise        strength of the disturbance while recording; 1 is the usual amount, 0 none.
+    commanded    fraction of the episodes whose plan is random and not the prompt's.
+    asked        colours of the blocks that tasks ask for; others only stand by.
     cache_dir    parent of the cache; None: $OPENPI_AR_CACHE, else ~/.cache/openpi_ar.
     """
 
@@ -44,6 +47,8 @@ class DemoConfig:
     seed: int = 0
     image_size: tuple[int, int] = (64, 64)
     noise: float = 1.0
+    commanded: float = 0.0
+    asked: tuple[str, ...] = COLORS
     cache_dir: str | None = None
 
 
@@ -58,6 +63,7 @@ class Demos:
     subtask_id     int32 [N], into `subtasks`.
     episode_index  int32 [N], ascending from 0.
     blocks         float32 [N, colours, 3]: true block centres, metres, NaN where absent. Never an input of a policy.
+    commanded      bool [N]: the subtask does not follow from the prompt.
     """
 
     images: np.ndarray
@@ -67,6 +73,7 @@ class Demos:
     subtask_id: np.ndarray
     episode_index: np.ndarray
     blocks: np.ndarray
+    commanded: np.ndarray
     prompts: tuple[str, ...]
     subtasks: tuple[str, ...]
     camera_names: tuple[str, ...]
@@ -93,6 +100,7 @@ def cache_path(cfg: DemoConfig) -> Path:
     content = {
         **dataclasses.asdict(cfg),
         "noise": float(cfg.noise),
+        "commanded": float(cfg.commanded),
         "cache_dir": None,
         "cameras": CAMERAS,
         "version": GENERATOR_VERSION,
@@ -110,10 +118,13 @@ def load_or_generate(cfg: DemoConfig, workers: int | None = None) -> Demos:
         workers: processes; None for one per core available to this process, 0 to stay in this process.
 
     Raises:
-        ValueError: no episodes, a negative seed or noise, a size that is not positive, or negative workers.
+        ValueError: no episodes, a negative seed or noise, a size that is not positive, a fraction outside [0, 1],
+            colours that are not the scene's, or negative workers.
     """
     if cfg.episodes < 1 or cfg.seed < 0 or cfg.noise < 0 or min(cfg.image_size) < 1:
         raise ValueError(f"episodes and image_size must be at least 1, seed and noise at least 0; got {cfg}")
+    if not 0 <= cfg.commanded <= 1 or len(set(cfg.asked)) < 2 or not set(cfg.asked) <= set(COLORS):
+        raise ValueError(f"commanded must be in [0, 1] and asked two or more of {', '.join(COLORS)}; got {cfg}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
     path = cache_path(cfg)
@@ -146,6 +157,7 @@ def _load(path: Path) -> Demos:
         subtask_id=column("subtask_id"),
         episode_index=column("episode_index"),
         blocks=column("blocks"),
+        commanded=column("commanded"),
         prompts=tuple(meta["prompts"]),
         subtasks=tuple(meta["subtasks"]),
         camera_names=tuple(meta["camera_names"]),
@@ -155,7 +167,8 @@ def _load(path: Path) -> Demos:
 def _generate(cfg: DemoConfig, path: Path, workers: int | None) -> None:
     prompts = {prompt: i for i, prompt in enumerate(known_prompts())}
     subtasks = {subtask: i for i, subtask in enumerate(known_subtasks())}
-    columns: dict[str, list[np.ndarray]] = {"state": [], "action": [], "blocks": [], "prompt_id": [], "subtask_id": []}
+    names = ("state", "action", "blocks", "prompt_id", "subtask_id", "commanded")
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     lengths: list[int] = []
     raw = path / "images.raw"
     with raw.open("wb") as file, _progress() as progress:
@@ -167,6 +180,7 @@ def _generate(cfg: DemoConfig, path: Path, workers: int | None) -> None:
             columns["action"].append(episode.action)
             columns["blocks"].append(episode.blocks)
             columns["prompt_id"].append(np.full(lengths[-1], prompts[episode.prompt], np.int32))
+            columns["commanded"].append(np.full(lengths[-1], episode.commanded))
             columns["subtask_id"].append(np.array([subtasks[name] for name in episode.subtasks], np.int32))
             elapsed = max(progress.tasks[bar].elapsed or 0.0, 1e-6)
             progress.update(bar, advance=1, speed=sum(lengths) / elapsed)
@@ -204,7 +218,9 @@ def _episodes(cfg: DemoConfig, workers: int | None) -> Iterator[Episode]:
 
 def _record_chunk(cfg: DemoConfig, indices: range) -> list[Episode]:
     world = Tabletop(cfg.image_size)
-    return [record_episode(world, (cfg.seed, i), cfg.noise) for i in indices]
+    return [
+        record_episode(world, (cfg.seed, i), cfg.noise, commanded=cfg.commanded, asked=cfg.asked) for i in indices
+    ]
 
 
 def _progress() -> Progress:

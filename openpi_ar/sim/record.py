@@ -4,13 +4,14 @@ The policy so sees states off the ideal path together with the way back. M. Lask
 Robust Imitation Learning", CoRL 2017.
 """
 
+from collections.abc import Collection
 import dataclasses
 
 import numpy as np
 
 from openpi_ar.sim import scene
 from openpi_ar.sim.expert import expert_action
-from openpi_ar.sim.tasks import Facts, next_subtask, sample_task
+from openpi_ar.sim.tasks import Facts, command_task, next_subtask, sample_task
 from openpi_ar.sim.world import Tabletop
 
 _TRAINING = 0x7AB1E
@@ -25,7 +26,8 @@ class Episode:
     """One demonstration of T frames.
 
     images uint8 [T, C, H, W, 3], state and action float32 [T, 4], subtasks [T], blocks float32 [T, colours, 3]: the
-    blocks' centres in metres in the order of `scene.COLORS`, NaN where there is no such block.
+    blocks' centres in metres in the order of `scene.COLORS`, NaN where there is no such block. commanded: the subtasks
+    do not follow from the prompt.
     """
 
     prompt: str
@@ -34,6 +36,7 @@ class Episode:
     action: np.ndarray
     subtasks: list[str]
     blocks: np.ndarray
+    commanded: bool
 
 
 class Disturbance:
@@ -105,26 +108,34 @@ class Disturbance:
         return expert_action(facts, f"pick up the {self._lure} block")
 
 
-def record_episode(world: Tabletop, seed: tuple[int, ...], noise: float) -> Episode:
+def record_episode(
+    world: Tabletop, seed: tuple[int, ...], noise: float, *, commanded: float = 0.0, asked: Collection[str] = scene.COLORS
+) -> Episode:
     """A successful training demonstration; failed attempts are thrown away and drawn again.
 
     Args:
         world: environment to use; its state is lost.
         seed: non-negative integers; together they decide everything.
         noise: strength of the disturbance, 0 for none.
+        commanded: probability of a random plan in place of the prompt's.
+        asked: colours that may be targets; see `tasks.sample_task`.
 
     Raises:
         RuntimeError: 20 attempts in a row failed, which points to a broken scene or expert.
     """
     for attempt in range(_MAX_ATTEMPTS):
-        episode = _attempt(world, np.random.default_rng([_TRAINING, *seed, attempt]), noise)
+        episode = _attempt(world, np.random.default_rng([_TRAINING, *seed, attempt]), noise, commanded, asked)
         if episode is not None:
             return episode
     raise RuntimeError(f"the expert failed {_MAX_ATTEMPTS} attempts at demonstration {seed} with noise {noise}")
 
 
-def _attempt(world: Tabletop, rng: np.random.Generator, noise: float) -> Episode | None:
-    task, layout = sample_task(rng, split="train")
+def _attempt(
+    world: Tabletop, rng: np.random.Generator, noise: float, commanded: float, asked: Collection[str]
+) -> Episode | None:
+    task, layout = sample_task(rng, split="train", asked=asked)
+    if rng.random() < commanded:
+        task = command_task(rng, task.prompt, tuple(color for color in layout.colors if color in asked))
     observation, _ = world.reset(0, task=task, layout=layout)
     disturb = Disturbance(rng, noise)
     images, states, actions, subtasks, blocks = [], [], [], [], []
@@ -146,5 +157,11 @@ def _attempt(world: Tabletop, rng: np.random.Generator, noise: float) -> Episode
     if success_at is None or subtasks[-1] != "done":
         return None
     return Episode(
-        task.prompt, np.stack(images), np.stack(states), np.stack(actions), subtasks, np.array(blocks, np.float32)
+        prompt=task.prompt,
+        images=np.stack(images),
+        state=np.stack(states),
+        action=np.stack(actions),
+        subtasks=subtasks,
+        blocks=np.array(blocks, np.float32),
+        commanded=task.kind == "command",
     )

@@ -1,10 +1,11 @@
 """Tasks, their prompts and subtasks, the held-out combinations, and the sampling of episodes. No physics in here.
 
 Three kinds: `clear` (everything into one bin), `sort` (warm and cool colours apart) and `pair` (two named blocks, in the
-order asked). What to do next is a function of the task and of what one image shows, never of the past.
+order asked). What to do next is a function of the task and of what one image shows, never of the past. A fourth, `command`,
+is for training only: a random plan that its prompt does not tell.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import itertools
 import re
@@ -42,9 +43,14 @@ LIFTED_Z = 0.07
 class Task:
     """What is asked: `targets` is the plan, each (colour, bin) in the order in which it is to be done."""
 
-    kind: Literal["clear", "sort", "pair"]
+    kind: Literal["clear", "sort", "pair", "command"]
     prompt: str
     targets: tuple[tuple[str, str], ...]
+
+    @property
+    def is_ordered(self) -> bool:
+        """The plan must be done in its order; otherwise a block already in the air may go first."""
+        return self.kind in ("pair", "command")
 
     @property
     def is_held_out(self) -> bool:
@@ -93,6 +99,14 @@ def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
     """Two named blocks, in this order."""
     prompt = f"put the {first} block in the {first_bin} bin, then the {second} one in the {second_bin}"
     return Task("pair", prompt, ((first, first_bin), (second, second_bin)))
+
+
+def command_task(rng: np.random.Generator, prompt: str, colors: tuple[str, ...]) -> Task:
+    """A random plan for these blocks, whatever the prompt says: only the subtask tells what is done next, and why it
+    is the subtask that the actions must follow. Asks for no held-out combination."""
+    allowed = {c: [b for b in BINS if (c, b) not in HELD_OUT_COMBOS] for c in colors}
+    order = [str(color) for color in rng.permutation(colors)]
+    return Task("command", prompt, tuple((c, allowed[c][int(rng.integers(len(allowed[c])))]) for c in order))
 
 
 def parse_prompt(prompt: str, colors: tuple[str, ...]) -> Task:
@@ -158,25 +172,33 @@ def next_subtask(task: Task, facts: Facts) -> str:
     todo = [(color, name) for color, name in task.targets if not is_placed(facts, color, name)]
     if not todo:
         return "done"
-    for color, name in todo[:1] if task.kind == "pair" else todo:
+    for color, name in todo[:1] if task.is_ordered else todo:
         if facts.held == color and facts.blocks[color][2] > LIFTED_Z:
             return place(color, name)
     return pick_up(todo[0][0])
 
 
-def sample_task(rng: np.random.Generator, *, split: Split = "train") -> tuple[Task, Layout]:
-    """Draw an episode.
+def sample_task(
+    rng: np.random.Generator, *, split: Split = "train", asked: Collection[str] = COLORS
+) -> tuple[Task, Layout]:
+    """Draw an episode; the three kinds are equally likely.
 
-    `train` never asks for a held-out combination or pair; `held_out` always does.
+    Args:
+        rng: source of all randomness.
+        split: `train` never asks for a held-out combination or pair; `held_out` always does.
+        asked: only tasks whose targets all have one of these colours; other blocks may stand by.
 
     Raises:
-        ValueError: unknown split.
+        ValueError: unknown split, or `asked` is not at least two of `scene.COLORS`.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
+    if len(set(asked)) < 2 or not set(asked) <= set(COLORS):
+        raise ValueError(f"asked must be at least two of {', '.join(COLORS)}, got {tuple(asked)}")
+    kind = int(rng.integers(3))
     while True:
-        task, colors = _propose(rng)
-        if task.is_held_out == (split == "held_out"):
+        task, colors = _propose(rng, kind)
+        if task.is_held_out == (split == "held_out") and all(color in asked for color, _ in task.targets):
             return task, sample_layout(rng, colors)
 
 
@@ -195,9 +217,9 @@ def sample_layout(rng: np.random.Generator, colors: tuple[str, ...]) -> Layout:
     return Layout(colors, xy, yaw, tool, float(opening))
 
 
-def _propose(rng: np.random.Generator) -> tuple[Task, tuple[str, ...]]:
+def _propose(rng: np.random.Generator, kind: int) -> tuple[Task, tuple[str, ...]]:
     colors = tuple(str(color) for color in rng.permutation(COLORS)[: rng.integers(2, 5)])
-    kind, bins = rng.integers(3), [BINS[i] for i in rng.integers(2, size=2)]
+    bins = [BINS[i] for i in rng.integers(2, size=2)]
     if kind == 0:
         return clear_task(bins[0], colors), colors
     if kind == 1:

@@ -20,7 +20,7 @@ _FREE = ("data.cache_dir", "data.vision_steps", "text.tokenizer", "model.remat",
 
 def check_config(cfg: TrainConfig) -> None:
     """Raises UserError for values that no machine or data could mend."""
-    positive = ("batch_size", "num_steps", "log_every", "eval_every", "eval_batches", "save_every")
+    positive = ("batch_size", "num_steps", "log_every", "eval_batches", "save_every")
     wrong = [f"{name} is {getattr(cfg, name)}" for name in positive if getattr(cfg, name) < 1]
     wrong += [f"{name} is {v}" for name, v in config_json.flatten(cfg).items() if name.endswith("_lr") and not v > 0]
     if wrong:
@@ -32,17 +32,21 @@ def check_config(cfg: TrainConfig) -> None:
     decay = cfg.optimizer.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"optimizer.ema_decay must lie in [0, 1) or be None, found {decay}")
-    if isinstance(cfg.data, TabletopData) and not 0 <= cfg.data.prompt_swap <= 1:
-        raise UserError(f"data.prompt_swap must lie in [0, 1], found {cfg.data.prompt_swap}")
+    unsupervised = ("prompt_swap", "commanded") if isinstance(cfg.data, TabletopData) else ()
+    for name in unsupervised:
+        if not 0 <= getattr(cfg.data, name) <= 1:
+            raise UserError(f"data.{name} must lie in [0, 1], found {getattr(cfg.data, name)}")
     if cfg.text.template not in TEMPLATES:
         raise UserError(f"unknown template {cfg.text.template!r}: choose one of {', '.join(TEMPLATES)}")
-    if isinstance(cfg.data, TabletopData) and cfg.data.prompt_swap and TEMPLATES[cfg.text.template].target is None:
-        raise UserError(
-            f"data.prompt_swap is {cfg.data.prompt_swap}, but template {cfg.text.template!r} says no subtask, so nothing "
-            f"would tell the actions what to do: set --data.prompt-swap 0"
-        )
-    if cfg.keep_last < 0:
-        raise UserError(f"keep_last must be 0 or more, found {cfg.keep_last}")
+    for name in unsupervised:
+        if getattr(cfg.data, name) and TEMPLATES[cfg.text.template].target is None:
+            raise UserError(
+                f"data.{name} is {getattr(cfg.data, name)}, but template {cfg.text.template!r} says no subtask, so nothing "
+                f"would tell the actions what to do: set --data.{name.replace('_', '-')} 0"
+            )
+    for name in ("keep_last", "eval_every"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"{name} must be 0 or more, found {getattr(cfg, name)}")
 
 
 def experiment_dir(cfg: TrainConfig) -> Path:
