@@ -51,10 +51,8 @@ def test_near_constant_dimension_is_centred_not_blown_up(mode):
 def test_floor_is_in_the_statistics_so_openpis_formula_alone_gives_our_numbers(mode):
     x = np.concatenate([ROWS, 0.5 + 1e-6 * np.random.default_rng(0).normal(size=(len(ROWS), 1))], axis=1)
     s = normalize.compute_stats(x, mode)
-    if mode == "z_score":
-        openpi = (x - s.mean) / (s.std + 1e-6)
-    else:
-        openpi = (x - s.q01) / (s.q99 - s.q01 + 1e-6) * 2.0 - 1.0
+    quantile, z_score = (x - s.q01) / (s.q99 - s.q01 + 1e-6) * 2.0 - 1.0, (x - s.mean) / (s.std + 1e-6)
+    openpi = quantile if mode == "quantile" else z_score
     np.testing.assert_allclose(s.normalize(x), openpi, atol=1e-5)
     assert np.abs(openpi[:, 3]).max() < 1e-4
     np.testing.assert_array_equal(s.floored().q01, s.q01)
