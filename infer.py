@@ -222,7 +222,8 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
         table = Table("step", *_action_names(policy), title="actions")
         for step, action in enumerate(report["actions"]):
             table.add_row(str(step), *(f"{value:.4f}" for value in action))
-        console.print(table)
+        # Two arms have 14 columns: squeezed into a terminal they would lose their digits.
+        Console(width=max(console.width, 12 * len(table.columns))).print(table)
     notes = {"total": "as one program", "first_call": "compiles"}
     table = Table("stage", "ms", "", title="time")
     for name, ms in report["timing"].items():

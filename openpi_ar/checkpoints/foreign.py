@@ -13,7 +13,7 @@ from flax import nnx
 
 from openpi_ar.checkpoints import store
 from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
-from openpi_ar.data.normalize import NormStats, find_norm_stats, load_norm_stats, needed_mode
+from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats, needed_mode
 from openpi_ar.data.robots import ROBOTS, RobotSpec, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
@@ -70,7 +70,9 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
         find_norm_stats(_root(local), asset_id=asset_id, known=spec.asset_ids)
     loaded = load_model(path, action_horizon=horizon)
     if loaded.kind == "ours":
-        assets = store.load_assets(store.resolve_step_dir(loaded.path))
+        assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
+        mode = assets.stats["state"].mode
+        check_mode(step / "assets" / store.NORM_STATS, mode, needed_mode(assets.config.model.pi05))
         return PolicyParts(assets.config, loaded.model, assets.tokenizer, assets.stats, spec)
     if loaded.kind == "paligemma":
         raise UserError(

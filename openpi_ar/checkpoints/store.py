@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from openpi_ar import config_json
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
-from openpi_ar.data.normalize import NormStats, load_norm_stats, needed_mode, save_norm_stats
+from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, needed_mode, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text.tokenizer import Tokenizer
@@ -139,7 +139,7 @@ def load_assets(step_dir: Path) -> Assets:
     return Assets(
         config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
-        stats=load_norm_stats(step_dir / "assets", required_mode=needed_mode(config.model.pi05)),
+        stats=load_norm_stats(step_dir / "assets", default_mode=needed_mode(config.model.pi05)),
     )
 
 
@@ -212,7 +212,9 @@ def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenize
     step_dir = resolve_step_dir(path)
     assets = load_assets(step_dir)
     abstract = nnx.eval_shape(lambda: Pi0(assets.config.model, rngs=nnx.Rngs(0)))
-    return assets.config, load_params(step_dir, abstract), assets.tokenizer, assets.stats
+    model = load_params(step_dir, abstract)
+    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, needed_mode(assets.config.model.pi05))
+    return assets.config, model, assets.tokenizer, assets.stats
 
 
 def _is_module(x: Any) -> bool:

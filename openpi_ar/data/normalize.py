@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -114,6 +114,16 @@ def needed_mode(pi05: bool) -> Mode:
     return "quantile" if pi05 else "z_score"
 
 
+def check_mode(path: Path, mode: Mode, required: Mode | None) -> None:
+    """Raises UserError if the file's mode is not the one that the model was trained with."""
+    if required is not None and mode != required:
+        model = "pi0.5" if required == "quantile" else "pi0"
+        raise UserError(
+            f"{path}: these statistics are for mode {mode}, but {model} is trained with {required}; put the checkpoint's "
+            f'own file there, or, if its arrays are right and only its mode is not, write "mode": "{required}" into it'
+        )
+
+
 def save_norm_stats(directory: str | Path, stats: Mapping[str, NormStats]) -> None:
     """Writes `norm_stats.json` in openpi's format, with the mode beside it; complete or not at all.
 
@@ -150,7 +160,9 @@ def load_norm_stats(
     try:
         body = json.loads(path.read_text())
         mode = body.get("mode", required_mode or default_mode)
-        _check_mode(path, mode, required_mode)
+        if mode not in _MODE_ARRAYS:
+            raise UserError(f"{path}: mode must be quantile or z_score, found {mode!r}")
+        check_mode(path, mode, required_mode)
         entries = body["norm_stats"]
         stats = {name: _parse(path, name, entries[name], mode) for name in ("state", "actions")}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
@@ -191,17 +203,6 @@ def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, know
     raise UserError(
         f"{assets} holds statistics of several robots: {', '.join(preferred or found)}; pick one with --asset-id"
     )
-
-
-def _check_mode(path: Path, mode: Any, required: Mode | None) -> None:
-    if mode not in _MODE_ARRAYS:
-        raise UserError(f"{path}: mode must be quantile or z_score, found {mode!r}")
-    if required is not None and mode != required:
-        model = "pi0.5" if required == "quantile" else "pi0"
-        raise UserError(
-            f"{path}: these statistics are for mode {mode}, but {model} is trained with {required}; put the checkpoint's "
-            f'own file there, or, if its arrays are right and only its mode is not, write "mode": "{required}" into it'
-        )
 
 
 def _parse(path: Path, name: str, entry: dict, mode: Mode) -> NormStats:
