@@ -94,7 +94,7 @@ def run(args: Args) -> None:
     """Everything that can be wrong with the arguments is said before the checkpoint is loaded."""
     console = Console()
     _check(args)
-    given = observations.given(args.images, args.state, args.prompt, args.observation, flat=args.robot is not None)
+    given = observations.given(args.images, args.state, args.prompt, args.observation, flat=_sends_its_own(args))
     foreign = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
     with console.status(f"loading {args.ckpt}"):
         policy = Policy.from_checkpoint(resolve_checkpoint(args.ckpt), seed=args.seed, **foreign)
@@ -104,7 +104,8 @@ def run(args: Args) -> None:
         raw = _observation(args, given, policy)
         with console.status("compiling and running"):
             report = policy.measure(raw, subtask=args.subtask, question=args.question, repeats=args.repeats)
-        report = {"prompt": args.question or raw["prompt"], **report}
+        prompt = raw["prompt"] if policy.robot is None else policy.robot.prompt_of(raw)
+        report = {"prompt": args.question or prompt, **report}
         _print_result(report, policy, console)
         if args.plot is not None:
             _plot(args.plot, report, policy)
@@ -162,8 +163,8 @@ def _check(args: Args) -> None:
 
 def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
     """The observation that the arguments give, else the tabletop's of this seed with what they do give in its place."""
-    if policy.robot is not None and (given or policy.robot.name != "tabletop"):
-        return given  # its transform says what is missing, by the robot's names
+    if _sends_its_own(args):
+        return given  # the transform says what is missing, by the robot's names
     for name in given.get("images", {}):
         if name not in policy.cameras:
             raise UserError(f"the model has no camera {name!r}: it reads {', '.join(policy.cameras)}")
@@ -175,6 +176,11 @@ def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str,
     if "state" not in given and args.question is None:
         raise UserError(f"the state is missing: give its {policy.transform.state_stats.dims} numbers with --state")
     return {"prompt": "", **given}
+
+
+def _sends_its_own(args: Args) -> bool:
+    """The observation goes by a robot's keys, and there is no embedded world to take it from."""
+    return args.robot not in (None, "tabletop")
 
 
 def _make_world(policy: Policy) -> Tabletop:

@@ -200,6 +200,33 @@ def test_infer_with_a_robot_needs_no_code(loader, tmp_path, capsys):
     np.testing.assert_allclose(written["actions"], (normalised + 1) / 2 * (high - low + 1e-6) + low, atol=1e-3)
 
 
+def test_infer_takes_the_robots_own_prompt_and_prints_all_its_columns(loader, tmp_path, capsys, monkeypatch):
+    result = {"subtask": "", "text_status": "ok", "actions": np.full((2, 14), -0.123456), "timing": {"total": 1.0}}
+    seen = []
+    monkeypatch.setattr(Policy, "measure", lambda self, raw, **_: seen.append(raw) or dict(result))
+    loader.pi05 = False
+    path = checkpoint(tmp_path / "c", "lerobot/aloha_sim_transfer_cube_human")
+    np.savez(tmp_path / "o.npz", **{"images/cam_high": np.zeros((3, 8, 8), np.uint8), "state": np.zeros(14)})
+    infer.main(["--ckpt", str(path), "--robot", "aloha_sim", "--observation", str(tmp_path / "o.npz")])
+    out = capsys.readouterr().out
+    assert "prompt:  Transfer cube" in out and "action 13" in out and out.count("-0.1235") == 28
+    policy = Policy.from_checkpoint(path, robot="aloha_sim")
+    np.testing.assert_array_equal(policy.transform.observation(seen[0])["image_mask"], [True, False, False])
+
+
+def test_infer_on_the_tabletop_by_its_robot_is_the_same(tiny_checkpoint, tmp_path, monkeypatch):
+    seen = []
+    result = {"subtask": "", "text_status": "ok", "actions": np.zeros((2, 4)), "timing": {}}
+    monkeypatch.setattr(
+        Policy, "measure", lambda self, raw, **_: seen.append(self.transform.observation(raw)) or result
+    )
+    for robot in ([], ["--robot", "tabletop"]):
+        infer.main(["--ckpt", str(tiny_checkpoint), "--prompt", "put the red block in the left bin", *robot])
+    for name in ("images", "image_mask", "state"):
+        np.testing.assert_array_equal(seen[0][name], seen[1][name])
+    np.testing.assert_array_equal(seen[0]["prompt"]["ids"], seen[1]["prompt"]["ids"])
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
