@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from openpi_ar import config_json
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
-from openpi_ar.data.normalize import NormStats, load_norm_stats, save_norm_stats
+from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, needed_mode, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text.tokenizer import Tokenizer
@@ -131,17 +131,18 @@ def missing_parts(step_dir: Path) -> list[str]:
 
 
 def load_assets(step_dir: Path) -> Assets:
-    """Config, tokenizer and statistics of a step directory. Raises UserError naming what is missing."""
+    """Config, tokenizer and statistics of a step directory. Raises UserError naming what is missing or does not fit."""
     if missing := missing_parts(step_dir):
         raise UserError(
             f"{step_dir} is not a complete checkpoint: {', '.join(missing)} missing; give the directory of a step "
             f"(<config>/<exp>/<step>) or of an experiment that holds complete steps"
         )
     path = step_dir / "assets" / CONFIG
+    config = config_json.loads(path.read_text(), source=str(path))
     return Assets(
-        config=config_json.loads(path.read_text(), source=str(path)),
+        config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
-        stats=load_norm_stats(step_dir / "assets"),
+        stats=load_norm_stats(step_dir / "assets", default_mode=needed_mode(config.model.pi05)),
     )
 
 
@@ -214,7 +215,9 @@ def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenize
     step_dir = resolve_step_dir(path)
     assets = load_assets(step_dir)
     abstract = nnx.eval_shape(lambda: Pi0(assets.config.model, rngs=nnx.Rngs(0)))
-    return assets.config, load_params(step_dir, abstract), assets.tokenizer, assets.stats
+    model = load_params(step_dir, abstract)
+    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, needed_mode(assets.config.model.pi05))
+    return assets.config, model, assets.tokenizer, assets.stats
 
 
 def _is_module(x: Any) -> bool:
