@@ -217,10 +217,8 @@ def test_head_counts_are_found_by_trying():
 def test_positions_and_masks_are_openpis(model, golden):
     valid = golden["prefix_mask"]
     np.testing.assert_array_equal(np.asarray(positions(valid))[valid], golden["positions"][:, : valid.shape[1]][valid])
-    mask = action_mask(
-        KVCache(k=None, v=None, valid=jnp.asarray(valid), hidden=jnp.zeros_like(valid), fill=jnp.zeros((), int)),  # type: ignore[arg-type]
-        model.suffix_causal,
-        1,
-    )
+    keys = jnp.zeros((1, *valid.shape, 1, 1))
+    cache = KVCache.empty(keys, valid.shape[1]).append(keys, keys, jnp.asarray(valid), jnp.zeros_like(valid))
+    mask = action_mask(cache, model.suffix_causal, 1)
     rows = golden["full_attn_mask"][:, valid.shape[1] :]
     np.testing.assert_array_equal(np.asarray(mask), rows)

@@ -56,7 +56,7 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
         elif to == "openpi":
             _save_orbax(scratch / "params", store.unflatten(to_openpi(flat)))
         else:
-            _save_safetensors(scratch, flat, loaded.config, to)
+            save_safetensors(scratch, flat, loaded.config, to)
 
 
 def to_openpi(flat: Mapping[str, Array]) -> dict[str, Array]:
@@ -80,6 +80,8 @@ def to_torch(flat: Mapping[str, Array], cfg: ModelConfig) -> Iterator[tuple[str,
     sizes = _sizes(cfg)
     for path, array in flat.items():
         row, dtype = rows[path], np.dtype(array.dtype)
+        if not row.torch:
+            continue
         used = {a: sizes[a.rstrip("12")] for a in row.part_layout.replace("(", " ").replace(")", " ").split()}
         shape = expected_shape(row.to_torch, sizes)
         for i in range(array.shape[0]) if row.layers else (None,):
@@ -133,7 +135,8 @@ def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
     (folder / store.CONFIG).write_text(config_json.dumps(dataclasses.replace(cfg, model=model)))
 
 
-def _save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: ModelConfig, to: Format) -> None:
+def save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: ModelConfig, to: Format) -> None:
+    """Writes `model.safetensors` and `config.json` of openpi's PyTorch port ("torch") or of LeRobot."""
     is_half = flat["embedder/table"].dtype == ml_dtypes.bfloat16
     metadata = {"format": "pt"}
     # What shapes do not tell, for readers that are not bound to the public sizes.
