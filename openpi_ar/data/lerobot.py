@@ -169,7 +169,7 @@ def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dic
     not given take the feature of their own name. Raises UserError that spells out a complete mapping.
     """
     by_name = {key: key for key in meta.cameras} | {key.rsplit(".", 1)[-1]: key for key in meta.cameras}
-    asked = dict(entry.partition("=")[::2] for entry in given)
+    asked: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in given)}
     mapping: dict[str, str | None] = {}
     problems = [f"{name!r} is no camera of the model" for name in asked if name not in cameras]
     for name in cameras:

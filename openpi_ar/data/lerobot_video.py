@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import av
+from av.container import InputContainer
 import av.error
 from av.video.frame import VideoFrame
 import numpy as np
@@ -40,7 +41,7 @@ def probe(path: Path) -> VideoInfo:
     with _open(path, path.name) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
-        name = {"libdav1d": "av1", "libaom-av1": "av1"}.get(codec.name, codec.name)
+        name = {"libdav1d": "av1", "libaom-av1": "av1"}.get(str(codec.name), str(codec.name))
         rate = float(stream.average_rate or 0)
         return VideoInfo(name, str(codec.pix_fmt), rate, stream.frames, codec.height, codec.width)
 
@@ -82,14 +83,14 @@ def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames
                     before, now, ended = now or before, following, following is None
             except av.error.FFmpegError as e:
                 raise UserError(f"{span.path} is damaged at {label}: {e.strerror}; copy it again") from e
-            near = min((f for f in (before, now) if f is not None), key=lambda f: abs(_time(f) - wanted), default=None)
+            near = _nearest(before, now, wanted)
             if near is None or abs(_time(near) - wanted) > _NEAR / meta.fps:
-                found = "it ends before" if now is None else f"the nearest is at {_time(near):.4f} s"
+                found = "it ends before" if now is None or near is None else f"the nearest is at {_time(near):.4f} s"
                 raise UserError(f"{span.path} holds no frame at {wanted:.4f} s ({label}): {found}; truncated?")
             yield near.to_ndarray(format="rgb24")
 
 
-def _decode(container: av.container.InputContainer, start: float) -> Iterator[VideoFrame]:
+def _decode(container: InputContainer, start: float) -> Iterator[VideoFrame]:
     """Frames in order of time from the key frame before `start` on."""
     stream = container.streams.video[0]
     if start > 0 and stream.time_base is not None:
@@ -99,11 +100,16 @@ def _decode(container: av.container.InputContainer, start: float) -> Iterator[Vi
             yield frame
 
 
+def _nearest(before: VideoFrame | None, after: VideoFrame | None, time: float) -> VideoFrame | None:
+    there = [frame for frame in (before, after) if frame is not None]
+    return min(there, key=lambda frame: abs(_time(frame) - time)) if there else None
+
+
 def _time(frame: VideoFrame) -> float:
     return float(frame.pts * frame.time_base)  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
 
 
-def _open(path: Path, where: str) -> av.container.InputContainer:
+def _open(path: Path, where: str) -> InputContainer:
     if not path.is_file():
         raise UserError(f"{path} is missing ({where}): download or copy the dataset again")
     try:
