@@ -77,7 +77,7 @@ class VideoFiles:
             frame.pts = self._frames
             container.mux(stream.encode(frame))
             self._frames += 1
-        if path.stat().st_size > self._limit:
+        if path.is_file() and path.stat().st_size > self._limit:  # an encoder may hold back the first frames
             self.close()
         return {**place, "from_timestamp": start / self._fps, "to_timestamp": (start + len(images)) / self._fps}
 

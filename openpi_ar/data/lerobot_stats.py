@@ -13,8 +13,6 @@ def vector_stats(x: np.ndarray) -> dict[str, list]:
     floats = x.astype(np.float64)
     stats = {"min": floats.min(0), "max": floats.max(0), "mean": floats.mean(0), "std": floats.std(0)}
     out: dict[str, list] = {name: value.tolist() for name, value in stats.items()} | {"count": [len(x)]}
-    if x.dtype.kind == "i":
-        out |= {"min": x.min(0).tolist(), "max": x.max(0).tolist()}
     quantiles = np.quantile(floats, list(QUANTILES.values()), axis=0)
     return out | {name: q.tolist() for name, q in zip(QUANTILES, quantiles, strict=True)}
 

@@ -125,7 +125,8 @@ def _open(path: Path, where: str) -> InputContainer:
 
 
 def _images(meta: Meta, episode: Episode, camera: str, frames: Sequence[int]) -> Iterator:
-    column = _image_column(episode.data, camera, episode.index)
+    changed = episode.data.stat().st_mtime_ns if episode.data.is_file() else 0
+    column = _image_column(episode.data, changed, camera, episode.index)
     for number in frames:
         entry = column[number].as_py()
         where = f"{episode.data}: camera {camera!r}, episode {episode.index}, frame {number}"
@@ -139,7 +140,8 @@ def _images(meta: Meta, episode: Episode, camera: str, frames: Sequence[int]) ->
 
 
 @functools.lru_cache(maxsize=_EPISODES_IN_MEMORY)
-def _image_column(path: Path, camera: str, episode: int) -> pa.ChunkedArray:
+def _image_column(path: Path, changed: int, camera: str, episode: int) -> pa.ChunkedArray:
+    del changed  # a file written anew is read anew
     where = f"camera {camera!r}, episode {episode}"
     # Files have one row group per episode, so the filter reads little more than the episode.
     return read_table(path, ["episode_index", camera], where=where, only=pc.field("episode_index") == episode)[camera]

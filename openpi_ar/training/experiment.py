@@ -116,8 +116,8 @@ def check_data(cfg: TrainConfig) -> None:
     """Raises UserError if the configured data cannot be read."""
     if isinstance(cfg.data, LeRobotData) and not cfg.data.path:
         raise UserError(
-            f"config {cfg.name} trains on a LeRobot dataset: name its directory with --data.path DIR, or train on the "
-            f"embedded tabletop with --data tabletop or --config pi05_subtask_tabletop"
+            f"config {cfg.name} trains on a LeRobot dataset: data.path must name its directory (--data.path DIR); or train on "
+            f"the embedded tabletop with --data tabletop or --config pi05_subtask_tabletop"
         )
 
 
