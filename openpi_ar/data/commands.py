@@ -127,7 +127,7 @@ class Export:
     demos: Annotated[DemoConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=lambda: DemoConfig(episodes=100)
     )
-    images: Literal["png", "h264", "av1"] = "av1"
+    images: Literal["png", "h264", "av1"] = "h264"
     """png: in the parquet files, lossless; else the video codec."""
     subtasks: Literal["both", "index", "language"] = "both"
     """index: LeRobot 0.4.4 to 0.5; language: 0.6 and newer (older versions refuse such columns)."""

@@ -52,7 +52,7 @@ class Spec:
     image_size: tuple[int, int]
     vectors: Mapping[str, tuple[str, ...]]
     flags: tuple[str, ...] = ()
-    images: Literal["png", "h264", "av1"] = "av1"
+    images: Literal["png", "h264", "av1"] = "h264"
     subtasks: Literal["both", "index", "language"] = "both"
 
 

@@ -1,7 +1,7 @@
 """The one place that knows every kind of training data: from a config to (training, held-out) sources of raw samples."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from openpi_ar.data.tabletop import load_tabletop
 from openpi_ar.text.prompts import TEMPLATES
 
 
+@runtime_checkable
 class TrainingSource(Protocol):
     """Random access to raw samples (`data/inputs.py`), and what training asks of them as a whole."""
 

@@ -25,7 +25,7 @@ def export_tabletop(
     out: str | Path,
     demos: DemoConfig,
     *,
-    images: Literal["png", "h264", "av1"] = "av1",
+    images: Literal["png", "h264", "av1"] = "h264",
     subtasks: Literal["both", "index", "language"] = "both",
 ) -> Path:
     """Writes the demonstrations of this config (generated and cached on first use) and returns the dataset's directory.
@@ -40,7 +40,7 @@ def export_tabletop(
 def write_demos(
     out: str | Path,
     data: Demos,
-    images: Literal["png", "h264", "av1"] = "av1",
+    images: Literal["png", "h264", "av1"] = "h264",
     subtasks: Literal["both", "index", "language"] = "both",
 ) -> Path:
     """As `export_tabletop`, of demonstrations at hand.
