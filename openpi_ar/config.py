@@ -152,7 +152,7 @@ class LeRobotData:
     """A LeRobot dataset on disk, version 2.1 or 3.0."""
 
     path: str = ""
-    """Directory of the dataset (the one that holds `meta/`)."""
+    """Directory of the dataset (the one that holds `meta/`), or its name on the Hugging Face hub."""
     cameras: tuple[str, ...] = ()
     """`model_camera=feature` pairs; `model_camera=none` masks it. A camera that is not named takes the feature of its own
     name (`base_0_rgb`: `observation.images.base_0_rgb`)."""

@@ -2,9 +2,13 @@
 
 import dataclasses
 import shutil
+import sys
+from types import SimpleNamespace
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from openpi_ar.config import LeRobotData
@@ -253,3 +257,49 @@ def test_v20_reads_as_v21(tmp_path):
     path = broken(tmp_path, "v21_images")
     edit_json(path / "meta/info.json", lambda info: info.update(codebase_version="v2.0"))
     assert len(source(path)) == 60
+
+
+def test_a_name_on_the_hub_is_downloaded_once_and_read(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name: str, **options: object) -> str:
+        asked.append((name, options))
+        if name == "no/where":
+            raise OSError("401 Client Error\nmore of it")
+        return str(GOLDEN / "v30_video")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
+    assert len(source("someone/toys@v3.0")) == 60
+    assert asked == [("someone/toys", {"repo_type": "dataset", "revision": "v3.0"})]
+    with pytest.raises(UserError, match="no/where is neither .*: 401 Client Error;"):
+        source("no/where")
+    # A directory of that name comes first.
+    shutil.copytree(GOLDEN / "v21_video", tmp_path / "some/one")
+    assert read_meta("some/one").version == "v2.1" and len(asked) == 2
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"openpi-ar\[remote\]"):
+        source("a/b")
+    with pytest.raises(UserError, match="is not a directory"):
+        source(tmp_path / "nothing")
+
+
+def test_arrays_of_two_dimensions_and_shuffled_texts_are_read(tmp_path):
+    """Older files keep the texts in an unnamed pandas index, and not in order of their number."""
+    path = broken(tmp_path, "v30_video")
+    file = path / "data/chunk-000/file-000.parquet"
+    grid = np.arange(60 * 6, dtype=np.float32).reshape(60, 2, 3)
+    pq.write_table(
+        pq.read_table(file).append_column("grid", pa.array(grid.tolist(), pa.list_(pa.list_(pa.float32())))), file
+    )
+    entry = {"dtype": "float32", "shape": [2, 3], "names": None}
+    edit_json(path / "meta/info.json", lambda info: info["features"].update(grid=entry))
+    tasks = pq.read_table(path / "meta/tasks.parquet").take([1, 0]).rename_columns(["task_index", "__index_level_0__"])
+    pq.write_table(tasks, path / "meta/tasks.parquet")
+    data = source(path, state=("grid", "observation.state"))
+    np.testing.assert_array_equal(data[25]["state"][:6], grid[25].ravel())
+    assert data[25]["state"].shape == (13,) and data[25]["prompt"] == TASKS[1]
+    entry["shape"] = [2, 2]
+    edit_json(path / "meta/info.json", lambda info: info["features"].update(grid=entry))
+    with pytest.raises(UserError, match=r"'grid' must hold 4 numbers in each of 60 frames .*found 360"):
+        source(path, state=("grid",))

@@ -191,3 +191,13 @@ def test_what_cannot_be_written_is_refused_first(tmp_path):
         with pytest.raises(UserError, match=words):
             small(tmp_path / "new", **fields)
     assert not (tmp_path / "new").exists()
+
+
+def test_commanded_episodes_are_never_held_out(tmp_path, demos):
+    """Their text does not follow from the prompt, so nobody could be judged by it."""
+    commanded = np.isin(demos.episode_index, (0, 1, 3))
+    path = write_demos(tmp_path / "out", dataclasses.replace(demos, commanded=commanded), "png")
+    cfg = LeRobotData(str(path), held_out=0.2, frames="decode")
+    train, held_out, _ = load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), says_text=True)
+    np.testing.assert_array_equal(held_out.rows, np.flatnonzero(demos.episode_index == 2))
+    np.testing.assert_array_equal(train.rows, np.flatnonzero(demos.episode_index != 2))

@@ -44,7 +44,7 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
             files[path] = (str(path.relative_to(meta.root)), stat.st_size, stat.st_mtime_ns)
     # The place of the dataset does not matter, its files do: a copy that keeps their times shares the cache.
     content = {
-        "info": (meta.root / INFO).read_text(),
+        "info": (meta.root / INFO).read_text("utf-8"),
         "files": list(files.values()),
         "episodes": [(e.index, e.length, e.videos[camera].start if e.videos else 0) for e in frames.episodes],
         "camera": camera,

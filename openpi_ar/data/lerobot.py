@@ -148,12 +148,14 @@ def load_lerobot(
             remarks.append(
                 f"{int((~usable).sum())} of {len(frames)} frames have no subtask and are skipped (first: {first})"
             )
-    held_out = _held_out(len(frames.episodes), cfg.held_out)[frames.episode_of]
+    # Nobody can say a subtask that does not follow from the prompt, so episodes of such are not for evaluation.
+    judged = usable & table.supervise
+    episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
+    held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
     train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon)
     if cfg.held_out == 0:
         remarks.append("data.held_out is 0: evaluation runs on training frames")
-    # Nobody can say a subtask that does not follow from the prompt.
-    test = LeRobotSource(table, np.flatnonzero(usable & table.supervise & (held_out | (cfg.held_out == 0))), horizon)
+    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon)
     if not len(train) or not len(test):
         raise UserError(
             f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or set "
@@ -224,14 +226,15 @@ def _labelled(table: Table, source: str) -> np.ndarray:
     return usable
 
 
-def _held_out(episodes: int, fraction: float) -> np.ndarray:
-    """Which episodes training never sees, bool [episodes]: at least one, drawn with a fixed seed.
+def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
+    """Which episodes training never sees, bool [episodes]: that fraction of all, at least one, drawn among `candidates`.
 
-    Drawn, not taken from the end: the last episodes of a recording are often of one task.
+    Drawn with a fixed seed, not taken from the end: the last episodes of a recording are often of one task.
     """
-    mask = np.zeros(episodes, bool)
+    mask = np.zeros(len(candidates), bool)
     if fraction:
-        mask[np.random.default_rng(0).permutation(episodes)[: max(1, math.ceil(fraction * episodes))]] = True
+        order = np.random.default_rng(0).permutation(np.flatnonzero(candidates))
+        mask[order[: max(1, math.ceil(fraction * len(candidates)))]] = True
     return mask
 
 

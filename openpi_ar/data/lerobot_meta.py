@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from openpi_ar.data.hub import local_dataset
 from openpi_ar.errors import UserError
 
 INFO = "meta/info.json"
@@ -86,8 +87,8 @@ class Meta:
 
 
 def read_meta(path: str | Path) -> Meta:
-    """Reads and checks `meta/`. Raises UserError naming the file and what was expected of it."""
-    root = Path(path).expanduser()
+    """Reads and checks `meta/` of a directory, or of a dataset of the Hugging Face hub by its name. Raises UserError naming the file and what was expected of it."""
+    root = local_dataset(path)
     if not root.is_dir():
         raise UserError(f"{root} is not a directory: expected a LeRobot dataset, the directory that holds meta/")
     file = root / INFO
@@ -169,7 +170,7 @@ def _json(file: Path) -> dict:
     if not file.is_file():
         raise UserError(f"{file} is missing: expected the description of a LeRobot dataset there")
     try:
-        body = json.loads(file.read_text())
+        body = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{file} is not JSON: {e}") from e
     if not isinstance(body, dict):
@@ -181,7 +182,7 @@ def _json_lines(file: Path) -> list[dict]:
     if not file.is_file():
         raise UserError(f"{file} is missing: a v2 dataset lists one JSON object per line there")
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
