@@ -32,17 +32,24 @@ class Args:
     """Says what to do next and does it: one observation, a question, or closed-loop episodes."""
 
     ckpt: str
-    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package."""
+    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package. With
+    --robot also a checkpoint of openpi's or LeRobot's."""
+    robot: str | None = None
+    """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .json file."""
+    asset_id: str | None = None
+    """Which statistics under the checkpoint's `assets/`, if there are several."""
+    horizon: int | None = None
+    """Actions in a chunk of a checkpoint that does not say it; default: openpi's for the robot."""
     seed: int = 0
     """Tabletop scene, first episode's seed, and seed of the action noise."""
     images: tuple[str, ...] = ()
-    """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`."""
+    """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`, by the robot's or the model's names."""
     state: tuple[float, ...] | None = None
     """The robot's state in real units."""
     prompt: str | None = None
     """What to do."""
     observation: Path | None = None
-    """Your observation as .npz: an image per camera by its name, `state`, `prompt`."""
+    """Your observation as .npz: an image per camera by its name, `state`, `prompt`; with --robot what it sends, by its keys."""
     subtask: str | None = None
     """Have the model act as if it had said this."""
     question: str | None = None
@@ -87,16 +94,18 @@ def run(args: Args) -> None:
     """Everything that can be wrong with the arguments is said before the checkpoint is loaded."""
     console = Console()
     _check(args)
-    given = observations.given(args.images, args.state, args.prompt, args.observation)
+    given = observations.given(args.images, args.state, args.prompt, args.observation, flat=_sends_its_own(args))
+    foreign = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
     with console.status(f"loading {args.ckpt}"):
-        policy = Policy.from_checkpoint(resolve_checkpoint(args.ckpt), seed=args.seed)
+        policy = Policy.from_checkpoint(resolve_checkpoint(args.ckpt), seed=args.seed, **foreign)
     if args.rollout:
         report = _rollout(args, policy, console)
     else:
         raw = _observation(args, given, policy)
         with console.status("compiling and running"):
             report = policy.measure(raw, subtask=args.subtask, question=args.question, repeats=args.repeats)
-        report = {"prompt": args.question or raw["prompt"], **report}
+        prompt = raw["prompt"] if policy.robot is None else policy.robot.prompt_of(raw)
+        report = {"prompt": args.question or prompt, **report}
         _print_result(report, policy, console)
         if args.plot is not None:
             _plot(args.plot, report, policy)
@@ -104,10 +113,10 @@ def run(args: Args) -> None:
         args.json.write_text(json.dumps(report, indent=2, default=lambda a: a.tolist()) + "\n")
 
 
-def resolve_checkpoint(name: str) -> Path:
-    """`tabletop` is the checkpoint inside the package, everything else a path."""
+def resolve_checkpoint(name: str) -> Path | str:
+    """`tabletop` is the checkpoint inside the package, everything else a path or a URL."""
     if name != "tabletop":
-        return Path(name)
+        return name if "://" in name else Path(name)
     if not TABLETOP.is_dir():
         raise UserError(
             f"the tabletop checkpoint is not in this installation (expected at {TABLETOP}): train one with "
@@ -154,6 +163,8 @@ def _check(args: Args) -> None:
 
 def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
     """The observation that the arguments give, else the tabletop's of this seed with what they do give in its place."""
+    if _sends_its_own(args):
+        return given  # the transform says what is missing, by the robot's names
     for name in given.get("images", {}):
         if name not in policy.cameras:
             raise UserError(f"the model has no camera {name!r}: it reads {', '.join(policy.cameras)}")
@@ -165,6 +176,11 @@ def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str,
     if "state" not in given and args.question is None:
         raise UserError(f"the state is missing: give its {policy.transform.state_stats.dims} numbers with --state")
     return {"prompt": "", **given}
+
+
+def _sends_its_own(args: Args) -> bool:
+    """The observation goes by a robot's keys, and there is no embedded world to take it from."""
+    return args.robot not in (None, "tabletop")
 
 
 def _make_world(policy: Policy) -> Tabletop:
@@ -212,7 +228,8 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
         table = Table("step", *_action_names(policy), title="actions")
         for step, action in enumerate(report["actions"]):
             table.add_row(str(step), *(f"{value:.4f}" for value in action))
-        console.print(table)
+        # Two arms have 14 columns: squeezed into a terminal they would lose their digits.
+        Console(width=max(console.width, 12 * len(table.columns))).print(table)
     notes = {"total": "as one program", "first_call": "compiles"}
     table = Table("stage", "ms", "", title="time")
     for name, ms in report["timing"].items():

@@ -40,6 +40,8 @@ class TowerConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora_rank: int = 0
+    """Rank of the low-rank adapters on every matrix of the tower (openpi's `lora.py`, scale 1); 0: none."""
 
 
 GEMMA_2B = TowerConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256)
@@ -62,6 +64,9 @@ class ModelConfig:
     action_dim: int = 32
     """Action dimensions of the model; a robot's own are padded to it with zeros."""
     action_horizon: int = 10
+    exact_time: bool = False
+    """Angles of the time embedding as in float64 (openpi's PyTorch code), not float32 (its JAX code): 1e-4 apart. A loaded
+    checkpoint keeps what it was trained with."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of matmuls. Norms, softmax, RoPE, logits, losses and the flow state are always float32."""
     remat: bool = True

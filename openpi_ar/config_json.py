@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 import types
 import typing
 from typing import Any
@@ -21,9 +22,20 @@ def dumps(cfg: TrainConfig) -> str:
 def loads(text: str, *, source: str = "config.json") -> TrainConfig:
     """Inverse of `dumps`. Fields that are absent take their defaults. Raises UserError on unknown or unfit fields."""
     try:
-        return _decode(TrainConfig, json.loads(text), source)
+        return decode(TrainConfig, json.loads(text), source)
     except json.JSONDecodeError as e:
         raise UserError(f"{source} is not JSON: {e}") from e
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError if it does not."""
+    try:
+        body = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not JSON: {e}") from e
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(body).__name__}")
+    return body
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
@@ -58,7 +70,7 @@ def _encode(value: Any, *, tagged: bool) -> Any:
     return body | {f.name: _encode(getattr(value, f.name), tagged=len(o) > 1) for f, o in _fields(type(value))}
 
 
-def _decode(cls: type, body: Any, where: str) -> Any:
+def decode(cls: type, body: Any, where: str) -> Any:
     if not isinstance(body, dict):
         raise UserError(f"{where}: expected the fields of {cls.__name__}, found {body!r}")
     values, fields = {}, {f.name: (f, options) for f, options in _fields(cls)}
@@ -73,7 +85,7 @@ def _decode(cls: type, body: Any, where: str) -> Any:
             tag = value.get(_TYPE, options[0].__name__)
             if tag not in by_name:
                 raise UserError(f"{where}: {name} must be one of {', '.join(by_name)}, found {tag!r}")
-            values[name] = _decode(by_name[tag], value, f"{where}: {name}")
+            values[name] = decode(by_name[tag], value, f"{where}: {name}")
         else:
             # JSON has no tuples; every sequence of the schema is one.
             values[name] = tuple(value) if isinstance(value, list) else value

@@ -16,6 +16,8 @@ def given(
     state: Sequence[float] | None = None,
     prompt: str | None = None,
     file: Path | None = None,
+    *,
+    flat: bool = False,
 ) -> dict[str, Any]:
     """A raw observation of what is given, and no more: "images", "state", "prompt".
 
@@ -24,11 +26,12 @@ def given(
         state: real units; in place of the file's.
         prompt: in place of the file's.
         file: .npz with an image per camera by its name, "state" and "prompt".
+        flat: the file holds what a robot sends under its raw keys (`RobotSpec`); they are left where they are.
 
     Raises:
         UserError: a file that is missing or is not what it should be.
     """
-    raw: dict[str, Any] = {} if file is None else read_npz(file)
+    raw: dict[str, Any] = {} if file is None else read_npz(file, flat=flat)
     if images:
         raw["images"] = dict(read_image(item) for item in images)
     if state is not None:
@@ -51,8 +54,8 @@ def read_image(item: str) -> tuple[str, np.ndarray]:
         raise UserError(f"{file!r} of camera {camera!r} is not an image that can be read: {e}") from None
 
 
-def read_npz(path: Path) -> dict[str, Any]:
-    """An .npz of one observation. Raises UserError if the file is missing or holds anything but plain arrays."""
+def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
+    """An .npz of one observation; all but state and prompt are images, unless `flat`. Raises UserError if the file is missing or holds anything but plain arrays."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -65,4 +68,4 @@ def read_npz(path: Path) -> dict[str, Any]:
         raw["state"] = arrays.pop("state")
     if "prompt" in arrays:
         raw["prompt"] = str(arrays.pop("prompt"))
-    return {**raw, "images": arrays}
+    return {**raw, **arrays} if flat else {**raw, "images": arrays}

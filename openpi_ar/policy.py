@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms import decode
-from openpi_ar.checkpoints import store
+from openpi_ar.checkpoints.foreign import load_policy_parts
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
+from openpi_ar.data.robots import RobotSpec
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text import prompts
@@ -42,23 +43,31 @@ class Policy:
         model: its parameters, layers stacked; unstacked here, once.
         tokenizer: the checkpoint's.
         stats: normalisation statistics of "state" and "actions".
+        robot: takes this robot's observations as it sends them and gives actions that it can execute.
         seed: of the noise that actions are denoised from (and of sampled text). Every call draws anew.
 
     Raises:
-        UserError: tokenizer or statistics do not fit the model.
+        UserError: tokenizer, statistics or robot do not fit the model.
     """
 
     def __init__(
-        self, cfg: TrainConfig, model: Pi0, tokenizer: Tokenizer, stats: Mapping[str, NormStats], *, seed: int = 0
+        self,
+        cfg: TrainConfig,
+        model: Pi0,
+        tokenizer: Tokenizer,
+        stats: Mapping[str, NormStats],
+        robot: RobotSpec | None = None,
+        *,
+        seed: int = 0,
     ):
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces but the model reads {cfg.model.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.transform = InputTransform(cfg, tokenizer, stats)
-        self._question = InputTransform(_with_template(cfg, "vqa"), tokenizer, stats)
+        self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
+        self.transform = InputTransform(cfg, tokenizer, stats, robot)
+        self._question = InputTransform(_with_template(cfg, "vqa"), tokenizer, stats, robot)
         self._model = model.unstacked()
         self._budget = cfg.text.max_target_tokens if self.transform.says_text else 0
         allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
@@ -78,9 +87,20 @@ class Policy:
         self.reseed(seed)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, seed: int = 0) -> "Policy":
-        """The policy of a checkpoint (directory of a step or of an experiment). Raises UserError if it is not whole."""
-        return cls(*store.load_policy_checkpoint(path), seed=seed)
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        robot: str | None = None,
+        asset_id: str | None = None,
+        horizon: int | None = None,
+        seed: int = 0,
+    ) -> "Policy":
+        """The policy of a checkpoint: a step or experiment of ours, or with a robot's name openpi's or LeRobot's.
+
+        Arguments as of `load_policy_parts`. Raises UserError if it is not whole or the arguments do not fit it.
+        """
+        return cls(*load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon), seed=seed)
 
     def reseed(self, seed: int) -> None:
         """Start the sequence of noises anew: the same calls then give the same results."""
@@ -88,14 +108,15 @@ class Policy:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Names of the images an observation needs."""
+        """Cameras of the model, in its order: the images of an observation, unless a robot has names of its own."""
         return self.cfg.model.cameras
 
     def infer(self, raw: Raw, *, subtask: str | None = None, timing: bool = False) -> Result:
         """What to say and do now.
 
         Args:
-            raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units.
+            raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units; with a robot, what it
+                sends (`RobotSpec`).
             subtask: have the model act as if it had said this.
             timing: time the stages apart (slower than the usual path, which is one program).
 
@@ -134,7 +155,7 @@ class Policy:
         else:
             out = jax.block_until_ready(self._act(self._model, obs, self._next_key(), text))
             ms = {"prepare": _ms(prepared - start), "model": _ms(time.perf_counter() - prepared)}
-        actions = self.transform.actions_to_real(np.asarray(out.actions))
+        actions = self.transform.actions_to_real(np.asarray(out.actions)[: len(rows)], raws)
         ids, valid = np.asarray(out.ids), np.asarray(out.valid)
         ms["total"] = _ms(time.perf_counter() - start)
         results = []
@@ -154,7 +175,7 @@ class Policy:
             `answer`, `text_status` and `timing` as in `infer`.
         """
         start = time.perf_counter()
-        row = self._question.observation({"state": self.transform.state_stats.mean, **raw, "prompt": question})
+        row = self._question.observation({**raw, "prompt": question}, needs_state=False)
         out, ms = self._staged(self._stack([row], None), None, act=False)
         ms["total"] = _ms(time.perf_counter() - start)
         said, status = self._read("vqa", np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist())

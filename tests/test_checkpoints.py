@@ -164,6 +164,13 @@ def test_every_parameter_that_does_not_fit_is_listed(copy):
         assert words in text
 
 
+def test_statistics_of_the_other_mode_are_refused(copy):
+    path = copy / "5" / "assets" / "norm_stats.json"
+    path.write_text(path.read_text().replace('"quantile"', '"z_score"'))
+    with pytest.raises(UserError, match=r"norm_stats.json.* mode z_score, but pi0.5 is trained with quantile"):
+        store.load_policy_checkpoint(copy / "5")
+
+
 def test_policy_only_checkpoint_cannot_be_resumed(copy):
     shutil.rmtree(copy / "5" / "train_state")
     store.load_policy_checkpoint(copy / "5")

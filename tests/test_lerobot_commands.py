@@ -155,3 +155,15 @@ def test_what_does_not_fit_is_said_before_anything_is_written(run, tmp_path, fla
     with pytest.raises(UserError, match=words):
         run(*flags)
     assert not (tmp_path / "ck").exists()
+
+
+@pytest.mark.parametrize("mode", ["quantile", "z_score"])
+def test_a_constant_dimension_is_flagged(capsys, tmp_path, mode):
+    path = broken(tmp_path, "v30_video")
+    edit_column(
+        path / "data/chunk-000/file-000.parquet",
+        "action",
+        lambda c: c.__setitem__(slice(None), [[0.5, *a[1:]] for a in c]),
+    )
+    lines = [line for line in printed(capsys, "stats", path, "--mode", mode).splitlines() if "action.j" in line]
+    assert ["constant" in line for line in lines] == [True] + [False] * 6

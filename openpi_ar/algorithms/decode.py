@@ -14,6 +14,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
+import numpy as np
 
 from openpi_ar.models.cache import KVCache, action_mask, decode_mask, positions, prefix_lm_mask
 from openpi_ar.models.pi0 import Pi0
@@ -167,13 +168,19 @@ def velocities(
 
     They run side by side as one long suffix, so n draws are one set of matmuls and the cache is never copied.
     """
-    x, cond = model.embed_suffix(obs, x_t, t)
-    batch, draws, tokens, width = x.shape
-    pos = cache.action_pos[:, None] + jnp.tile(jnp.arange(tokens), draws)
+    return model.project_velocity(suffix_hidden(model, cache, *model.embed_suffix(obs, x_t, t)))
+
+
+def suffix_hidden(
+    model: Pi0, cache: KVCache, tokens: Float[Array, "B n T E"], cond: Float[Array, "B n E"] | None
+) -> Float[Array, "B n T E"]:
+    """Hidden states of the action tower after its final norm, for the tokens and condition of `model.embed_suffix`."""
+    batch, draws, count, width = tokens.shape
+    pos = cache.action_pos[:, None] + jnp.tile(jnp.arange(count), draws)
     mask = action_mask(cache, model.suffix_causal, draws)
-    x = x.reshape(batch, draws * tokens, width)
+    x = tokens.reshape(batch, draws * count, width)
     hidden, _ = model.expert(x, pos, mask, cache, cond, remat=model.cfg.remat)
-    return model.project_velocity(hidden.reshape(batch, draws, tokens, width))
+    return hidden.reshape(batch, draws, count, width)
 
 
 def denoise(
@@ -181,12 +188,24 @@ def denoise(
 ) -> Float[Array, "B A X"]:
     """Euler integration of the flow from noise (t = 1) to actions (t = 0) in a fixed number of equal steps."""
     batch = noise.shape[0]
+    times = jnp.asarray(flow_times(num_steps))
 
     def step(i: Array, x: Array) -> Array:
-        t = 1.0 - i.astype(jnp.float32) / num_steps
-        return x - velocity(model, obs, cache, x, jnp.full((batch,), t)) / num_steps
+        return x - velocity(model, obs, cache, x, jnp.full((batch,), times[i])) * np.float32(1 / num_steps)
 
     return jax.lax.fori_loop(0, num_steps, step, noise.astype(jnp.float32))
+
+
+def flow_times(num_steps: int) -> Float[np.ndarray, " n"]:
+    """Time at the start of each Euler step, from 1 down.
+
+    Summed in float32 as openpi's loops do (0.8 is then 0.8000001, which the time embedding turns by 1e-4), but for a fixed
+    number of steps: no loop depends on where such a sum ends.
+    """
+    dt, times = np.float32(-1.0 / num_steps), [np.float32(1.0)]
+    for _ in range(num_steps - 1):
+        times.append(times[-1] + dt)
+    return np.array(times, np.float32)
 
 
 def act(

@@ -7,6 +7,7 @@
 A step directory appears under its name only when it is complete (orbax writes beside it and renames).
 """
 
+from collections.abc import Mapping
 import dataclasses
 import logging
 from pathlib import Path
@@ -21,15 +22,17 @@ import orbax.checkpoint as ocp
 from openpi_ar import config_json
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
-from openpi_ar.data.normalize import NormStats, load_norm_stats, save_norm_stats
+from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, needed_mode, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.training.state import TrainState
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
-_MARK = "_CHECKPOINT_METADATA"
-_NEEDED = (_MARK, "params/_METADATA", f"assets/{CONFIG}", f"assets/{TOKENIZER}", f"assets/{NORM_STATS}")
+MARK = "_CHECKPOINT_METADATA"
+COMMITTED = "commit_success.txt"
+"""orbax's marks of success name the directory they were written in: they are not copied."""
+_NEEDED = (MARK, "params/_METADATA", f"assets/{CONFIG}", f"assets/{TOKENIZER}", f"assets/{NORM_STATS}")
 
 # orbax narrates every save at INFO and warns about its own defaults; the run says in one line that it saved.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -128,17 +131,18 @@ def missing_parts(step_dir: Path) -> list[str]:
 
 
 def load_assets(step_dir: Path) -> Assets:
-    """Config, tokenizer and statistics of a step directory. Raises UserError naming what is missing."""
+    """Config, tokenizer and statistics of a step directory. Raises UserError naming what is missing or does not fit."""
     if missing := missing_parts(step_dir):
         raise UserError(
             f"{step_dir} is not a complete checkpoint: {', '.join(missing)} missing; give the directory of a step "
             f"(<config>/<exp>/<step>) or of an experiment that holds complete steps"
         )
     path = step_dir / "assets" / CONFIG
+    config = config_json.loads(path.read_text(), source=str(path))
     return Assets(
-        config=config_json.loads(path.read_text(), source=str(path)),
+        config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
-        stats=load_norm_stats(step_dir / "assets"),
+        stats=load_norm_stats(step_dir / "assets", default_mode=needed_mode(config.model.pi05)),
     )
 
 
@@ -167,7 +171,7 @@ def load_params(step_dir: Path, model: Pi0, sharding: jax.sharding.Sharding | No
     try:
         metadata: Any = handler.metadata(folder).item_metadata
         _check_shapes(step_dir, want, metadata.tree)
-        return _fill(model, handler.restore(folder, args=_restore_args(want, sharding))["params"])
+        return fill(model, handler.restore(folder, args=_restore_args(want, sharding))["params"])
     except UserError:
         raise
     except (OSError, ValueError, KeyError, AttributeError) as e:
@@ -196,8 +200,8 @@ def restore_train_state(
     has_ema = template.ema is not None
     state = TrainState(
         step=rest["step"],
-        model=_fill(template.model, rest["params"]) if has_ema else best,
-        opt_state=_fill(template.opt_state, rest["opt_state"]),
+        model=fill(template.model, rest["params"]) if has_ema else best,
+        opt_state=fill(template.opt_state, rest["opt_state"]),
         ema=best if has_ema else None,
     )
     return state, int(rest["data_position"])
@@ -211,7 +215,9 @@ def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenize
     step_dir = resolve_step_dir(path)
     assets = load_assets(step_dir)
     abstract = nnx.eval_shape(lambda: Pi0(assets.config.model, rngs=nnx.Rngs(0)))
-    return assets.config, load_params(step_dir, abstract), assets.tokenizer, assets.stats
+    model = load_params(step_dir, abstract)
+    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, needed_mode(assets.config.model.pi05))
+    return assets.config, model, assets.tokenizer, assets.stats
 
 
 def _is_module(x: Any) -> bool:
@@ -223,17 +229,35 @@ def pure_params(tree: Any) -> Any:
     return jax.tree.map(lambda x: nnx.to_pure_dict(nnx.state(x)) if _is_module(x) else x, tree, is_leaf=_is_module)
 
 
-def _fill(template: Any, pure: Any) -> Any:
-    """Inverse of `pure_params`."""
+def fill(template: Any, pure: Any) -> Any:
+    """Inverse of `pure_params`: the arrays of `pure` in the modules of `template` (which may be abstract)."""
 
-    def fill(t: Any, p: Any) -> Any:
+    def one(t: Any, p: Any) -> Any:
         if not _is_module(t):
             return p
         graph, state = nnx.split(t)
         nnx.replace_by_pure_dict(state, p)
         return nnx.merge(graph, state)
 
-    return jax.tree.map(fill, template, pure, is_leaf=_is_module)
+    return jax.tree.map(one, template, pure, is_leaf=_is_module)
+
+
+def flatten(pure: Any) -> dict[str, Any]:
+    """Leaves of a pure dict by their "/"-joined path."""
+    leaves = jax.tree_util.tree_leaves_with_path(pure, is_leaf=lambda x: hasattr(x, "shape"))
+    return {"/".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
 
 
 def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args.PyTreeRestore:
@@ -248,11 +272,7 @@ def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args
 
 
 def _check_shapes(step_dir: Path, want: Any, found: Any) -> None:
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return {"/".join(str(getattr(k, "key", k)) for k in path): tuple(x.shape) for path, x in leaves}
-
-    a, b = shapes(want), shapes(found)
+    a, b = ({k: tuple(x.shape) for k, x in flatten(tree).items()} for tree in (want, found))
     problems = [f"{k} missing" for k in a if k not in b] + [f"{k} unknown" for k in b if k not in a]
     problems += [f"{k}: expected {a[k]}, found {b[k]}" for k in a if k in b and a[k] != b[k]]
     if problems:

@@ -75,10 +75,11 @@ class Stats:
         meta = read_meta(self.path)
         frames = read_columns(meta, choose_episodes(meta, self.episodes), [*self.state, *self.actions])
         keys = {"state": self.state, "actions": self.actions}
-        stats = {name: compute_stats(frames.vector(features), self.mode) for name, features in keys.items()}
+        values = {name: frames.vector(features) for name, features in keys.items()}
+        stats = {name: compute_stats(x, self.mode) for name, x in values.items()}
         seconds = time.perf_counter() - began
         for name, s in stats.items():
-            _console().print(_stats_table(name, s, meta, keys[name]))
+            _console().print(_stats_table(name, s, values[name], [n for key in keys[name] for n in _names(meta, key)]))
         _console().print(
             f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video decoded"
         )
@@ -172,11 +173,12 @@ def _cameras(meta: Meta) -> Table:
     return table
 
 
-def _stats_table(name: str, s: NormStats, meta: Meta, keys: tuple[str, ...]) -> Table:
-    names = [n for key in keys for n in _names(meta, key)]
+def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Table:
     table = _table(name, "mean", "std", "q01", "q99", "")
     for i in range(s.dims):
-        flat = s.q99[i] - s.q01[i] < NEAR_CONSTANT if s.mode == "quantile" else s.std[i] < NEAR_CONSTANT
+        # The statistics of such a dimension are floored already, so the data is asked.
+        spread = np.ptp(np.quantile(x[:, i], [0.01, 0.99])) if s.mode == "quantile" else x[:, i].std()
+        flat = spread < NEAR_CONSTANT
         values = (f"{a[i]:.5g}" for a in (s.mean, s.std, s.q01, s.q99))
         table.add_row(names[i], *values, "constant: centred, not scaled" if flat else "")
     return table

@@ -3,7 +3,8 @@
     raw observation  {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str, "masked": camera names, optional}
     raw sample       also {"actions": [A X_real], "action_valid": bool [A], "subtask": str, "supervise_text": bool, optional}
 
-Real dimensions come from the normalisation statistics; the model's are padded with zeros.
+Real dimensions come from the normalisation statistics; the model's are padded with zeros. With a `RobotSpec`, raw is what that
+robot sends, under its own names and in its own units, and actions come back in those.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from PIL import Image
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import NormStats
+from openpi_ar.data.robots import RobotSpec
+from openpi_ar.data.transforms import pad_dims
 from openpi_ar.errors import UserError
 from openpi_ar.text import prompts
 from openpi_ar.text.tokenizer import Tokenizer
@@ -39,20 +42,32 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
-    """Zeros appended to the last axis up to `dims`."""
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dims - x.shape[-1])])
-
-
 class InputTransform:
     """Checks, resizes, normalises, tokenizes and pads. Holds no state besides its configuration.
 
-    Raises UserError at construction if the robot has more dimensions than the model.
+    Args:
+        cfg: model, template and token budgets.
+        tokenizer: of the prompts.
+        stats: normalisation statistics of "state" and "actions"; longer ones than the robot's are cut to it.
+        robot: what raw observations are; None: this module's own form.
+
+    Raises:
+        UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks.
     """
 
-    def __init__(self, cfg: TrainConfig, tokenizer: Tokenizer, stats: Mapping[str, NormStats]):
-        self.cfg, self.tokenizer = cfg, tokenizer
+    def __init__(
+        self, cfg: TrainConfig, tokenizer: Tokenizer, stats: Mapping[str, NormStats], robot: RobotSpec | None = None
+    ):
+        self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
         self.state_stats, self.action_stats = stats["state"], stats["actions"]
+        if robot is not None:
+            self.state_stats = self.state_stats.first(robot.state_dims, "state")
+            self.action_stats = self.action_stats.first(robot.action_dims, "actions")
+            if strange := [c for c in robot.cameras.values() if c not in cfg.model.cameras]:
+                raise UserError(
+                    f"robot {robot.name} feeds camera {', '.join(strange)}, but the model reads "
+                    f"{', '.join(cfg.model.cameras)}: it is not a model for this robot"
+                )
         for name, real, model in (
             ("state", self.state_stats.dims, cfg.model.state_dim),
             ("action", self.action_stats.dims, cfg.model.action_dim),
@@ -68,11 +83,14 @@ class InputTransform:
         """The template has a target: the model is trained to say something before it acts."""
         return prompts.TEMPLATES[self.cfg.text.template].target is not None
 
-    def observation(self, raw: Mapping[str, Any]) -> Arrays:
-        """Arrays of one observation, no batch axis. Raises UserError naming what is missing or does not fit."""
+    def observation(self, raw: Mapping[str, Any], *, needs_state: bool = True) -> Arrays:
+        """Arrays of one observation, no batch axis. Raises UserError naming what is missing or does not fit.
+
+        Without `needs_state`, a state that is left out is taken to be the average one.
+        """
         images, mask = self._images(raw)
-        state = self._vector(raw, "state", self.state_stats.dims)
-        prompt = raw.get("prompt")
+        state = self.state(raw, needed=needs_state)
+        prompt = raw.get("prompt") if self.robot is None else self.robot.prompt_of(raw)
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"observation['prompt'] must be a text that says what to do, found {prompt!r}")
         normalised = self.state_stats.normalize(state)
@@ -100,6 +118,8 @@ class InputTransform:
                     f"sample['actions'] must be finite numbers [{horizon} {self.action_stats.dims}] (action_horizon, "
                     f"dimensions of the statistics), found {actions.dtype} {list(actions.shape)}"
                 )
+            if self.robot is not None:
+                actions = self.robot.actions_to_model(actions, self.state(raw), self.cfg.model.pi05)
             arrays["actions"] = pad_dims(self.action_stats.normalize(actions), dims)
             counted = dims if self.cfg.loss.average_padded_dims else self.action_stats.dims
             valid = np.asarray(raw["action_valid"], bool)
@@ -124,12 +144,38 @@ class InputTransform:
             tokens = {**tokens, "loss": np.zeros(budget, bool)}
         return tokens
 
-    def actions_to_real(self, actions: np.ndarray) -> np.ndarray:
-        """Model actions [... A X] to the robot's units and dimensions [... A X_real]."""
-        return self.action_stats.unnormalize(np.asarray(actions)[..., : self.action_stats.dims])
+    def actions_to_real(self, actions: np.ndarray, raws: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
+        """Model actions [... A X] to the robot's units and dimensions, float32 [... A X_real].
+
+        With a robot, actions are [B A X] and `raws` the B observations they were asked for with: actions may be relative
+        to their states.
+        """
+        real = self.action_stats.unnormalize(np.asarray(actions)[..., : self.action_stats.dims])
+        if self.robot is None:
+            return real
+        states = np.stack([self.state(raw) for raw in raws])
+        return self.robot.actions_from_model(real, states, self.cfg.model.pi05).astype(np.float32)
+
+    def state(self, raw: Mapping[str, Any], *, needed: bool = True) -> np.ndarray:
+        """The observation's state before normalisation [P_real]. Raises UserError if it does not fit."""
+        value = raw.get("state") if self.robot is None else self.robot.state_vector(raw)
+        if value is None and not needed:
+            return self.state_stats.mean.astype(np.float32)
+        dims, names = self.state_stats.dims, ["state"] if self.robot is None else list(self.robot.state)
+        where = " and ".join(f"observation[{name!r}]" for name in names)
+        value = np.asarray(value)
+        if value.dtype.kind not in "fiu" or value.shape != (dims,):
+            raise UserError(f"{where} must be {dims} numbers, found {value.dtype} {list(value.shape)}")
+        if not np.isfinite(value).all():
+            raise UserError(f"{where} holds values that are not finite: {value.tolist()}")
+        return value.astype(np.float32)
 
     def _images(self, raw: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        images, masked = raw.get("images"), set(raw.get("masked", ()))
+        if self.robot is None:
+            images, masked = raw.get("images"), set(raw.get("masked", ()))
+        else:
+            images = self.robot.images(raw)
+            masked = set(self.cfg.model.cameras) - set(images)
         if not isinstance(images, Mapping):
             raise UserError(f"observation['images'] must map camera names to images, found {type(images).__name__}")
         height, width = self.cfg.model.siglip.image_size
@@ -153,15 +199,6 @@ class InputTransform:
         if not mask.any():
             raise UserError("every camera is masked: at least one image is needed")
         return stack, mask
-
-    @staticmethod
-    def _vector(raw: Mapping[str, Any], key: str, dims: int) -> np.ndarray:
-        value = np.asarray(raw.get(key))
-        if value.dtype.kind not in "fiu" or value.shape != (dims,):
-            raise UserError(f"observation[{key!r}] must be {dims} numbers, found {value.dtype} {list(value.shape)}")
-        if not np.isfinite(value).all():
-            raise UserError(f"observation[{key!r}] holds values that are not finite: {value.tolist()}")
-        return value.astype(np.float32)
 
 
 def stack_rows(rows: Sequence[Arrays]) -> Arrays:

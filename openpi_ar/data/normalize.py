@@ -1,7 +1,15 @@
-"""Normalisation of states and actions, forward beside inverse, and openpi's `norm_stats.json`."""
+"""Normalisation of states and actions, forward beside inverse, and openpi's `norm_stats.json`.
 
+The formulas are openpi's (`src/openpi/transforms.py`, Normalize and Unnormalize), with nothing added when they are applied:
+what a checkpoint was trained with is what it gets. The floor for dimensions that do not move is put into the statistics when
+they are computed, so openpi reads the same numbers out of our file as we do.
+"""
+
+from collections.abc import Mapping, Sequence
 import dataclasses
+import difflib
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +18,10 @@ import numpy as np
 from openpi_ar.errors import UserError
 
 FILE = "norm_stats.json"
+ASSETS = "assets"
 Mode = Literal["quantile", "z_score"]
 _ARRAYS = ("mean", "std", "q01", "q99")
+_MODE_ARRAYS: dict[Mode, tuple[str, str]] = {"quantile": ("q01", "q99"), "z_score": ("mean", "std")}
 
 # openpi's guard against division by zero; kept so that its statistics give its numbers.
 _EPSILON = 1e-6
@@ -22,7 +32,7 @@ NEAR_CONSTANT = 1e-4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormStats:
-    """Per-dimension statistics of one quantity, each a float32 array [dims].
+    """Per-dimension statistics of one quantity, each an array [dims] (float64 as computed and as read from a file).
 
     `quantile` maps [q01, q99] to [-1, 1] (pi0.5: the state must lie there to be discretised); `z_score` maps to zero mean
     and unit deviation (pi0). Values outside the quantiles are not clipped.
@@ -43,12 +53,10 @@ class NormStats:
     def offset_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """The map as `normalised = (x - offset) / scale`, both float64 [dims]."""
         if self.mode == "z_score":
-            std = self.std.astype(np.float64)
-            return self.mean.astype(np.float64), np.where(std < NEAR_CONSTANT, 1.0, std + _EPSILON)
-        low, span = self.q01.astype(np.float64), self.q99.astype(np.float64) - self.q01
-        flat = span < NEAR_CONSTANT
-        half = (span + _EPSILON) / 2
-        return np.where(flat, low + span / 2, low + half), np.where(flat, 1.0, half)
+            return self.mean.astype(np.float64), self.std.astype(np.float64) + _EPSILON
+        low = self.q01.astype(np.float64)
+        half = (self.q99.astype(np.float64) - low + _EPSILON) / 2
+        return low + half, half
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """Real units [... dims] to normalised float32 [... dims]."""
@@ -56,13 +64,41 @@ class NormStats:
         return ((np.asarray(x, np.float64) - offset) / scale).astype(np.float32)
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """Inverse of `normalize`, float32 [... dims]."""
+        """Inverse of `normalize`; float32 [... dims]."""
         offset, scale = self.offset_scale
         return (np.asarray(x, np.float64) * scale + offset).astype(np.float32)
 
+    def floored(self) -> "NormStats":
+        """The same with every near-constant dimension centred and left in its own unit (deviation 1, quantiles -+1).
+
+        For statistics that a new run will train with. Not for a released checkpoint's: its model has learnt the stretched
+        numbers, and would move such a dimension by whole units.
+        """
+        still, flat = self.std < NEAR_CONSTANT, self.q99 - self.q01 < NEAR_CONSTANT
+        middle = (self.q01 + self.q99) / 2
+        # Less _EPSILON: what the formulas add to a deviation of 1 and a span of 2.
+        return dataclasses.replace(
+            self,
+            std=np.where(still, 1 - _EPSILON, self.std),
+            q01=np.where(flat, middle - 1 + _EPSILON / 2, self.q01),
+            q99=np.where(flat, middle + 1 - _EPSILON / 2, self.q99),
+        )
+
+    def first(self, dims: int, what: str) -> "NormStats":
+        """The first `dims` dimensions; the rest of a longer one is padding, as openpi treats it. Raises UserError."""
+        if self.dims < dims:
+            raise UserError(
+                f"the statistics of the {what} have {self.dims} dimensions but the robot has {dims}: they are of another "
+                "robot; pick others with --asset-id, or another --robot"
+            )
+        return dataclasses.replace(self, **{key: getattr(self, key)[:dims] for key in _ARRAYS})
+
 
 def compute_stats(x: np.ndarray, mode: Mode = "quantile") -> NormStats:
-    """Statistics of x [rows dims] in real units. Raises UserError if there is no row or a value is not finite."""
+    """Statistics of x [rows dims] in real units, near-constant dimensions floored.
+
+    Raises UserError if there is no row or a value is not finite.
+    """
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not len(x):
         raise UserError(f"normalisation statistics need an array [rows dims] with at least one row, found {x.shape}")
@@ -70,47 +106,119 @@ def compute_stats(x: np.ndarray, mode: Mode = "quantile") -> NormStats:
         row = int(np.argwhere(~np.isfinite(x))[0, 0])
         raise UserError(f"normalisation statistics: row {row} holds a value that is not finite: {x[row].tolist()}")
     q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-    return NormStats(*(a.astype(np.float32) for a in (x.mean(0), x.std(0), q01, q99)), mode=mode)
+    return NormStats(x.mean(0), x.std(0), q01, q99, mode=mode).floored()
 
 
-def save_norm_stats(directory: str | Path, stats: dict[str, NormStats]) -> None:
-    """Writes `norm_stats.json` in openpi's format, with the mode beside it."""
+def needed_mode(pi05: bool) -> Mode:
+    """How openpi normalises for a model: z-score for pi0, quantiles for all others (`DataConfigFactory`)."""
+    return "quantile" if pi05 else "z_score"
+
+
+def check_mode(path: Path, mode: Mode, required: Mode | None) -> None:
+    """Raises UserError if the file's mode is not the one that the model was trained with."""
+    if required is not None and mode != required:
+        model = "pi0.5" if required == "quantile" else "pi0"
+        raise UserError(
+            f"{path}: these statistics are for mode {mode}, but {model} is trained with {required}; put the checkpoint's "
+            f'own file there, or, if its arrays are right and only its mode is not, write "mode": "{required}" into it'
+        )
+
+
+def save_norm_stats(directory: str | Path, stats: Mapping[str, NormStats]) -> None:
+    """Writes `norm_stats.json` in openpi's format, with the mode beside it; complete or not at all.
+
+    openpi's reader takes it: `src/openpi/shared/normalize.py` parses the top level with a pydantic model of the one field
+    `norm_stats`, and pydantic ignores fields it does not know unless told otherwise.
+    """
     body = {
         "mode": next(iter(stats.values())).mode,
         "norm_stats": {name: {key: getattr(s, key).tolist() for key in _ARRAYS} for name, s in stats.items()},
     }
-    (Path(directory) / FILE).write_text(json.dumps(body, indent=2) + "\n")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{FILE}.tmp"
+    scratch.write_text(json.dumps(body, indent=2) + "\n")
+    os.replace(scratch, folder / FILE)
 
 
-def load_norm_stats(directory: str | Path, *, default_mode: Mode = "quantile") -> dict[str, NormStats]:
-    """Reads `norm_stats.json`, ours or openpi's (which does not say its mode: `default_mode`).
+def load_norm_stats(
+    directory: str | Path, *, default_mode: Mode = "quantile", required_mode: Mode | None = None
+) -> dict[str, NormStats]:
+    """Reads `norm_stats.json`, ours or openpi's.
 
-    Raises UserError if the file, a quantity or an array is missing or does not fit.
+    Args:
+        directory: that holds the file.
+        default_mode: of a file that does not say its mode, as openpi's.
+        required_mode: what the model needs (`needed_mode`); also the default then.
+
+    Raises:
+        UserError: the file, a quantity or an array is missing or does not fit, or the stored mode is not the required one.
     """
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: expected the normalisation statistics of the checkpoint there")
     try:
         body = json.loads(path.read_text())
-        mode = body.get("mode", default_mode)
+        mode = body.get("mode", required_mode or default_mode)
+        if mode not in _MODE_ARRAYS:
+            raise UserError(f"{path}: mode must be quantile or z_score, found {mode!r}")
+        check_mode(path, mode, required_mode)
         entries = body["norm_stats"]
         stats = {name: _parse(path, name, entries[name], mode) for name in ("state", "actions")}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path}: expected {{"norm_stats": {{"state": ..., "actions": ...}}}}, found {e!r}') from e
     return stats
 
 
+def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, known: Sequence[str] = ()) -> Path:
+    """The directory of a checkpoint's `norm_stats.json`.
+
+    openpi's place is `<checkpoint>/assets/<asset id>/`, where an id may contain "/" (physical-intelligence/libero); ours is
+    `<checkpoint>/assets/`.
+
+    Args:
+        checkpoint: directory that holds `assets/`.
+        asset_id: the one to take.
+        known: ids to prefer if `asset_id` is not given: the robot's in openpi's configurations.
+
+    Raises:
+        UserError: there is none, none of that id, or several and nothing says which.
+    """
+    assets = Path(checkpoint) / ASSETS
+    found = {path.parent.relative_to(assets).as_posix(): path.parent for path in sorted(assets.rglob(FILE))}
+    if not found:
+        place = assets / (asset_id or next(iter(known), "<asset id>")) / FILE
+        raise UserError(
+            f"{checkpoint} holds no normalisation statistics: expected {place} or {assets / FILE}; copy them there from the "
+            "run that trained the model"
+        )
+    if asset_id is not None:
+        if asset_id in found:
+            return found[asset_id]
+        near = sorted(found, key=lambda name: -difflib.SequenceMatcher(None, asset_id, name).ratio())
+        raise UserError(f"{assets} holds no statistics of --asset-id {asset_id}: it has {', '.join(near)}")
+    preferred = [name for name in known if name in found]
+    if len(found) == 1 or len(preferred) == 1:
+        return found[(preferred or list(found))[0]]
+    raise UserError(
+        f"{assets} holds statistics of several robots: {', '.join(preferred or found)}; pick one with --asset-id"
+    )
+
+
 def _parse(path: Path, name: str, entry: dict, mode: Mode) -> NormStats:
-    if mode not in ("quantile", "z_score"):
-        raise UserError(f"{path}: mode must be quantile or z_score, found {mode!r}")
-    needed = ("q01", "q99") if mode == "quantile" else ("mean", "std")
+    needed = _MODE_ARRAYS[mode]
     if missing := [key for key in needed if entry.get(key) is None]:
         raise UserError(f"{path}: {name} lacks {', '.join(missing)}, which mode {mode} needs")
     # openpi writes null quantiles for z-score statistics; zeros there are never read.
     zeros = [0.0] * len(entry[needed[0]])
-    arrays = {key: np.asarray(zeros if entry.get(key) is None else entry[key], np.float32) for key in _ARRAYS}
+    try:
+        arrays = {key: np.asarray(zeros if entry.get(key) is None else entry[key], np.float64) for key in _ARRAYS}
+    except ValueError as e:
+        raise UserError(f"{path}: {name} must hold lists of numbers, found {' '.join(str(e).split())}") from e
     if len({a.shape for a in arrays.values()}) != 1 or arrays["mean"].ndim != 1:
         raise UserError(
             f"{path}: {name} holds arrays of different lengths: { {k: a.shape for k, a in arrays.items()} }"
         )
+    if bad := [key for key, a in arrays.items() if not np.isfinite(a).all()]:
+        raise UserError(f"{path}: {name} holds values that are not finite in {', '.join(bad)}")
     return NormStats(**arrays, mode=mode)

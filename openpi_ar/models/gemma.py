@@ -30,13 +30,13 @@ class Block(nnx.Module):
     """Attention and gated MLP, both pre-norm."""
 
     def __init__(self, cfg: TowerConfig, *, adaptive: bool, rngs: nnx.Rngs):
-        d, n, k, h = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        d, n, k, h, r = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.lora_rank
         self.attn_norm = _norm(cfg, adaptive, rngs)
-        self.q = Einsum("BTD,NDH->BTNH", (n, d, h), fan_in=d, rngs=rngs)
-        self.kv = Einsum("BSD,cKDH->cBSKH", (2, k, d, h), fan_in=d, rngs=rngs)
-        self.out = Einsum("BTNH,NHD->BTD", (n, h, d), fan_in=n * h, rngs=rngs)
+        self.q = Einsum("BTD,NDH->BTNH", (n, d, h), fan_in=d, rngs=rngs, lora_rank=r)
+        self.kv = Einsum("BSD,cKDH->cBSKH", (2, k, d, h), fan_in=d, rngs=rngs, lora_rank=r)
+        self.out = Einsum("BTNH,NHD->BTD", (n, h, d), fan_in=n * h, rngs=rngs, lora_rank=r)
         self.mlp_norm = _norm(cfg, adaptive, rngs)
-        self.mlp = GatedMLP(d, cfg.mlp_dim, rngs=rngs)
+        self.mlp = GatedMLP(d, cfg.mlp_dim, rngs=rngs, lora_rank=r)
 
     def __call__(
         self,

@@ -6,12 +6,15 @@ dtype of its input; norms, softmax and rotations are float32 inside and return t
 
 from collections.abc import Sequence
 import math
+import re
+from typing import Any
 
 from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
+import numpy as np
 
 from openpi_ar.types import Array
 
@@ -30,15 +33,42 @@ def matmul(x: Float[Array, "*d i"], w: Float[Array, "i o"]) -> Float[Array, "*d 
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-class Einsum(nnx.Module):
-    """`einsum(spec, x, w)` in the dtype of x."""
+def lora_specs(spec: str) -> tuple[str, str]:
+    """The two einsums that a low-rank pair replaces `spec` by: the weight's last two axes become (in, r) and (r, out).
 
-    def __init__(self, spec: str, shape: tuple[int, ...], *, fan_in: int, rngs: nnx.Rngs):
+    As openpi's `lora.py`: an axis of the weight that the output lacks (heads, in the output projection) is summed over in
+    each of the two, not across both.
+    """
+    x, w, out = re.split(r",|->", spec)
+    into, outof = w[-2], w[-1]
+    low = out.replace(outof, "r")
+    return f"{x},{w.replace(outof, 'r')}->{low}", f"{low},{w.replace(into, 'r')}->{out}"
+
+
+def lora_init(rngs: nnx.Rngs, shape: tuple[int, ...], rank: int) -> tuple[nnx.Param, nnx.Param] | tuple[None, None]:
+    """The adapters of a weight of this shape (None for rank 0): small noise, and zero so that training starts at w."""
+    if not rank:
+        return None, None
+    a = 0.01 * jax.random.normal(rngs.params(), (*shape[:-1], rank))
+    return nnx.Param(a), nnx.Param(jnp.zeros((*shape[:-2], rank, shape[-1])))
+
+
+class Einsum(nnx.Module):
+    """`einsum(spec, x, w)` in the dtype of x, plus the low-rank adapters' output if there are any."""
+
+    def __init__(self, spec: str, shape: tuple[int, ...], *, fan_in: int, rngs: nnx.Rngs, lora_rank: int = 0):
         self.spec = spec
         self.w = nnx.Param(fan_in_init(rngs.params(), shape, fan_in))
+        self.lora_a, self.lora_b = lora_init(rngs, shape, lora_rank)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.einsum(self.spec, x, self.w[...].astype(x.dtype))
+        y = jnp.einsum(self.spec, x, self.w[...].astype(x.dtype))
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        into, outof = lora_specs(self.spec)
+        return y + jnp.einsum(
+            outof, jnp.einsum(into, x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)
+        )
 
 
 class Linear(nnx.Module):
@@ -109,15 +139,24 @@ class AdaRMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`; gate and up are one stacked weight [2 D F]."""
 
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, lora_rank: int = 0):
         self.gate_up = nnx.Param(fan_in_init(rngs.params(), (2, dim, hidden), dim))
         self.down = nnx.Param(fan_in_init(rngs.params(), (hidden, dim), hidden))
+        self.gate_up_lora_a, self.gate_up_lora_b = lora_init(rngs, (2, dim, hidden), lora_rank)
+        self.down_lora_a, self.down_lora_b = lora_init(rngs, (hidden, dim), lora_rank)
 
     def __call__(self, x: Float[Array, "*d D"]) -> Float[Array, "*d D"]:
-        w = self.gate_up[...].astype(x.dtype)
         # Two matmuls, not one einsum over the stacked weight, whose backward pass is slower on CPU.
-        y = jax.nn.gelu(matmul(x, w[0]), approximate=True) * matmul(x, w[1])
-        return matmul(y, self.down[...].astype(x.dtype))
+        gate, up = (self._matmul(x, self.gate_up, self.gate_up_lora_a, self.gate_up_lora_b, i) for i in (0, 1))
+        y = jax.nn.gelu(gate, approximate=True) * up
+        return self._matmul(y, self.down, self.down_lora_a, self.down_lora_b, ...)
+
+    @staticmethod
+    def _matmul(x: Array, w: nnx.Param, a: nnx.Param | None, b: nnx.Param | None, index: Any) -> Array:
+        y = matmul(x, w[...].astype(x.dtype)[index])
+        if a is None or b is None:
+            return y
+        return y + matmul(matmul(x, a[...].astype(x.dtype)[index]), b[...].astype(x.dtype)[index])
 
 
 def rotary(positions: Int[Array, "B T"], head_dim: int) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
@@ -159,12 +198,30 @@ def attend(
 
 
 def sincos_embedding(
-    t: Float[Array, "*b"], dim: int, min_period: float = 4e-3, max_period: float = 4.0
+    t: Float[Array, "*b"], dim: int, min_period: float = 4e-3, max_period: float = 4.0, *, exact: bool = False
 ) -> Float[Array, "*b dim"]:
-    """Sine-cosine embedding of flow time with periods from 4e-3 to 4.0, geometric (openpi `posemb_sincos`), float32."""
+    """Sine-cosine embedding of flow time with periods from 4e-3 to 4.0, geometric, float32.
+
+    openpi's JAX code (`posemb_sincos`) computes the angles in float32, its PyTorch code in float64 (`exact`); the two
+    differ by up to 1e-4.
+    """
     if dim % 2:
         raise ValueError(f"the time embedding needs an even width, found {dim}")
-    period = min_period * (max_period / min_period) ** jnp.linspace(0.0, 1.0, dim // 2)
-    # Angles reach 1570 rad, where one rounding is 1e-4: the order of operations is openpi's.
-    angle = t.astype(jnp.float32)[..., None] * (1.0 / period * 2 * math.pi)
+    t = t.astype(jnp.float32)[..., None]
+    if exact:
+        angle = 2 * math.pi * _cycles(t, 1 / (min_period * (max_period / min_period) ** np.linspace(0, 1, dim // 2)))
+    else:
+        period = min_period * (max_period / min_period) ** jnp.linspace(0.0, 1.0, dim // 2)
+        # Angles reach 1570 rad, where one rounding is 1e-4: the order of operations is openpi's.
+        angle = t * (1.0 / period * 2 * math.pi)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def _cycles(t: Float[Array, "*b 1"], frequency: Float[np.ndarray, " d"]) -> Float[Array, "*b d"]:
+    """`t * frequency` less a whole number, to 1e-8: as float64 would give it, in float32 parts whose products are exact."""
+    high = frequency.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFF000)  # 12 bits of mantissa
+    f1 = high.view(np.float32)
+    f2 = (frequency - f1).astype(np.float32)
+    t1 = jax.lax.reduce_precision(jnp.asarray(t), 8, 11)
+    whole = t1 * f1
+    return (whole - jnp.round(whole)) + (t1 * f2 + (t - t1) * f1) + (t - t1) * f2

@@ -80,7 +80,7 @@ class Pi0(nnx.Module):
 
         The projections are float32, as openpi's.
         """
-        emb = sincos_embedding(t, self.cfg.expert.width)
+        emb = sincos_embedding(t, self.cfg.expert.width, exact=self.cfg.exact_time)
         actions = self.action_in(x_t.astype(jnp.float32))
         if self.cfg.pi05:
             cond = jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(emb))))

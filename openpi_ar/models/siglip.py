@@ -9,11 +9,26 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
+import numpy as np
+from scipy import ndimage
 
 from openpi_ar.config import SigLIPConfig
 from openpi_ar.models.layers import Einsum, LayerNorm, Linear, fan_in_init, matmul
 from openpi_ar.models.stack import Stack
 from openpi_ar.types import Array
+
+
+def resample_pos_embedding(
+    table: Float[np.ndarray, "_ D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[np.ndarray, "_ D"]:
+    """A position embedding for another grid of patches (height, width), row-major, on the host.
+
+    big_vision's own (`models/vit.py`, `resample_posemb`, by which PaliGemma's higher resolutions were made):
+    `scipy.ndimage.zoom` of order 1, that is bilinear with the corner patches kept in place and no antialiasing.
+    """
+    grid = np.asarray(table).reshape(*old, -1)
+    zoomed = ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1)
+    return zoomed.reshape(new[0] * new[1], -1)
 
 
 class Attention(nnx.Module):

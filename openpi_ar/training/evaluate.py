@@ -61,7 +61,7 @@ class Evaluator:
         return prompts.parse_target(self._transform.tokenizer, self._cfg.text.template, ids.tolist())
 
     def _action_errors(self, raw: Sequence[dict], actions: np.ndarray) -> dict[str, float]:
-        real = self._transform.actions_to_real(actions)
+        real = self._transform.actions_to_real(actions, raw)
         valid = np.stack([r["action_valid"] for r in raw])
         error = np.abs(real - np.stack([r["actions"] for r in raw]))[valid].mean(0)
         return {"action_error": float(error.mean()), **{f"action_error_{i}": float(e) for i, e in enumerate(error)}}

@@ -1,0 +1,172 @@
+"""Tools for checkpoints of any known format.
+
+python -m openpi_ar.checkpoints inspect gs://openpi-assets/checkpoints/pi05_base
+python -m openpi_ar.checkpoints convert checkpoints/pi05_subtask/run/30000 my_policy --to torch --dtype bfloat16
+python -m openpi_ar.checkpoints verify my_policy goldens/pi05
+"""
+
+import json
+from pathlib import Path
+import sys
+from typing import Annotated, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+import tyro
+
+from openpi_ar.checkpoints import export, load
+from openpi_ar.checkpoints import verify as verification
+from openpi_ar.config import TowerConfig
+from openpi_ar.errors import UserError
+
+Where = Annotated[str, tyro.conf.Positional]
+"""Directory, file, address (gs://, https://, hf://) or hub id of a checkpoint."""
+
+_out = Console(soft_wrap=True)
+
+
+def convert(
+    source: Where,
+    target: Annotated[Path, tyro.conf.Positional],
+    *,
+    to: export.Format,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    action_horizon: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    siglip_heads: int | None = None,
+    num_kv_heads: int | None = None,
+) -> None:
+    """Write a checkpoint in another format: parameters and assets, no optimizer state.
+
+    Args:
+        source: directory, file, address or hub id of the checkpoint.
+        target: new directory; must not exist.
+        to: openpi (orbax), torch (openpi's model.safetensors), lerobot, or ours.
+        dtype: stored type; as it is if not given.
+        action_horizon: where the source does not tell it.
+        image_size: height and width; the position embedding is resampled to it.
+        siglip_heads: where the source does not tell it.
+        num_kv_heads: where the source does not tell it.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists: name a new directory, or delete this one first")
+    loaded = load.load_model(
+        source,
+        dtype=dtype,
+        action_horizon=action_horizon,
+        image_size=image_size,
+        siglip_heads=siglip_heads,
+        num_kv_heads=num_kv_heads,
+    )
+    for note in loaded.notes:
+        _out.print(f"note: {note}", markup=False, highlight=False)
+    export.convert(loaded, target, to)
+    _out.print(f"{target}: {export.size_of(target) / 1e6:.1f} MB, {loaded.kind} -> {to}", markup=False, highlight=False)
+
+
+def inspect(source: Where) -> None:
+    """Say what a checkpoint is, from its headers alone.
+
+    Args:
+        source: directory, file, address or hub id of the checkpoint.
+    """
+    looked = load.inspect(source)
+    cfg, specs = looked.config, looked.source.specs
+    count = {name: int(np.prod(spec.shape, dtype=np.int64)) for name, spec in specs.items()}
+    dtypes: dict[str, int] = {}
+    for name, spec in specs.items():
+        dtypes[spec.dtype.name] = dtypes.get(spec.dtype.name, 0) + count[name]
+    assets = export.assets_of(looked.source.path)
+    table = Table(show_header=False, box=None)
+    rows = {
+        "path": str(looked.source.path),
+        "format": _FORMATS[looked.source.kind],
+        "model": ("pi0.5" if cfg.pi05 else "pi0")
+        if looked.source.kind != "paligemma"
+        else "PaliGemma (no action tower)",
+        "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} GB",
+        "types": ", ".join(f"{name} {n:,}" for name, n in sorted(dtypes.items())),
+        "images": f"{cfg.siglip.image_size[0]} x {cfg.siglip.image_size[1]}, patch {cfg.siglip.patch_size}, "
+        f"{len(cfg.cameras)} cameras: {', '.join(cfg.cameras)}",
+        "SigLIP": f"width {cfg.siglip.width}, depth {cfg.siglip.depth}, mlp {cfg.siglip.mlp_dim}, heads {cfg.siglip.num_heads}",
+        "first tower": _tower(cfg.vlm) + f", vocabulary {cfg.vocab_size}",
+        "second tower": _tower(cfg.expert),
+        "actions": f"{cfg.action_dim} dimensions, horizon {cfg.action_horizon}, state {cfg.state_dim}",
+        "assets": ", ".join(sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file()))
+        if assets
+        else "none",
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    _out.print(table)
+    for note in looked.notes:
+        _out.print(f"note: {note}", markup=False, highlight=False)
+
+
+def verify(
+    path: Where,
+    golden: Annotated[Path, tyro.conf.Positional],
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    siglip_heads: int | None = None,
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Run a golden's inputs through a checkpoint and compare; exit code 1 if a quantity is out of its bound.
+
+    Args:
+        path: directory, file, address or hub id of the checkpoint.
+        golden: directory of arrays that reference code computed with the same weights.
+        dtype: of the computation.
+        siglip_heads: where neither the checkpoint nor the golden tells it; found by trying if not given.
+        json_path: write the table there too.
+    """
+    differences, notes = verification.verify(path, golden, compute_dtype=dtype, siglip_heads=siglip_heads)
+    table = Table("quantity", "max abs difference", "mean", "bound", "")
+    for d in differences:
+        bound = f"{d.bound:.0e}" + (" on the mean" if d.judged == "mean" else "")
+        table.add_row(d.name, f"{d.largest:.2e}", f"{d.mean:.2e}", bound, "ok" if d.ok else "FAILED")
+    _out.print(table)
+    for note in notes:
+        _out.print(f"note: {note}", markup=False, highlight=False)
+    failed = [d.name for d in differences if not d.ok]
+    if json_path is not None:
+        body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}
+        json_path.write_text(json.dumps({"ok": not failed, "quantities": body}, indent=2) + "\n")
+    if failed:
+        _out.print(
+            f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}", highlight=False
+        )
+        raise SystemExit(1)
+    _out.print(f"verified: all {len(differences)} quantities agree", highlight=False)
+
+
+_FORMATS = {
+    "ours": "openpi_ar (orbax)",
+    "openpi": "openpi, JAX (orbax)",
+    "torch": "openpi, PyTorch (safetensors)",
+    "lerobot": "LeRobot (safetensors)",
+    "paligemma": "PaliGemma (big_vision .npz)",
+}
+
+
+def _tower(t: TowerConfig) -> str:
+    lora = f", LoRA rank {t.lora_rank}" if t.lora_rank else ""
+    return f"width {t.width}, depth {t.depth}, mlp {t.mlp_dim}, heads {t.num_heads} / {t.num_kv_heads} x {t.head_dim}{lora}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"convert": convert, "inspect": inspect, "verify": verify},
+            args=argv,
+            prog="python -m openpi_ar.checkpoints",
+        )
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

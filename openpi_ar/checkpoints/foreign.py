@@ -1,0 +1,141 @@
+"""All that a policy needs, from a checkpoint of ours or of openpi's or LeRobot's models.
+
+Ours say everything themselves. Others are parameters and, beside them, statistics: what they were fed is known only by the
+robot they were trained for, so that has to be named.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from flax import nnx
+
+from openpi_ar.checkpoints import store
+from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
+from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats, needed_mode
+from openpi_ar.data.robots import ROBOTS, RobotSpec, get_robot
+from openpi_ar.errors import UserError
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
+
+# openpi's Pi0Config.max_token_len: pi0's prompt does not carry the state.
+_PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
+# Names of the horizon in the config.json of openpi's PyTorch and of LeRobot's checkpoints.
+_HORIZON_KEYS = ("action_horizon", "chunk_size")
+
+
+class PolicyParts(NamedTuple):
+    """Arguments of `Policy`; layers stacked."""
+
+    cfg: TrainConfig
+    model: Pi0
+    tokenizer: Tokenizer
+    stats: dict[str, NormStats]
+    robot: RobotSpec | None
+
+
+def load_policy_parts(
+    path: str | Path, robot: str | None = None, *, asset_id: str | None = None, horizon: int | None = None
+) -> PolicyParts:
+    """Configuration, model, tokenizer, statistics and robot of a checkpoint, whoever wrote it.
+
+    Args:
+        path: a step or experiment of ours; or an openpi or LeRobot checkpoint, local or remote (`load_model`).
+        robot: name in `ROBOTS` or a .json file. Others' checkpoints need it; ours then take its observations.
+        asset_id: directory under `assets/` with the statistics, where there are several.
+        horizon: actions in a chunk. None: the checkpoint's config.json, else the robot's in openpi's configurations.
+
+    Raises:
+        UserError: something is missing, unknown or does not fit; said before parameters are read where possible.
+    """
+    spec = None if robot is None else get_robot(robot)
+    if horizon is not None and horizon < 1:
+        raise UserError(f"the horizon must be 1 action or more, found {horizon}")
+    if _is_ours(path):
+        if asset_id is not None or horizon is not None:
+            raise UserError(f"{path} says its statistics and its horizon itself: leave out --asset-id and --horizon")
+        return PolicyParts(*store.load_policy_checkpoint(path), spec)
+    if spec is None:
+        _refuse_without_robot(path)
+        raise AssertionError("a checkpoint that is not ours was read as ours")
+    return _load_foreign(path, spec, asset_id, horizon)
+
+
+def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horizon: int | None) -> PolicyParts:
+    from openpi_ar.checkpoints.load import load_model  # here, because reading other formats is a heavy import
+
+    tokenizer = load_tokenizer("paligemma")
+    if (local := Path(path).expanduser()).exists():
+        find_norm_stats(_root(local), asset_id=asset_id, known=spec.asset_ids)
+    loaded = load_model(path, action_horizon=horizon)
+    if loaded.kind == "ours":
+        assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
+        mode = assets.stats["state"].mode
+        check_mode(step / "assets" / store.NORM_STATS, mode, needed_mode(assets.config.model.pi05))
+        return PolicyParts(assets.config, loaded.model, assets.tokenizer, assets.stats, spec)
+    if loaded.kind == "paligemma":
+        raise UserError(
+            f"{path} is a PaliGemma checkpoint: it has no trained action expert, so it cannot drive a robot"
+        )
+    root = _root(loaded.path)
+    folder = find_norm_stats(root, asset_id=asset_id, known=spec.asset_ids)
+    stats = load_norm_stats(folder, required_mode=needed_mode(loaded.config.pi05))
+    variant = spec.variant(loaded.config.pi05)
+    if horizon is None:
+        horizon = loaded.config.action_horizon if _says_horizon(root) else variant.horizon
+    model_cfg = dataclasses.replace(loaded.config, action_horizon=horizon)
+    return PolicyParts(_train_config(model_cfg, spec), _with_config(loaded.model, model_cfg), tokenizer, stats, spec)
+
+
+def _train_config(model: ModelConfig, spec: RobotSpec) -> TrainConfig:
+    """The run that would have made this checkpoint, as far as inference can tell."""
+    kind = "pi05" if model.pi05 else "pi0"
+    return TrainConfig(
+        name=f"{kind}_{spec.name}",
+        model=model,
+        text=TextConfig(
+            tokenizer="paligemma",
+            template=spec.variant(model.pi05).template,
+            max_prompt_tokens=_PROMPT_TOKENS[kind],
+        ),
+        loss=LossConfig(average_padded_dims=True),
+        data=LeRobotData(),
+    )
+
+
+def _with_config(model: Pi0, cfg: ModelConfig) -> Pi0:
+    """The same parameters under another configuration; the horizon is in no parameter's shape."""
+    new = nnx.clone(model)
+    new.cfg = cfg
+    return new
+
+
+def _is_ours(path: str | Path) -> bool:
+    try:
+        return (store.resolve_step_dir(path) / "assets" / store.CONFIG).is_file()
+    except UserError:
+        return False
+
+
+def _refuse_without_robot(path: str | Path) -> None:
+    """What is wrong with the path as a checkpoint of ours, and what to do if it never was one."""
+    try:
+        store.load_assets(store.resolve_step_dir(path))
+    except UserError as e:
+        raise UserError(
+            f"{e}. If it is a checkpoint of openpi or LeRobot, say which robot it is for: --robot {' | '.join(ROBOTS)}"
+        ) from e
+
+
+def _root(path: Path) -> Path:
+    """The directory that holds `assets/`: openpi's parameters are in its `params/`, or in a file in it."""
+    return path.parent if path.is_file() or path.name == "params" else path
+
+
+def _says_horizon(root: Path) -> bool:
+    try:
+        body = json.loads((root / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and any(key in body for key in _HORIZON_KEYS)

@@ -1,0 +1,139 @@
+"""Remote checkpoints: a local copy in openpi's cache, downloaded once, resumed after an interruption.
+
+`$OPENPI_DATA_HOME`, else `~/.cache/openpi`, laid out as openpi does (`gs://bucket/a/b` is `<cache>/bucket/a/b`), so that what
+openpi has downloaded is found and not fetched again.
+"""
+
+import os
+from pathlib import Path, PurePosixPath
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from openpi_ar.errors import UserError
+
+_BLOCK = 8 << 20
+_PARTIAL = ".partial"
+_SCHEMES = ("gs", "http", "https", "hf", "s3", "file")
+
+
+def cache_dir() -> Path:
+    """Directory of downloads."""
+    return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
+
+
+def local_copy(path: str | Path) -> Path:
+    """A local path as it is; an address or hub id (`owner/name`) as its copy in the cache, downloaded if need be.
+
+    A file is written as `<name>.partial` and renamed when whole; a directory is marked complete after its last file.
+    Raises UserError if it cannot be reached.
+    """
+    text = str(path)
+    scheme = text.split("://", 1)[0] if "://" in text else ""
+    if not scheme:
+        local = Path(text).expanduser()
+        if local.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+            return local
+        text, scheme = f"hf://{text}", "hf"
+    if scheme not in _SCHEMES:
+        raise UserError(
+            f"{text}: expected a local path, a hub id or an address of {', '.join(_SCHEMES)}, found {scheme}://"
+        )
+    parts = urlsplit(text)
+    target = cache_dir() / (parts.netloc.replace(":", "_") or scheme) / parts.path.strip("/")
+    if target.is_file() or (target.is_dir() and not (target.parent / f".{target.name}{_PARTIAL}").exists()):
+        return target
+    try:
+        _download(text, target)
+    except UserError:
+        raise
+    except ImportError as e:
+        raise UserError(f"{text}: {scheme}:// needs one more package ({e}): pip install 'openpi-ar[remote]'") from e
+    except Exception as e:  # every backend has its own errors
+        raise UserError(
+            f"{text} cannot be downloaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}; what is there stays in "
+            f"{target.parent} and the next try goes on from it. Or fetch it by hand and give the local path"
+        ) from e
+    return target
+
+
+def _download(url: str, target: Path) -> None:
+    # Public buckets are read without credentials.
+    fs, root = fsspec.core.url_to_fs(url, **({"token": "anon"} if url.startswith("gs://") else {}))
+    root = root.rstrip("/")
+    info = fs.info(root)
+    files = {target: info} if info["type"] == "file" and not _is_listing(fs, root, info) else _listing(fs, root, target)
+    if not files:
+        raise UserError(f"{url} holds no file")
+    mark = target.parent / f".{target.name}{_PARTIAL}"
+    is_directory = target not in files
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_directory:
+        mark.touch()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task(f"downloading {url}", total=sum(i.get("size") or 0 for i in files.values()))
+        for local, remote in sorted(files.items()):
+            _fetch(fs, remote, local, lambda n: bar.advance(task, n))
+    if is_directory:
+        mark.unlink()
+
+
+def _is_listing(fs: Any, root: str, info: dict) -> bool:
+    """A web server's page of links stands for a directory."""
+    return (
+        url_protocol(fs) in ("http", "https")
+        and not PurePosixPath(root).suffix
+        and "html" in str(info.get("mimetype", "html"))
+    )
+
+
+def url_protocol(fs: Any) -> str:
+    """First protocol name of an fsspec filesystem."""
+    return fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+
+
+def _listing(fs: Any, root: str, target: Path) -> dict[Path, dict]:
+    found = fs.find(root, detail=True)
+    files = {}
+    for name, info in found.items():
+        relative = name[len(root) :].strip("/")
+        if ".." in PurePosixPath(relative).parts:
+            raise UserError(f"{name} lies outside of {root}")
+        files[target / relative] = info
+    return files
+
+
+def _fetch(fs: Any, info: dict, local: Path, advance: Any) -> None:
+    """One file, from where an earlier try stopped."""
+    if local.exists():
+        advance(local.stat().st_size)
+        return
+    local.parent.mkdir(parents=True, exist_ok=True)
+    partial = local.with_name(local.name + _PARTIAL)
+    have = partial.stat().st_size if partial.exists() else 0
+    size = info.get("size")
+    with fs.open(info["name"], "rb", block_size=_BLOCK) as source:
+        if have:
+            try:
+                source.seek(have)
+                advance(have)
+            except (ValueError, OSError):  # a server without ranges: from the start
+                have = 0
+        with partial.open("ab" if have else "wb") as out:
+            while block := source.read(_BLOCK):
+                out.write(block)
+                advance(len(block))
+    got = partial.stat().st_size
+    if size is not None and got != size:
+        raise UserError(f"{info['name']}: expected {size} bytes, received {got}: the connection broke off; try again")
+    partial.rename(local)

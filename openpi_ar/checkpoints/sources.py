@@ -1,0 +1,206 @@
+"""Checkpoint files as lazy mappings: names, shapes and dtypes at once, an array only when it is asked for."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+import zipfile
+import zlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors import SafetensorError, safe_open
+
+from openpi_ar.checkpoints.names import canonical_torch
+from openpi_ar.errors import UserError
+
+Layout = Literal["ours", "openpi", "torch"]
+INDEX = "model.safetensors.index.json"
+
+_NPY_BFLOAT16 = "|V2"  # numpy's files have no bfloat16: two bytes of anything
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and numpy dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in memory."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Tensors of one checkpoint by the table's names (`names.Row`), read one at a time.
+
+    kind    what wrote it: "ours", "openpi", "torch" (openpi's PyTorch), "lerobot", "paligemma".
+    layout  which column of the table its names are.
+    path    the directory or file that was opened.
+    specs   shape and dtype by name.
+    read    returns one array; raises UserError if the file is damaged.
+    """
+
+    kind: str
+    layout: Layout
+    path: Path
+    specs: dict[str, Spec]
+    read: Callable[[str], np.ndarray]
+
+
+def open_source(path: Path) -> Source:
+    """The tensors of a local checkpoint, whatever it is: see `load.load_model`.
+
+    Raises UserError if the path is no checkpoint that is known, or its headers cannot be read.
+    """
+    if path.is_file():
+        if path.suffix == ".npz":
+            return _open_npz(path)
+        if path.suffix == ".safetensors":
+            return _open_safetensors(path, [path])
+        if path.name.endswith(".safetensors.index.json"):
+            return _open_index(path)
+        raise UserError(
+            f"{path} is no checkpoint: expected a .safetensors or .npz file or a directory, found {path.suffix!r}"
+        )
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: expected a checkpoint directory, a .safetensors or a .npz file")
+    for folder in (path / "params", path):
+        if (folder / "_METADATA").is_file():
+            return _open_orbax(folder)
+    if index := sorted(path.glob("*.safetensors.index.json")):
+        return _open_index(index[0])
+    if files := sorted(path.glob("*.safetensors")):
+        return _open_safetensors(path, files)
+    if (path / "params").is_dir() or (path / "manifest.ocdbt").exists():
+        raise UserError(f"{path} holds an orbax checkpoint without its _METADATA: it is half-written or half-copied")
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{path} is no checkpoint that is known: expected params/ (orbax), model.safetensors or a step directory in it, "
+        f"found {found}"
+    )
+
+
+def _open_index(index: Path) -> Source:
+    try:
+        shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as e:
+        raise UserError(
+            f'{index} is no index of shards: expected {{"weight_map": {{tensor: file}}}}, found {e!r}'
+        ) from e
+    if missing := [name for name in shards if not (index.parent / name).is_file()]:
+        raise UserError(f"{index} names shards that are not beside it: {', '.join(missing)}")
+    return _open_safetensors(index.parent, [index.parent / name for name in shards])
+
+
+def _open_safetensors(path: Path, files: list[Path]) -> Source:
+    where: dict[str, tuple[Path, str]] = {}
+    specs: dict[str, Spec] = {}
+    ties: dict[str, str] = {}
+    lerobot = False
+    for file in files:
+        with _safe_open(file) as f:
+            for raw in f.keys():  # noqa: SIM118 (not a mapping)
+                name, view = canonical_torch(raw), f.get_slice(raw)
+                lerobot |= raw.startswith("model.") and raw != name
+                if name in where:
+                    raise UserError(
+                        f"{path}: {raw} in {file.name} and {where[name][1]} in {where[name][0].name} are one tensor"
+                    )
+                if (stored := view.get_dtype()) not in _DTYPES:
+                    raise UserError(f"{file}: {raw} is stored as {stored}: expected one of {', '.join(_DTYPES)}")
+                where[name] = (file, raw)
+                specs[name] = Spec(tuple(view.get_shape()), np.dtype(_DTYPES[stored]))
+            ties |= {k: v for k, v in (f.metadata() or {}).items() if isinstance(v, str)}
+    # A dropped name of a tie stands for the kept one (safetensors.torch.save_model records the pair in the header).
+    for dropped, kept in ties.items():
+        if canonical_torch(kept) in where and canonical_torch(dropped) not in where:
+            where[canonical_torch(dropped)] = where[canonical_torch(kept)]
+            specs[canonical_torch(dropped)] = specs[canonical_torch(kept)]
+
+    def read(name: str) -> np.ndarray:
+        file, raw = where[name]
+        with _safe_open(file) as f:
+            return f.get_tensor(raw)
+
+    hub = (path if path.is_dir() else path.parent) / "config.json"
+    lerobot |= hub.is_file() and '"type"' in hub.read_text(errors="replace")
+    return Source("lerobot" if lerobot else "torch", "torch", path, specs, read)
+
+
+def _safe_open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="numpy")
+    except (SafetensorError, OSError) as e:
+        size = file.stat().st_size if file.exists() else 0
+        raise UserError(
+            f"{file} ({size} bytes) cannot be read as safetensors: {e}; it is truncated or no such file: fetch it again"
+        ) from e
+
+
+def _open_npz(path: Path) -> Source:
+    try:
+        archive = np.load(path)
+        headers = {name: _npy_spec(archive, name) for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} cannot be read as an .npz of arrays: {e}") from e
+    rename = {f"PaliGemma/{name.removeprefix('params/')}": name for name in archive.files if name.startswith("params/")}
+    if not rename:
+        raise UserError(f"{path} is no PaliGemma checkpoint: expected arrays named params/llm/... and params/img/...")
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return archive[rename[name]].view(headers[rename[name]].dtype)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise UserError(f"{path}: array {rename[name]} cannot be read: {e}") from e
+
+    return Source("paligemma", "openpi", path, {n: headers[raw] for n, raw in rename.items()}, read)
+
+
+def _npy_spec(archive: Any, name: str) -> Spec:
+    """Shape and dtype from the header alone."""
+    with archive.zip.open(f"{name}.npy") as f:
+        version = np.lib.format.read_magic(f)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(f)
+    return Spec(shape, np.dtype(ml_dtypes.bfloat16) if dtype.str == _NPY_BFLOAT16 else dtype)
+
+
+def _open_orbax(folder: Path) -> Source:
+    handler = ocp.PyTreeCheckpointer()
+    try:
+        metadata: Any = handler.metadata(folder.absolute()).item_metadata
+        leaves = jax.tree_util.tree_leaves_with_path(metadata.tree, is_leaf=lambda x: hasattr(x, "shape"))
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{folder} cannot be read as orbax parameters: {' '.join(str(e).split())[:300]}") from e
+    paths = {tuple(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
+    # Training loops of openpi leave nnx's `value` at the end of every path, its released checkpoints do not.
+    suffix = bool(paths) and all(path[-1] == "value" for path in paths)
+    keys: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        short = path[:-1] if suffix else path
+        keys["/".join(short[1:] if short[0] == "params" else short)] = path
+    specs = {name: Spec(tuple(paths[key].shape), np.dtype(paths[key].dtype)) for name, key in keys.items()}
+
+    def read(name: str) -> np.ndarray:
+        item: Any = jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype)
+        args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(keys[name]):
+            item, args = {part: item}, {part: args}
+        try:
+            tree = handler.restore(
+                folder.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+            )
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"{folder}: array {name} cannot be read: {' '.join(str(e).split())[:300]}") from e
+        return jax.tree.leaves(tree)[0]
+
+    kind: Layout = "ours" if any(name.startswith(("img/", "embedder/")) for name in specs) else "openpi"
+    return Source(kind, kind, folder, specs, read)

@@ -1,0 +1,112 @@
+"""Robot units to the units a model is trained in, each map beside its inverse. Plain numpy, before normalisation.
+
+    images    float or channels-first         -> uint8 [h w 3]
+    actions   absolute                        <-> relative to the state the chunk starts from
+    ALOHA     its own joint signs and grippers <-> those of the runtime that pi's base models were trained with
+    vectors   the robot's dimensions          <-> the model's
+
+The formulas are openpi's (`src/openpi/transforms.py`, `src/openpi/policies/aloha_policy.py`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from openpi_ar.errors import UserError
+
+# Interbotix: the gripper's linear travel in metres (closed, open), and the arm and horn of its crank in metres.
+_TRAVEL = (0.01844, 0.05800)
+_ARM, _HORN = 0.036, 0.022
+# pi's runtime calls encoder counts 2405 and 3110 of 4096 zero and one; as angles about ALOHA's zero of 2048, in radians.
+_PI_ANGLES = (0.5476, 1.6296)
+# ALOHA's commands: joint angles of the closed and the open gripper in radians.
+_COMMAND_ANGLES = (-0.6213, 1.4910)
+
+
+def make_mask(*runs: int) -> tuple[bool, ...]:
+    """(6, -1) -> six times True, once False: openpi's shorthand for masks."""
+    return tuple(run > 0 for run in runs for _ in range(abs(run)))
+
+
+def to_delta(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
+    """Actions [... A X] relative to state [... P], both in real units, where the mask says so.
+
+    The mask may be shorter than X: dimensions past its end stay absolute, as do those where it is False (grippers).
+    """
+    return np.asarray(actions) - _reference(actions, state, mask)
+
+
+def to_absolute(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
+    """Inverse of `to_delta`; `state` is the one that the chunk was asked for with."""
+    return np.asarray(actions) + _reference(actions, state, mask)
+
+
+def flip(x: np.ndarray, signs: Sequence[int]) -> np.ndarray:
+    """The first dimensions of x [... X] times +-1. Its own inverse."""
+    x = np.array(x, copy=True)
+    x[..., : len(signs)] *= np.asarray(signs, x.dtype)
+    return x
+
+
+def aloha_gripper_state_to_pi(x: np.ndarray) -> np.ndarray:
+    """Gripper positions as ALOHA reports them (0 closed, 1 open, linear in the fingers' travel) to pi's (crank angle)."""
+    travel = _unscale(x, *_TRAVEL)
+    sine = (_HORN**2 + travel**2 - _ARM**2) / (2 * _HORN * travel)
+    return _scale(np.arcsin(np.clip(sine, -1.0, 1.0)), *_PI_ANGLES)
+
+
+def aloha_gripper_state_from_pi(x: np.ndarray) -> np.ndarray:
+    """Inverse of `aloha_gripper_state_to_pi` up to fully open, where its sine is clipped."""
+    angle = _unscale(x, *_PI_ANGLES)
+    # The law of cosines solved for the travel; the arm is longer than the horn, so only this root is positive.
+    travel = _HORN * np.sin(angle) + np.sqrt(_ARM**2 - (_HORN * np.cos(angle)) ** 2)
+    return _scale(travel, *_TRAVEL)
+
+
+def aloha_gripper_action_to_pi(x: np.ndarray) -> np.ndarray:
+    """Gripper commands as ALOHA takes them (0 closed, 1 open, linear in the joint's angle) to pi's."""
+    return _unscale(x, *_COMMAND_ANGLES) - _PI_ANGLES[0]
+
+
+def aloha_gripper_action_from_pi(x: np.ndarray) -> np.ndarray:
+    """Inverse of `aloha_gripper_action_to_pi`."""
+    return _scale(x + _PI_ANGLES[0], *_COMMAND_ANGLES)
+
+
+def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
+    """Zeros appended to the last axis up to `dims`. Inverse: `x[..., :real]`."""
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dims - x.shape[-1])])
+
+
+def to_uint8_image(image: np.ndarray, name: str) -> np.ndarray:
+    """An image as robots send it to uint8 [h w 3]: floats in [0, 1] are scaled and cut off, channels may come first.
+
+    As openpi's `_parse_image`. Raises UserError naming the camera if floats leave [0, 1].
+    """
+    image = np.asarray(image)
+    if image.dtype.kind == "f":
+        # An epsilon above 1 (decoders, resizing) still gives 255; anything more is another scale.
+        if image.size and not (image.min() >= 0 and 255 * image.max() < 256):
+            raise UserError(
+                f"camera {name!r}: a float image must lie in [0, 1], found {image.min():.4g} to {image.max():.4g}; "
+                "send uint8 or divide by 255"
+            )
+        image = (255 * image).astype(np.uint8)
+    return np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 else image
+
+
+def _reference(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
+    """What is subtracted: the state where the mask is True, else 0; [... 1 X]."""
+    reference = np.zeros((*np.shape(state)[:-1], np.shape(actions)[-1]), np.float32)
+    dims = len(mask)
+    reference[..., :dims] = np.where(mask, np.asarray(state)[..., :dims], 0)
+    return reference[..., None, :]
+
+
+def _scale(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[low, high] to [0, 1]."""
+    return (x - low) / (high - low)
+
+
+def _unscale(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    return x * (high - low) + low
