@@ -16,10 +16,11 @@ import numpy as np
 
 from configs import HELP, PRESETS, get_preset
 from openpi_ar.checkpoints import store
-from openpi_ar.config import TabletopData, TrainConfig
+from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.loader import Loader
-from openpi_ar.data.tabletop import PromptSwap, TabletopSource, load_tabletop
+from openpi_ar.data.sources import TrainingSource, load_sources
+from openpi_ar.data.tabletop import PromptSwap
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 from openpi_ar.training import cli, experiment, memory
@@ -63,8 +64,8 @@ class Data:
     """What the loop draws from, and what a checkpoint must carry to be used without it."""
 
     loader: Loader
-    train: TabletopSource
-    held_out: TabletopSource
+    train: TrainingSource
+    held_out: TrainingSource
     transform: InputTransform
     assets: store.Assets
 
@@ -81,11 +82,10 @@ def check_tokenizer(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
 def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) -> Data:
     """Sources, statistics and the loader. A resumed run takes tokenizer and statistics from its checkpoint."""
     experiment.check_data(cfg)
-    assert isinstance(cfg.data, TabletopData)
     saved = None if resume_from is None else store.load_assets(resume_from)
     tokenizer = load_tokenizer(cfg.text.tokenizer) if saved is None else saved.tokenizer
     check_tokenizer(cfg, tokenizer)
-    train, held_out = load_tabletop(cfg.data, cfg.model.action_horizon, cfg.model.cameras)
+    train, held_out, remarks = load_sources(cfg)
     stats = train.norm_stats("quantile" if cfg.model.pi05 else "z_score") if saved is None else saved.stats
     transform = InputTransform(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
@@ -97,7 +97,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         augment=PromptSwap(train.prompts, cfg.data.prompt_swap),
         sharding=placement.batch,
     )
-    print(f"data: {len(train)} training frames, {len(held_out)} held out", flush=True)
+    print("\n".join([f"data: {len(train)} training frames, {len(held_out)} held out", *remarks]), flush=True)
     return Data(loader, train, held_out, transform, store.Assets(cfg, tokenizer, stats))
 
 
@@ -107,7 +107,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
 
 
 def make_state(
-    cfg: TrainConfig, placement: Placement, source: TabletopSource, resume_from: Path | None
+    cfg: TrainConfig, placement: Placement, source: TrainingSource, resume_from: Path | None
 ) -> tuple[TrainState, int]:
     """(state, data position): restored, started from `init_from`, or random (the vision tower perhaps pre-trained)."""
     tx = make_optimizer(cfg.optimizer, cfg.num_steps)
@@ -118,7 +118,7 @@ def make_state(
     state = jax.jit(lambda: init_state(cfg, tx), out_shardings=placement.replicated)()
     if cfg.init_from:
         state = started_at(state, store.load_params(store.resolve_step_dir(cfg.init_from), state.model))
-    elif isinstance(cfg.data, TabletopData) and cfg.data.vision_steps:
+    elif cfg.data.vision_steps:
         model, error = pretrain_vision(state.model, source, steps=cfg.data.vision_steps, seed=cfg.seed)
         print(f"vision tower: objects placed to {error:.2f} cm after {cfg.data.vision_steps} steps", flush=True)
         state = started_at(state, model)

@@ -71,7 +71,9 @@ def actions_only(cfg: TrainConfig) -> TrainConfig:
     """The same preset saying nothing: openpi's prompt, flow loss alone."""
     data = cfg.data
     if isinstance(data, TabletopData):
-        data = dataclasses.replace(data, commanded=0.0, prompt_swap=0.0)  # without a subtask, only the prompt says what to do
+        data = dataclasses.replace(
+            data, commanded=0.0, prompt_swap=0.0
+        )  # without a subtask, only the prompt says what to do
     return dataclasses.replace(
         cfg,
         data=data,

@@ -154,11 +154,34 @@ class TabletopData:
 
 @dataclasses.dataclass(frozen=True)
 class LeRobotData:
-    """A LeRobot dataset on disk."""
+    """A LeRobot dataset on disk, version 2.1 or 3.0."""
 
     path: str = ""
-    """Directory of the dataset (the one that holds `meta/`)."""
-    subtask_key: str = "subtask"
+    """Directory of the dataset (the one that holds `meta/`), or its name on the Hugging Face hub."""
+    cameras: tuple[str, ...] = ()
+    """`model_camera=feature` pairs; `model_camera=none` masks it. A camera that is not named takes the feature of its own
+    name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
+    state: tuple[str, ...] = ("observation.state",)
+    """Features that are the state, side by side."""
+    actions: tuple[str, ...] = ("action",)
+    """Features that are the action, side by side."""
+    subtasks: str = "auto"
+    """Where subtask labels come from: `index` (`subtask_index` and meta/subtasks.parquet), `language`
+    (`language_persistent`), `task` (the task of each frame), `none`, a feature of texts, or `auto`: what is there."""
+    prompt: str = ""
+    """Said in place of every episode's task."""
+    episodes: tuple[int, ...] = ()
+    """Episodes to use; empty: all."""
+    held_out: float = 0.05
+    """Fraction of the episodes that training never sees (at least one); 0: evaluate on training frames."""
+    frames: Literal["cache", "decode"] = "cache"
+    """`cache`: decode every frame once and keep it on disk at the model's image size. `decode`: at every read."""
+    cache_dir: str | None = None
+    """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
+    vision_steps: int = 0
+    """As for the tabletop; needs the feature `observation.environment_state` that its export writes."""
+    prompt_swap: float = 0.0
+    """Fraction of training rows whose task is replaced by another one and whose text is not supervised."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,9 @@ def inspect(source: Where) -> None:
     rows = {
         "path": str(looked.source.path),
         "format": _FORMATS[looked.source.kind],
-        "model": ("pi0.5" if cfg.pi05 else "pi0") if looked.source.kind != "paligemma" else "PaliGemma (no action tower)",
+        "model": ("pi0.5" if cfg.pi05 else "pi0")
+        if looked.source.kind != "paligemma"
+        else "PaliGemma (no action tower)",
         "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} GB",
         "types": ", ".join(f"{name} {n:,}" for name, n in sorted(dtypes.items())),
         "images": f"{cfg.siglip.image_size[0]} x {cfg.siglip.image_size[1]}, patch {cfg.siglip.patch_size}, "
@@ -91,7 +93,9 @@ def inspect(source: Where) -> None:
         "first tower": _tower(cfg.vlm) + f", vocabulary {cfg.vocab_size}",
         "second tower": _tower(cfg.expert),
         "actions": f"{cfg.action_dim} dimensions, horizon {cfg.action_horizon}, state {cfg.state_dim}",
-        "assets": ", ".join(sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file())) if assets else "none",
+        "assets": ", ".join(sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file()))
+        if assets
+        else "none",
     }
     for key, value in rows.items():
         table.add_row(key, value)
@@ -130,7 +134,9 @@ def verify(
         body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}
         json_path.write_text(json.dumps({"ok": not failed, "quantities": body}, indent=2) + "\n")
     if failed:
-        _out.print(f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}", highlight=False)
+        _out.print(
+            f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}", highlight=False
+        )
         raise SystemExit(1)
     _out.print(f"verified: all {len(differences)} quantities agree", highlight=False)
 
@@ -153,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"convert": convert, "inspect": inspect, "verify": verify}, args=argv, prog="python -m openpi_ar.checkpoints"
+            {"convert": convert, "inspect": inspect, "verify": verify},
+            args=argv,
+            prog="python -m openpi_ar.checkpoints",
         )
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

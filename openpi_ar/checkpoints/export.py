@@ -103,7 +103,9 @@ def _sizes(cfg: ModelConfig) -> dict[str, int]:
     head = s.width // s.num_heads
     siglip = {"w": s.width, "m": s.mlp_dim, "n": s.num_heads, "h": head, "p": s.patch_size, "T": s.num_tokens}
     towers = {"D": v.width, "F": v.mlp_dim, "E": e.width, "G": e.mlp_dim, "N": v.num_heads, "K": v.num_kv_heads}
-    return names.FIXED | siglip | towers | {"H": v.head_dim, "V": cfg.vocab_size, "X": cfg.action_dim, "P": cfg.state_dim}
+    return (
+        names.FIXED | siglip | towers | {"H": v.head_dim, "V": cfg.vocab_size, "X": cfg.action_dim, "P": cfg.state_dim}
+    )
 
 
 def _lora_delta(path: str, flat: Mapping[str, Array], place: tuple[int, ...]) -> np.ndarray | int:

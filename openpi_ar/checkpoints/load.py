@@ -106,7 +106,9 @@ def inspect(
     try:
         config = infer_config.model_config(source, found, sizes, overrides)
     except ValueError as e:
-        raise UserError(f"{source.path}: the tensors' shapes make no model: {e}; siglip_heads and num_kv_heads can be given") from e
+        raise UserError(
+            f"{source.path}: the tensors' shapes make no model: {e}; siglip_heads and num_kv_heads can be given"
+        ) from e
     problems = [f"{name}: no tensor of the model" for name in left] + clashes
     problems += _coverage(source, config, found, sizes)
     if problems:
@@ -232,7 +234,9 @@ def _coverage(source: Source, cfg: ModelConfig, found: list[Stored], sizes: Size
         if source.kind == "paligemma" and not is_vlm:
             continue
         if have.get(path, 0) < parts * layers:
-            problems.append(f"{name}: missing" + (f" ({have.get(path, 0)} of {parts * layers})" if parts * layers > 1 else ""))
+            problems.append(
+                f"{name}: missing" + (f" ({have.get(path, 0)} of {parts * layers})" if parts * layers > 1 else "")
+            )
     return problems
 
 
@@ -242,7 +246,12 @@ def _hints(folder: Path) -> dict[str, Any]:
     ours = folder / "assets" / store.CONFIG
     if ours.is_file():
         cfg = config_json.loads(ours.read_text(), source=str(ours)).model
-        return {"action_horizon": cfg.action_horizon, "cameras": cfg.cameras, "image_size": cfg.siglip.image_size, "exact_time": cfg.exact_time}
+        return {
+            "action_horizon": cfg.action_horizon,
+            "cameras": cfg.cameras,
+            "image_size": cfg.siglip.image_size,
+            "exact_time": cfg.exact_time,
+        }
     path = folder / "config.json"
     if not path.is_file():
         return {}

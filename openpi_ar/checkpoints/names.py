@@ -139,7 +139,13 @@ def _tower(ours: str, one: str, torch: str, d: str, f: str, r: str) -> list[Row]
                 (f"{torch}.dense.weight",),
                 f"(t {d}2) {d}1",
             ),
-            (f"{ours}/modulation/bias", f"{openpi}{one}/Dense_0/bias", f"(t {d})", (f"{torch}.dense.bias",), f"(t {d})"),
+            (
+                f"{ours}/modulation/bias",
+                f"{openpi}{one}/Dense_0/bias",
+                f"(t {d})",
+                (f"{torch}.dense.bias",),
+                f"(t {d})",
+            ),
         ]
 
     attn, mlp = "self_attn", f"mlp{one}"

@@ -39,7 +39,9 @@ def local_copy(path: str | Path) -> Path:
             return local
         text, scheme = f"hf://{text}", "hf"
     if scheme not in _SCHEMES:
-        raise UserError(f"{text}: expected a local path, a hub id or an address of {', '.join(_SCHEMES)}, found {scheme}://")
+        raise UserError(
+            f"{text}: expected a local path, a hub id or an address of {', '.join(_SCHEMES)}, found {scheme}://"
+        )
     parts = urlsplit(text)
     target = cache_dir() / (parts.netloc.replace(":", "_") or scheme) / parts.path.strip("/")
     if target.is_file() or (target.is_dir() and not (target.parent / f".{target.name}{_PARTIAL}").exists()):
@@ -71,7 +73,13 @@ def _download(url: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_directory:
         mark.touch()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task(f"downloading {url}", total=sum(i.get("size") or 0 for i in files.values()))
         for local, remote in sorted(files.items()):
@@ -82,7 +90,11 @@ def _download(url: str, target: Path) -> None:
 
 def _is_listing(fs: Any, root: str, info: dict) -> bool:
     """A web server's page of links stands for a directory."""
-    return url_protocol(fs) in ("http", "https") and not PurePosixPath(root).suffix and "html" in str(info.get("mimetype", "html"))
+    return (
+        url_protocol(fs) in ("http", "https")
+        and not PurePosixPath(root).suffix
+        and "html" in str(info.get("mimetype", "html"))
+    )
 
 
 def url_protocol(fs: Any) -> str:

@@ -67,7 +67,9 @@ def open_source(path: Path) -> Source:
             return _open_safetensors(path, [path])
         if path.name.endswith(".safetensors.index.json"):
             return _open_index(path)
-        raise UserError(f"{path} is no checkpoint: expected a .safetensors or .npz file or a directory, found {path.suffix!r}")
+        raise UserError(
+            f"{path} is no checkpoint: expected a .safetensors or .npz file or a directory, found {path.suffix!r}"
+        )
     if not path.is_dir():
         raise UserError(f"{path} does not exist: expected a checkpoint directory, a .safetensors or a .npz file")
     for folder in (path / "params", path):
@@ -90,7 +92,9 @@ def _open_index(index: Path) -> Source:
     try:
         shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as e:
-        raise UserError(f'{index} is no index of shards: expected {{"weight_map": {{tensor: file}}}}, found {e!r}') from e
+        raise UserError(
+            f'{index} is no index of shards: expected {{"weight_map": {{tensor: file}}}}, found {e!r}'
+        ) from e
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise UserError(f"{index} names shards that are not beside it: {', '.join(missing)}")
     return _open_safetensors(index.parent, [index.parent / name for name in shards])
@@ -107,7 +111,9 @@ def _open_safetensors(path: Path, files: list[Path]) -> Source:
                 name, view = canonical_torch(raw), f.get_slice(raw)
                 lerobot |= raw.startswith("model.") and raw != name
                 if name in where:
-                    raise UserError(f"{path}: {raw} in {file.name} and {where[name][1]} in {where[name][0].name} are one tensor")
+                    raise UserError(
+                        f"{path}: {raw} in {file.name} and {where[name][1]} in {where[name][0].name} are one tensor"
+                    )
                 if (stored := view.get_dtype()) not in _DTYPES:
                     raise UserError(f"{file}: {raw} is stored as {stored}: expected one of {', '.join(_DTYPES)}")
                 where[name] = (file, raw)

@@ -86,7 +86,11 @@ def verify(
             arrays = arrays | _observation_arrays(arrays, cameras, loaded.config)
         error = _image_error(loaded.model, arrays, cameras) if len(options) > 1 else 0.0
         if best is None or error < best[0]:
-            note = (f"siglip_heads {count}: of {options}, the image tokens agree best with it",) if len(options) > 1 else ()
+            note = (
+                (f"siglip_heads {count}: of {options}, the image tokens agree best with it",)
+                if len(options) > 1
+                else ()
+            )
             best = (error, loaded.model, loaded.notes + note)
     assert best is not None
     with jax.default_matmul_precision("highest"):
@@ -135,7 +139,13 @@ def _observation_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: ModelConf
 
 def _text(ids: np.ndarray, valid: np.ndarray, *, causal: bool, loss: np.ndarray | None = None) -> Text:
     no = np.zeros(ids.shape, bool)
-    return Text(ids=ids.astype(np.int32), valid=valid, causal=~no if causal else no, loss=no if loss is None else loss, hidden=no)
+    return Text(
+        ids=ids.astype(np.int32),
+        valid=valid,
+        causal=~no if causal else no,
+        loss=no if loss is None else loss,
+        hidden=no,
+    )
 
 
 def _observation(a: Golden, prefix: str = "", *, causal: bool = False, rows: slice = slice(None)) -> Observation:
@@ -214,7 +224,14 @@ def _differences(model: Pi0, a: Golden, cameras: tuple[str, ...], *, bfloat16: b
 
 
 def _flow(
-    model: Pi0, obs: Observation, cache: decode.KVCache, a: Golden, prefix: str, compare, velocity: float, actions: float
+    model: Pi0,
+    obs: Observation,
+    cache: decode.KVCache,
+    a: Golden,
+    prefix: str,
+    compare,
+    velocity: float,
+    actions: float,
 ) -> Iterator[Difference]:
     """Everything of the action tower. `prefix` is `train` for the subtask golden."""
     inputs, outputs = (f"{prefix}:", f"{prefix}/") if prefix else ("", "")
@@ -266,7 +283,9 @@ def _subtask(model: Pi0, a: Golden, compare) -> Iterator[Difference]:
     ce = []
     for i in range(len(ids)):
         row = slice(i, i + 1)
-        one = dataclasses.replace(_observation(a, "train:", rows=row), prompt=_text(ids[row, :1], seen[row, :1], causal=True))
+        one = dataclasses.replace(
+            _observation(a, "train:", rows=row), prompt=_text(ids[row, :1], seen[row, :1], causal=True)
+        )
         target = _text(ids[row, 1:], seen[row, 1:], causal=True, loss=loss[row, 1:])
         result, _ = _prefill(model, one, target)
         assert result.text is not None

@@ -63,6 +63,12 @@ class TabletopSource:
             "actions": compute_stats(np.asarray(self.demos.action)[self.frames], mode),
         }
 
+    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images uint8 [B C h w 3], blocks [B O 3] in metres, NaN where absent, tool [B 3]) of these rows."""
+        d, frames = self.demos, self.frames[index]
+        order = [d.camera_names.index(name) for name in cameras]
+        return np.asarray(d.images[frames])[:, order], np.asarray(d.blocks[frames]), np.asarray(d.state[frames, :3])
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptSwap:

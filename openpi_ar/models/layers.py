@@ -45,9 +45,7 @@ def lora_specs(spec: str) -> tuple[str, str]:
     return f"{x},{w.replace(outof, 'r')}->{low}", f"{low},{w.replace(into, 'r')}->{out}"
 
 
-def lora_init(
-    rngs: nnx.Rngs, shape: tuple[int, ...], rank: int
-) -> tuple[nnx.Param, nnx.Param] | tuple[None, None]:
+def lora_init(rngs: nnx.Rngs, shape: tuple[int, ...], rank: int) -> tuple[nnx.Param, nnx.Param] | tuple[None, None]:
     """The adapters of a weight of this shape (None for rank 0): small noise, and zero so that training starts at w."""
     if not rank:
         return None, None
@@ -68,7 +66,9 @@ class Einsum(nnx.Module):
         if self.lora_a is None or self.lora_b is None:
             return y
         into, outof = lora_specs(self.spec)
-        return y + jnp.einsum(outof, jnp.einsum(into, x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
+        return y + jnp.einsum(
+            outof, jnp.einsum(into, x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype)
+        )
 
 
 class Linear(nnx.Module):

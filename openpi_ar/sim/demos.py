@@ -218,9 +218,7 @@ def _episodes(cfg: DemoConfig, workers: int | None) -> Iterator[Episode]:
 
 def _record_chunk(cfg: DemoConfig, indices: range) -> list[Episode]:
     world = Tabletop(cfg.image_size)
-    return [
-        record_episode(world, (cfg.seed, i), cfg.noise, commanded=cfg.commanded, asked=cfg.asked) for i in indices
-    ]
+    return [record_episode(world, (cfg.seed, i), cfg.noise, commanded=cfg.commanded, asked=cfg.asked) for i in indices]
 
 
 def _progress() -> Progress:

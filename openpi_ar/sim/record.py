@@ -109,7 +109,12 @@ class Disturbance:
 
 
 def record_episode(
-    world: Tabletop, seed: tuple[int, ...], noise: float, *, commanded: float = 0.0, asked: Collection[str] = scene.COLORS
+    world: Tabletop,
+    seed: tuple[int, ...],
+    noise: float,
+    *,
+    commanded: float = 0.0,
+    asked: Collection[str] = scene.COLORS,
 ) -> Episode:
     """A successful training demonstration; failed attempts are thrown away and drawn again.
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import re
 import sys
+from typing import Any
 
 import tyro
 
@@ -17,7 +18,7 @@ _DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
 
 USAGE = """\
 usage: python train.py --config NAME [--exp-name NAME] [--resume | --overwrite] [--data tabletop|lerobot]
-                       [--any.field value ...]
+                       [--data.path DIR] [--any.field value ...]
 
 Trains a preset. Every field of its config is a flag:
     python train.py --config pi05_subtask_tabletop --exp-name wide --model.vlm.mlp-dim 768 --optimizer.peak-lr 5e-4
@@ -28,6 +29,7 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
     --resume            go on from the newest complete checkpoint, exactly as if never stopped
     --overwrite         delete what the experiment's directory holds and start anew
     --data KIND         train on another kind of data than the preset's
+    --data.path DIR     train on the LeRobot dataset in DIR (implies --data lerobot)
 
 Presets:
 """
@@ -60,9 +62,20 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
             raise SystemExit(0)
         raise UserError(f"--config NAME is needed; presets: {', '.join(presets)}; see python train.py --help")
     preset = get_preset(own.config)
-    if own.data is not None and not isinstance(preset.data, _DATA[own.data]):
-        preset = dataclasses.replace(preset, data=_DATA[own.data]())
+    kind = own.data or ("lerobot" if any(_is_path(arg) for arg in rest) else None)
+    if kind is not None and not isinstance(preset.data, _DATA[kind]):
+        preset = dataclasses.replace(preset, data=_DATA[kind](**_carried_over(preset.data)))
     return Arguments(_parse_fields(preset, rest), own.resume, own.overwrite)
+
+
+def _is_path(arg: str) -> bool:
+    """Only datasets on disk have a path, so naming one says which kind is meant."""
+    return arg.partition("=")[0] == "--data.path"
+
+
+def _carried_over(data: TabletopData | LeRobotData) -> dict[str, Any]:
+    """What a preset says about training that holds for any data."""
+    return {name: getattr(data, name) for name in ("prompt_swap", "vision_steps", "cache_dir")}
 
 
 def _parse_fields(preset: TrainConfig, rest: Sequence[str]) -> TrainConfig:

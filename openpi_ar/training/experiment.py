@@ -15,7 +15,7 @@ from openpi_ar.text.prompts import TEMPLATES
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size")
-_FREE = ("data.cache_dir", "data.vision_steps", "text.tokenizer", "model.remat", "model.dtype")
+_FREE = ("data.cache_dir", "data.vision_steps", "data.frames", "text.tokenizer", "model.remat", "model.dtype")
 
 
 def check_config(cfg: TrainConfig) -> None:
@@ -32,7 +32,7 @@ def check_config(cfg: TrainConfig) -> None:
     decay = cfg.optimizer.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"optimizer.ema_decay must lie in [0, 1) or be None, found {decay}")
-    unsupervised = ("prompt_swap", "commanded") if isinstance(cfg.data, TabletopData) else ()
+    unsupervised = ("prompt_swap", "commanded") if isinstance(cfg.data, TabletopData) else ("prompt_swap",)
     for name in unsupervised:
         if not 0 <= getattr(cfg.data, name) <= 1:
             raise UserError(f"data.{name} must lie in [0, 1], found {getattr(cfg.data, name)}")
@@ -114,11 +114,10 @@ def _check_continues(cfg: TrainConfig, step_dir: Path) -> None:
 
 def check_data(cfg: TrainConfig) -> None:
     """Raises UserError if the configured data cannot be read."""
-    if isinstance(cfg.data, LeRobotData):
-        asked = f"data.path is {cfg.data.path!r}" if cfg.data.path else "data.path must name the dataset's directory"
+    if isinstance(cfg.data, LeRobotData) and not cfg.data.path:
         raise UserError(
-            f"config {cfg.name} trains on a LeRobot dataset ({asked}), which this version cannot read yet: train on the "
-            f"embedded tabletop with --data tabletop or --config pi05_subtask_tabletop"
+            f"config {cfg.name} trains on a LeRobot dataset: data.path must name its directory (--data.path DIR); or train on "
+            f"the embedded tabletop with --data tabletop or --config pi05_subtask_tabletop"
         )
 
 

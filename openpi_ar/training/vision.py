@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from openpi_ar.data.tabletop import TabletopSource
+from openpi_ar.data.sources import TrainingSource
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.siglip import SigLIP
 from openpi_ar.types import Array
@@ -76,10 +76,10 @@ def pose_loss(
 
 
 def pretrain_vision(
-    model: Pi0, source: TabletopSource, *, steps: int, batch_size: int = 64, peak_lr: float = 1e-3, seed: int = 0
+    model: Pi0, source: TrainingSource, *, steps: int, batch_size: int = 64, peak_lr: float = 1e-3, seed: int = 0
 ) -> tuple[Pi0, float]:
     """The model with its vision tower trained on poses, and the mean error over the last steps in centimetres."""
-    objects = source.demos.blocks.shape[1] + 1
+    objects = source.poses(np.zeros(1, int), model.cfg.cameras)[1].shape[1] + 1
     rngs = nnx.Rngs(seed)
     head = PoseHead(len(model.cfg.cameras), objects, model.cfg.vlm.width, rngs=rngs)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak_lr, min(100, steps // 10), steps, 0.01 * peak_lr)
@@ -103,12 +103,11 @@ def pretrain_vision(
 
 
 def _batches(
-    model: Pi0, source: TabletopSource, steps: int, batch_size: int, seed: int
+    model: Pi0, source: TrainingSource, steps: int, batch_size: int, seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
-    order = [source.demos.camera_names.index(name) for name in model.cfg.cameras]
     for _ in range(steps):
-        frames = np.sort(rng.choice(source.frames, batch_size, replace=False))
-        tool = np.asarray(source.demos.state[frames, :3])
-        positions, seen = pose_targets(np.asarray(source.demos.blocks[frames]), tool, model.cfg.cameras)
-        yield np.asarray(source.demos.images[frames])[:, order], positions, seen
+        index = np.sort(rng.choice(len(source), batch_size, replace=len(source) < batch_size))
+        images, objects, tool = source.poses(index, model.cfg.cameras)
+        positions, seen = pose_targets(objects, tool, model.cfg.cameras)
+        yield images, positions, seen

@@ -1,0 +1,213 @@
+"""What `python -m openpi_ar.data` does: each command is a dataclass of its flags with a `run` that prints tables."""
+
+import dataclasses
+from pathlib import Path
+import time
+from typing import Annotated, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+import tyro
+
+from openpi_ar.data.lerobot_columns import Frames, label_columns, read_columns, runs, subtask_labels, subtask_source
+from openpi_ar.data.lerobot_meta import Meta, choose_episodes, read_meta
+from openpi_ar.data.lerobot_video import probe
+from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats, compute_stats, save_norm_stats
+from openpi_ar.data.tabletop_export import export_tabletop
+from openpi_ar.errors import UserError
+from openpi_ar.sim.demos import DemoConfig
+
+Directory = Annotated[str, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Version, size, features, cameras, tasks and subtask convention of a dataset."""
+
+    path: Directory
+    """The directory that holds meta/."""
+
+    def run(self) -> None:
+        meta = read_meta(self.path)
+        source = subtask_source(meta, "auto")
+        frames = sum(e.length for e in meta.episodes)
+        lengths = [e.length for e in meta.episodes] or [0]
+        about = _table("", "", title=str(meta.root), header=False)
+        for name, value in {
+            "version": meta.version,
+            "robot": meta.robot_type,
+            "frames a second": f"{meta.fps:g}",
+            "episodes": f"{len(meta.episodes)} of {min(lengths)} to {max(lengths)} frames",
+            "frames": f"{frames} ({frames / meta.fps / 3600:.2f} h)",
+            "subtasks": {"none": "none found", "index": "subtask_index", "language": "language_persistent"}[source],
+        }.items():
+            about.add_row(name, value)
+        features = _table("feature", "type", "shape", "dimensions")
+        for key, f in meta.features.items():
+            names = ", ".join(map(str, f.names)) if isinstance(f.names, list) else ""
+            features.add_row(key, f.dtype, " ".join(map(str, f.shape)), names)
+        tasks = _table("task", "episodes")
+        for text in meta.tasks.values():
+            tasks.add_row(text or "[red](no text)[/red]", str(sum(text in e.tasks for e in meta.episodes)))
+        _console().print(about, features, _cameras(meta), tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Normalisation statistics of states and actions with exact quantiles, straight from parquet; no video is decoded."""
+
+    path: Directory
+    """The directory that holds meta/."""
+    state: tuple[str, ...] = ("observation.state",)
+    """Features that are the state, side by side."""
+    actions: tuple[str, ...] = ("action",)
+    """Features that are the action, side by side."""
+    episodes: tuple[int, ...] = ()
+    """Empty: all."""
+    mode: Literal["quantile", "z_score"] = "quantile"
+    """How the statistics are to be used; stored with them. quantile: pi0.5, z_score: pi0."""
+    out: str = ""
+    """Directory to write norm_stats.json to; empty: only print."""
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        meta = read_meta(self.path)
+        frames = read_columns(meta, choose_episodes(meta, self.episodes), [*self.state, *self.actions])
+        keys = {"state": self.state, "actions": self.actions}
+        values = {name: frames.vector(features) for name, features in keys.items()}
+        stats = {name: compute_stats(x, self.mode) for name, x in values.items()}
+        seconds = time.perf_counter() - began
+        for name, s in stats.items():
+            _console().print(_stats_table(name, s, values[name], [n for key in keys[name] for n in _names(meta, key)]))
+        _console().print(
+            f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video decoded"
+        )
+        if self.out:
+            Path(self.out).expanduser().mkdir(parents=True, exist_ok=True)
+            save_norm_stats(Path(self.out).expanduser(), stats)
+            _console().print(f"written to {Path(self.out) / 'norm_stats.json'}", soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subtasks:
+    """Every subtask with its frames, episodes and first frame; frames and episodes without one."""
+
+    path: Directory
+    """The directory that holds meta/."""
+    source: str = "auto"
+    """index, language, task, a feature of texts, or auto."""
+
+    def run(self) -> None:
+        meta = read_meta(self.path)
+        source = subtask_source(meta, self.source)
+        if source == "none":
+            raise UserError(
+                f"{meta.root} has no subtask labels: neither subtask_index with meta/subtasks.parquet nor "
+                f"language_persistent is there; name another feature with --source"
+            )
+        frames = read_columns(meta, meta.episodes, label_columns(source))
+        texts, labels = subtask_labels(frames, source)
+        table = _table("subtask", "frames", "episodes", "runs", "first", title=f"subtasks by {source}")
+        episode_of = frames.episode_of
+        pieces = np.array([label for _, _, label in runs(labels, frames.starts)])
+        for i, text in enumerate(texts):
+            rows = np.flatnonzero(labels == i)
+            counts = (len(rows), len(np.unique(episode_of[rows])), int((pieces == i).sum()))
+            table.add_row(text, *map(str, counts), _place(frames, int(rows[0])))
+        _console().print(table)
+        _flag_missing(frames, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Demonstrations of the embedded tabletop as a LeRobot v3.0 dataset."""
+
+    out: Directory
+    """Directory to write; must not exist."""
+    demos: Annotated[DemoConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: DemoConfig(episodes=100)
+    )
+    images: Literal["png", "h264", "av1"] = "h264"
+    """png: in the parquet files, lossless; else the video codec."""
+    subtasks: Literal["both", "index", "language"] = "both"
+    """index: LeRobot 0.4.4 to 0.5; language: 0.6 and newer (older versions refuse such columns)."""
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        try:
+            root = export_tabletop(self.out, self.demos, images=self.images, subtasks=self.subtasks)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        frames = sum(e.length for e in read_meta(root).episodes)
+        rate = frames / (time.perf_counter() - began)
+        _console().print(
+            f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True
+        )
+
+
+def _console() -> Console:
+    # Not wrapped where output is piped: one row of a table stays one line.
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(*columns: str, title: str | None = None, header: bool = True) -> Table:
+    table = Table(title=title, title_justify="left", show_header=header)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _cameras(meta: Meta) -> Table:
+    table = _table("camera", "stored as", "codec", "pixels", "frames a second", "height x width", "files")
+    for key in meta.cameras:
+        f = meta.features[key]
+        paths = {e.videos[key].path if key in e.videos else e.data for e in meta.episodes}
+        if f.dtype == "video" and paths:
+            info = probe(min(paths))
+            size = f"{info.height} x {info.width}"
+            table.add_row(key, "video", info.codec, info.pixels, f"{info.fps:g}", size, str(len(paths)))
+        else:
+            table.add_row(key, "images in parquet", "", "", "", " x ".join(map(str, f.shape)), str(len(paths)))
+    return table
+
+
+def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Table:
+    table = _table(name, "mean", "std", "q01", "q99", "")
+    for i in range(s.dims):
+        # The statistics of such a dimension are floored already, so the data is asked.
+        spread = np.ptp(np.quantile(x[:, i], [0.01, 0.99])) if s.mode == "quantile" else x[:, i].std()
+        flat = spread < NEAR_CONSTANT
+        values = (f"{a[i]:.5g}" for a in (s.mean, s.std, s.q01, s.q99))
+        table.add_row(names[i], *values, "constant: centred, not scaled" if flat else "")
+    return table
+
+
+def _names(meta: Meta, key: str) -> list[str]:
+    f = meta.feature(key)
+    dims = int(np.prod(f.shape))
+    names = f.names if isinstance(f.names, list) and len(f.names) == dims else range(dims)
+    return [f"{key}.{n}" for n in names]
+
+
+def _place(frames: Frames, frame: int) -> str:
+    e = int(np.searchsorted(frames.starts, frame, side="right")) - 1
+    return f"episode {frames.episodes[e].index}, frame {frame - int(frames.starts[e])}"
+
+
+def _flag_missing(frames: Frames, labels: np.ndarray) -> None:
+    missing = np.flatnonzero(labels < 0)
+    if not len(missing):
+        _console().print(f"every one of {len(frames)} frames has a subtask")
+        return
+    counts = np.bincount(frames.episode_of[missing], minlength=len(frames.episodes))
+    empty = [frames.episodes[e].index for e in np.flatnonzero(counts == np.diff(frames.starts))]
+    _console().print(
+        f"[red]{len(missing)} of {len(frames)} frames have no subtask, in {int((counts > 0).sum())} episodes; the first is "
+        f"{_place(frames, int(missing[0]))}[/red]; training skips them",
+        soft_wrap=True,
+    )
+    if empty:
+        some = ", ".join(map(str, empty[:20])) + (", ..." if len(empty) > 20 else "")
+        _console().print(f"[red]{len(empty)} episodes have none at all: {some}[/red]", soft_wrap=True)

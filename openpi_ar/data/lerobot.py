@@ -1,0 +1,255 @@
+"""The training source over a LeRobot dataset: frames in, raw samples out, as `data/tabletop.py` does for the simulator."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+
+import numpy as np
+
+from openpi_ar.config import LeRobotData
+from openpi_ar.data.frame_cache import cached_frames
+from openpi_ar.data.lerobot_columns import (
+    Frames,
+    label_columns,
+    read_columns,
+    subtask_labels,
+    subtask_source,
+    task_labels,
+)
+from openpi_ar.data.lerobot_meta import Meta, choose_episodes, read_meta
+from openpi_ar.data.lerobot_video import read_frames
+from openpi_ar.data.normalize import Mode, NormStats, compute_stats
+from openpi_ar.errors import UserError
+
+SUPERVISE = "supervise_text"
+"""Optional boolean feature: False where the subtask does not follow from the prompt, so that saying it is not trained."""
+
+POSES = "observation.environment_state"
+"""Optional feature: positions x, y, z and presence (0 or 1) of each object, for `training/vision.py`."""
+
+_MASKED = ("none", "")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Everything of N frames but the pixels, in memory. `images` gives a camera's frame, uint8 [h w 3].
+
+    state [N S] and actions [N X] float32; prompt_id and subtask_id [N] into `prompts` and `subtasks` (-1: no label);
+    supervise bool [N]; last int [N], the last frame of each frame's episode.
+    """
+
+    frames: Frames
+    images: Mapping[str, Callable[[int], np.ndarray]]
+    masked: tuple[str, ...]
+    state: np.ndarray
+    actions: np.ndarray
+    prompts: tuple[str, ...]
+    prompt_id: np.ndarray
+    subtasks: tuple[str, ...]
+    subtask_id: np.ndarray
+    supervise: np.ndarray
+    last: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeRobotSource:
+    """Random access to some frames, as raw samples for `InputTransform.sample`.
+
+    A sample is the frame and the `horizon` actions from it on. Past the episode's end the last action is repeated and
+    `action_valid` is False.
+    """
+
+    table: Table
+    rows: np.ndarray
+    """Indices into the table [rows]."""
+    horizon: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        t, row = self.table, int(self.rows[index])
+        steps = np.arange(row, row + self.horizon)
+        end = t.last[row]
+        label = int(t.subtask_id[row])
+        return {
+            "images": {name: read(row) for name, read in t.images.items()},
+            "masked": t.masked,
+            "state": t.state[row],
+            "prompt": t.prompts[int(t.prompt_id[row])],
+            "subtask": "" if label < 0 else t.subtasks[label],
+            "actions": t.actions[np.minimum(steps, end)],
+            "action_valid": steps <= end,
+            "supervise_text": bool(t.supervise[row]),
+        }
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that occur in these frames."""
+        return tuple(self.table.prompts[i] for i in np.unique(self.table.prompt_id[self.rows]))
+
+    def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
+        """Statistics of states and actions over all frames of this source; no image is read."""
+        return {
+            "state": compute_stats(self.table.state[self.rows], mode),
+            "actions": compute_stats(self.table.actions[self.rows], mode),
+        }
+
+    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images uint8 [B C h w 3], objects [B O 3] in metres, NaN where absent, tool [B 3]) of these rows.
+
+        Raises UserError if the dataset does not say where its objects are.
+        """
+        table, rows = self.table, self.rows[index]
+        if POSES not in table.frames.columns:
+            raise UserError(
+                f"{table.frames.meta.root} has no feature {POSES!r} (where the objects are), which the vision tower learns "
+                f"from before training: set --data.vision-steps 0"
+            )
+        objects = table.frames.columns[POSES][rows].reshape(len(rows), -1, 4)
+        at = np.where(objects[..., 3:] > 0.5, objects[..., :3], np.nan)
+        images = np.stack([np.stack([table.images[name](int(row)) for name in cameras]) for row in rows])
+        return images, at.astype(np.float32), table.state[rows, :3]
+
+
+def load_lerobot(
+    cfg: LeRobotData, horizon: int, cameras: Sequence[str], size: tuple[int, int], *, says_text: bool
+) -> tuple[LeRobotSource, LeRobotSource, list[str]]:
+    """(training source, held-out source, remarks for the user). Decodes and caches the frames on first use.
+
+    Args:
+        horizon: actions in a sample.
+        cameras: the model's camera names.
+        size: height and width that frames are cached at.
+        says_text: the model learns to say the subtask; frames without one are then skipped, and counted in the remarks.
+
+    Raises:
+        UserError: anything in the dataset or the config that does not fit; names file, episode and frame.
+    """
+    if not 0 <= cfg.held_out < 1:
+        raise UserError(f"data.held_out is a fraction of the episodes, 0 to below 1, found {cfg.held_out}")
+    meta = read_meta(cfg.path)
+    mapping = map_cameras(meta, cameras, cfg.cameras)
+    source = subtask_source(meta, cfg.subtasks)
+    if source == "task" and not cfg.prompt:
+        raise UserError(
+            'data.subtasks is "task": the tasks are what is said, so --data.prompt must give the task of the whole episode'
+        )
+    optional = [key for key in (SUPERVISE, POSES) if key in meta.features]
+    keys = [*cfg.state, *cfg.actions, "task_index", *label_columns(source), *optional]
+    frames = read_columns(meta, choose_episodes(meta, cfg.episodes), keys)
+    table = _table(cfg, frames, mapping, source, size)
+    remarks = []
+    usable = np.ones(len(frames), bool)
+    if says_text:
+        usable = _labelled(table, source)
+        if not usable.all():
+            first = frames.where(int(np.argmin(usable)))
+            remarks.append(
+                f"{int((~usable).sum())} of {len(frames)} frames have no subtask and are skipped (first: {first})"
+            )
+    # Nobody can say a subtask that does not follow from the prompt, so episodes of such are not for evaluation.
+    judged = usable & table.supervise
+    episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
+    held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
+    train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon)
+    if cfg.held_out == 0:
+        remarks.append("data.held_out is 0: evaluation runs on training frames")
+    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon)
+    if not len(train) or not len(test):
+        raise UserError(
+            f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or set "
+            f"--data.held-out 0 to evaluate on the training frames"
+        )
+    return train, test, remarks
+
+
+def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dict[str, str | None]:
+    """Model camera -> feature; None: the dataset has no such camera, the model then sees none.
+
+    `given` holds "model camera=feature" or "model camera=none"; a feature may be named by its last part. Cameras that are
+    not given take the feature of their own name. Raises UserError that spells out a complete mapping.
+    """
+    by_name = {key: key for key in meta.cameras} | {key.rsplit(".", 1)[-1]: key for key in meta.cameras}
+    asked: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in given)}
+    mapping: dict[str, str | None] = {}
+    problems = [f"{name!r} is no camera of the model" for name in asked if name not in cameras]
+    for name in cameras:
+        key = asked.get(name, name)
+        mapping[name] = by_name.get(key)
+        if mapping[name] is None and not (name in asked and key in _MASKED):
+            problems.append(
+                f"nothing is known of {key!r}" if name in asked else f"model camera {name!r} has no feature"
+            )
+    if problems or not any(mapping.values()):
+        spare = [key for key in meta.cameras if key not in mapping.values()]
+        example = " ".join(f"{n}={k or (spare.pop(0) if spare else 'none')}" for n, k in mapping.items())
+        raise UserError(
+            f"cameras: {'; '.join(problems) or 'all are none'}. The model reads {', '.join(cameras)}; {meta.root} has "
+            f"{', '.join(meta.cameras) or 'no cameras'}. Say which is which, for example --data.cameras {example}"
+        )
+    return mapping
+
+
+def _table(
+    cfg: LeRobotData, frames: Frames, mapping: Mapping[str, str | None], source: str, size: tuple[int, int]
+) -> Table:
+    state, actions = frames.vector(cfg.state), frames.vector(cfg.actions)
+    prompts, prompt_id = ([cfg.prompt], np.zeros(len(frames), int)) if cfg.prompt else task_labels(frames)
+    subtasks, subtask_id = ([], np.full(len(frames), -1)) if source == "none" else subtask_labels(frames, source)
+    read = _cached if cfg.frames == "cache" else _decoding
+    return Table(
+        frames=frames,
+        images={name: read(frames, key, size, cfg.cache_dir) for name, key in mapping.items() if key is not None},
+        masked=tuple(name for name, key in mapping.items() if key is None),
+        state=state,
+        actions=actions,
+        prompts=tuple(prompts),
+        prompt_id=prompt_id,
+        subtasks=tuple(subtasks),
+        subtask_id=subtask_id,
+        supervise=frames.columns[SUPERVISE][:, 0] > 0 if SUPERVISE in frames.columns else np.ones(len(frames), bool),
+        last=np.repeat(frames.starts[1:] - 1, np.diff(frames.starts)),
+    )
+
+
+def _labelled(table: Table, source: str) -> np.ndarray:
+    usable = table.subtask_id >= 0
+    if not usable.any():
+        meta = table.frames.meta
+        looked = "neither subtask_index with meta/subtasks.parquet nor language_persistent is there"
+        raise UserError(
+            f"{meta.root} has no subtask labels ({looked if source == 'none' else f'data.subtasks {source}: all empty'}), but "
+            f"the config trains a model to say its subtask: annotate the data, name another column with --data.subtasks, or "
+            f"train actions only with --text.template openpi"
+        )
+    return usable
+
+
+def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
+    """Which episodes training never sees, bool [episodes]: that fraction of all, at least one, drawn among `candidates`.
+
+    Drawn with a fixed seed, not taken from the end: the last episodes of a recording are often of one task.
+    """
+    mask = np.zeros(len(candidates), bool)
+    if fraction:
+        order = np.random.default_rng(0).permutation(np.flatnonzero(candidates))
+        mask[order[: max(1, math.ceil(fraction * len(candidates)))]] = True
+    return mask
+
+
+def _cached(frames: Frames, key: str, size: tuple[int, int], cache_dir: str | None) -> Callable[[int], np.ndarray]:
+    pixels = cached_frames(frames, key, size, cache_dir)
+    return lambda row: np.asarray(pixels[row])
+
+
+def _decoding(frames: Frames, key: str, size: tuple[int, int], cache_dir: str | None) -> Callable[[int], np.ndarray]:
+    del size, cache_dir
+
+    def read(row: int) -> np.ndarray:
+        e = int(np.searchsorted(frames.starts, row, side="right")) - 1
+        start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
+        stamps = frames.timestamps[start:stop]
+        return next(read_frames(frames.meta, frames.episodes[e], key, stamps, [row - start]))
+
+    return read

@@ -1,0 +1,169 @@
+"""Broken if this fails: a dataset cannot be looked at, measured or trained on from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import HELP, get_preset
+from openpi_ar.checkpoints import store
+from openpi_ar.config import LeRobotData, TabletopData
+from openpi_ar.data.__main__ import main
+from openpi_ar.data.normalize import load_norm_stats
+from openpi_ar.errors import UserError
+from openpi_ar.training import cli
+from tests.lerobot_fixtures import DATASETS, GOLDEN, broken, edit_column, rows
+import train
+
+CAMERAS = ["--model.cameras", "base_0_rgb", "left_wrist_0_rgb", "--model.state-dim", "7", "--model.action-dim", "7"]
+
+
+def printed(capsys, *argv: object) -> str:
+    main([str(a) for a in argv])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_inspect_says_what_there_is(capsys, name):
+    out = printed(capsys, "inspect", GOLDEN / name)
+    convention = "language_persistent" if "lang" in name else "subtask_index"
+    stored = "av1" if "video" in name else "images in parquet"
+    for words in (
+        name[:3].replace("v2", "v2.").replace("v3", "v3."),
+        "3 of 18 to 22",
+        "60 (",
+        "toy7dof",
+        convention,
+        stored,
+    ):
+        assert words in out, words
+    assert "observation.images.left_wrist_0_rgb" in out and "open the drawer" in out and "j0, j1" in out
+
+
+def test_stats_are_exact_and_written_with_their_mode(capsys, tmp_path):
+    for path in (GOLDEN / "v30_video").rglob("*.mp4"):
+        assert path.is_file()
+    copy = broken(tmp_path, "v30_video")
+    for path in copy.rglob("*.mp4"):
+        path.unlink()  # no video is needed
+    out = printed(capsys, "stats", copy, "--mode", "z_score", "--out", tmp_path / "stats")
+    assert "60 rows" in out and "rows/s" in out and "action.j6" in out
+    stats = load_norm_stats(tmp_path / "stats")
+    x = np.array([row["action"] for row in rows("v30_video")])
+    np.testing.assert_allclose(stats["actions"].q01, np.quantile(x, 0.01, axis=0), rtol=1e-5)
+    assert stats["state"].mode == "z_score"
+
+
+@pytest.mark.parametrize("name", ["v21_images", "v30_video", "v30_images_lang"])
+def test_subtasks_are_counted(capsys, name):
+    out = printed(capsys, "subtasks", GOLDEN / name)
+    line = next(line for line in out.splitlines() if "pull the drawer open" in line)
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == [
+        "pull the drawer open",
+        "9",
+        "1",
+        "1",
+        "episode 1, frame 9",
+    ]
+    assert "every one of 60 frames" in out
+
+
+def test_missing_labels_are_flagged(capsys, tmp_path):
+    path = broken(tmp_path, "v30_video")
+    edit_column(
+        path / "data/chunk-000/file-000.parquet", "subtask_index", lambda c: c.__setitem__(slice(18, 38), [-1] * 20)
+    )
+    out = printed(capsys, "subtasks", path)
+    assert "20 of 60 frames have no subtask, in 2 episodes; the first is episode 0, frame 18" in out
+    assert "1 episodes have none at all: 1" in out
+
+
+def test_errors_are_one_line_and_exit_2(capsys, tmp_path):
+    (tmp_path / "there").mkdir()
+    for argv in (
+        ["inspect", tmp_path / "no"],
+        ["export", tmp_path / "there"],
+        ["export", tmp_path / "x", "--asked", "red"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            main([str(a) for a in argv])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_export_is_inspectable(capsys, tmp_path):
+    flags = ("--episodes", 1, "--cache-dir", tmp_path, "--images", "png", "--image-size", 16, 16)
+    assert "1 episodes" in printed(capsys, "export", tmp_path / "out", *flags)
+    assert "tabletop" in printed(capsys, "inspect", tmp_path / "out")
+
+
+def test_a_path_means_lerobot_and_keeps_how_the_preset_trains():
+    cfg = cli.parse(["--config", "pi05_subtask_tabletop", "--data.path", "x"], HELP, get_preset).config
+    preset = get_preset("pi05_subtask_tabletop").data
+    assert isinstance(preset, TabletopData) and isinstance(cfg.data, LeRobotData)
+    assert (cfg.data.path, cfg.data.prompt_swap, cfg.data.vision_steps) == (
+        "x",
+        preset.prompt_swap,
+        preset.vision_steps,
+    )
+    flags = ["--data.path=y", "--data.cameras", "front=top", "wrist=none", "--data.episodes", "0", "2"]
+    data = cli.parse(["--config", "debug", *flags], HELP, get_preset).config.data
+    assert isinstance(data, LeRobotData)
+    assert (data.path, data.cameras, data.episodes) == ("y", ("front=top", "wrist=none"), (0, 2))
+    with pytest.raises(UserError):
+        cli.parse(["--config", "debug", "--data", "tabletop", "--data.path", "x"], HELP, get_preset)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path / "cache"))
+
+    def call(*argv: object) -> None:
+        train.run([str(a) for a in ("--config", "debug", "--checkpoint-dir", tmp_path / "ck", *argv)])
+
+    return call
+
+
+def test_a_dataset_written_by_lerobot_trains_and_resumes(run, tmp_path, capsys):
+    flags = ("--data.path", GOLDEN / "v30_video", *CAMERAS, "--eval-every", 0, "--num-steps", 4, "--save-every", 2)
+    run(*flags)
+    out = capsys.readouterr().out
+    assert "training frames" in out and "held out" in out
+    directory = tmp_path / "ck/debug/default"
+    assets = store.load_assets(directory / "4")
+    assert assets.config.data == LeRobotData(str(GOLDEN / "v30_video"), held_out=0.05)
+    assert assets.stats["actions"].dims == 7
+    losses = [
+        json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines() if "loss" in line
+    ]
+    assert losses and np.isfinite(losses).all()
+    run(*flags, "--resume", "--data.frames", "decode")
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data.path", GOLDEN / "v30_video"), "--data.cameras front=observation.images.base_0_rgb wrist="),
+        (("--data.path", GOLDEN / "v30_video", *CAMERAS, "--data.subtasks", "none"), "no subtask labels"),
+        (("--data.path", GOLDEN / "v30_video", *CAMERAS[:3]), "--model.state-dim to 7"),
+        (("--data.path", GOLDEN / "v30_video", *CAMERAS, "--data.vision-steps", 3), "--data.vision-steps 0"),
+        (("--data", "lerobot"), "--data.path DIR"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(run, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        run(*flags)
+    assert not (tmp_path / "ck").exists()
+
+
+@pytest.mark.parametrize("mode", ["quantile", "z_score"])
+def test_a_constant_dimension_is_flagged(capsys, tmp_path, mode):
+    path = broken(tmp_path, "v30_video")
+    edit_column(
+        path / "data/chunk-000/file-000.parquet",
+        "action",
+        lambda c: c.__setitem__(slice(None), [[0.5, *a[1:]] for a in c]),
+    )
+    lines = [line for line in printed(capsys, "stats", path, "--mode", mode).splitlines() if "action.j" in line]
+    assert ["constant" in line for line in lines] == [True] + [False] * 6
