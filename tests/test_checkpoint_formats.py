@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 import shutil
 import threading
+from typing import ClassVar
 
 from flax import nnx
 import jax
@@ -55,7 +56,9 @@ def key_source(name: str) -> sources.Source:
     specs = {}
     for key, (shape, _) in KEYS[name].items():
         key = key.replace("params/", "PaliGemma/", 1) if name.startswith("paligemma") else key
-        specs[names.canonical_torch(key) if layout == "torch" else key] = sources.Spec(tuple(shape), np.dtype("float32"))
+        specs[names.canonical_torch(key) if layout == "torch" else key] = sources.Spec(
+            tuple(shape), np.dtype("float32")
+        )
     kind = "paligemma" if name.startswith("paligemma") else layout
     return sources.Source(kind, layout, Path(name), specs, lambda n: np.zeros(0))
 
@@ -96,7 +99,11 @@ def test_paligemma_keys_fill_the_first_tower():
 
 
 def test_table_names_are_unique():
-    for column in ([r.ours for r in names.TABLE], [r.openpi for r in names.TABLE], [n for r in names.TABLE for n in r.torch]):
+    for column in (
+        [r.ours for r in names.TABLE],
+        [r.openpi for r in names.TABLE],
+        [n for r in names.TABLE for n in r.torch],
+    ):
         assert len(column) == len(set(column))
 
 
@@ -144,7 +151,10 @@ def test_embedding_under_either_name(tmp_path, kept):
 def test_shards(tmp_path):
     tensors = load_file(LEROBOT / "model.safetensors")
     half = sorted(tensors)[: len(tensors) // 2]
-    parts = {"a.safetensors": {k: tensors[k] for k in half}, "b.safetensors": {k: v for k, v in tensors.items() if k not in half}}
+    parts = {
+        "a.safetensors": {k: tensors[k] for k in half},
+        "b.safetensors": {k: v for k, v in tensors.items() if k not in half},
+    }
     for name, part in parts.items():
         save_file(part, tmp_path / name)
     index = {"weight_map": {k: name for name, part in parts.items() for k in part}}
@@ -158,7 +168,10 @@ def test_shards(tmp_path):
 def test_mixed_types_stay_mixed_and_agree(tmp_path):
     """openpi's PyTorch training keeps norms and projections in float32 and the rest in bfloat16."""
     tensors = load_file(LEROBOT / "model.safetensors")
-    mixed = {k: v if "norm" in k or k.startswith("model.action") else v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+    mixed = {
+        k: v if "norm" in k or k.startswith("model.action") else v.astype(ml_dtypes.bfloat16)
+        for k, v in tensors.items()
+    }
     save_file(mixed, tmp_path / "model.safetensors")
     loaded = params(load_model(tmp_path, siglip_heads=4))
     assert loaded["vlm/blocks/layers/attn_norm/scale"].dtype == np.float32
@@ -186,7 +199,9 @@ def test_paligemma_npz_fills_the_vlm_and_says_so(tmp_path):
 
 def test_lora_is_inferred_and_exported(tmp_path):
     cfg = load_model(GOLDEN / "pi0").config
-    tower = lambda t, rank: TowerConfig(t.width, t.depth, t.mlp_dim, t.num_heads, t.num_kv_heads, t.head_dim, lora_rank=rank)
+    tower = lambda t, rank: TowerConfig(
+        t.width, t.depth, t.mlp_dim, t.num_heads, t.num_kv_heads, t.head_dim, lora_rank=rank
+    )
     cfg = ModelConfig(**{**vars(cfg), "vlm": tower(cfg.vlm, 2), "expert": tower(cfg.expert, 3)})
     leaves, treedef = jax.tree.flatten(nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
@@ -239,7 +254,10 @@ def test_torch_file_has_openpis_keys_shapes_ties_and_padding_head(tmp_path):
     """Against the file that openpi's own converter wrote from the same weights."""
     loaded = load_model(TORCH, siglip_heads=4)
     export.convert(loaded, tmp_path / "out", "torch")
-    with safe_open(TORCH / "model.safetensors", "numpy") as a, safe_open(tmp_path / "out" / "model.safetensors", "numpy") as b:
+    with (
+        safe_open(TORCH / "model.safetensors", "numpy") as a,
+        safe_open(tmp_path / "out" / "model.safetensors", "numpy") as b,
+    ):
         assert set(a.keys()) == set(b.keys())
         assert a.metadata()[names.EMBED_TOKENS] == b.metadata()[names.EMBED_TOKENS] == names.LM_HEAD
         for name in a.keys():  # noqa: SIM118
@@ -302,7 +320,9 @@ def test_position_embedding_is_resampled_as_big_vision_does():
         y0, x0 = np.minimum(y.astype(int), 14), np.minimum(x.astype(int), 14)
         fy, fx = (y - y0)[:, None, None], (x - x0)[None, :, None]
         corner = lambda dy, dx: grid[y0 + dy][:, x0 + dx]
-        want = (corner(0, 0) * (1 - fx) + corner(0, 1) * fx) * (1 - fy) + (corner(1, 0) * (1 - fx) + corner(1, 1) * fx) * fy
+        want = (corner(0, 0) * (1 - fx) + corner(0, 1) * fx) * (1 - fy) + (
+            corner(1, 0) * (1 - fx) + corner(1, 1) * fx
+        ) * fy
         np.testing.assert_allclose(ours, want, atol=1e-5)
     half_pixel = jax.image.resize(table.reshape(16, 16, 3), (27, 27, 3), "linear")
     assert np.abs(resample_pos_embedding(table, (16, 16), (27, 27)).reshape(27, 27, 3) - half_pixel).max() > 0.05
@@ -318,7 +338,9 @@ def test_a_larger_non_square_image_and_five_cameras_run():
 
     bits = np.ones((1, 8), bool)
     prompt = Text(ids=np.arange(8, dtype=np.int32)[None], valid=bits, causal=~bits, loss=~bits, hidden=~bits)
-    obs = Observation(images=images, image_mask=np.ones((1, 5), bool), prompt=prompt, state=np.zeros((1, 8), np.float32))
+    obs = Observation(
+        images=images, image_mask=np.ones((1, 5), bool), prompt=prompt, state=np.zeros((1, 8), np.float32)
+    )
     out, cache = jax.jit(prefill)(loaded.model, obs)
     assert out.hidden.shape[1] == 5 * 60 + 8
     assert np.isfinite(out.hidden).all()
@@ -367,7 +389,9 @@ def test_all_offenders_at_once(tmp_path, capsys):
         t[f"{layers}.2.mlp.down_proj.weight"] = np.zeros((32, 95), np.float32)
         t["model.action_extra"] = np.zeros(3, np.float32)
 
-    err = refused(capsys, "convert", str(damaged(tmp_path, spoil)), str(tmp_path / "out"), "--to", "openpi", "--siglip-heads", "4")
+    err = refused(
+        capsys, "convert", str(damaged(tmp_path, spoil)), str(tmp_path / "out"), "--to", "openpi", "--siglip-heads", "4"
+    )
     for words in (
         "action_out_proj.bias: missing",
         "layers.2.mlp.down_proj.weight: expected [32, 96], found [32, 95]",
@@ -378,7 +402,10 @@ def test_all_offenders_at_once(tmp_path, capsys):
 
 
 def test_another_model_family(tmp_path, capsys):
-    save_file({f"transformer.h.{i}.attn.weight": np.zeros((4, 4), np.float32) for i in range(6)}, tmp_path / "model.safetensors")
+    save_file(
+        {f"transformer.h.{i}.attn.weight": np.zeros((4, 4), np.float32) for i in range(6)},
+        tmp_path / "model.safetensors",
+    )
     assert "holds another model" in refused(capsys, "inspect", str(tmp_path))
 
 
@@ -422,7 +449,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
 class Handler(http.server.SimpleHTTPRequestHandler):
     """A web server that knows ranges and remembers what it was asked for."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def log_message(self, *_):
         pass

@@ -129,7 +129,7 @@ def model_config(source: Source, found: list[Stored], sizes: Sizes, overrides: d
                 f"{source.path}: {sizes['T']} position embeddings are no square grid: give the image size (height, width)"
             )
         image_size = (side * patch, side * patch)
-    siglip = SigLIPConfig(sizes["w"], sizes["l"], sizes["m"], sizes["n"], patch, tuple(image_size))
+    siglip = SigLIPConfig(sizes["w"], sizes["l"], sizes["m"], sizes["n"], patch, (image_size[0], image_size[1]))
     heads = (sizes["N"], sizes["K"], sizes["H"])
     vlm = TowerConfig(sizes["D"], sizes["L"], sizes["F"], *heads, lora_rank=sizes.get("R", 0))
     if has_expert:

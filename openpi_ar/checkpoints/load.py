@@ -171,7 +171,8 @@ def load_model(
         for ours in order:
             array = _assemble(source, by_row[ours], looked.sizes, dtype, lambda n: bar.advance(task, n))
             if ours == "img/pos_embedding" and array.shape != flat[ours].shape:
-                old = (int(array.shape[0] ** 0.5),) * 2
+                side = int(array.shape[0] ** 0.5)
+                old = (side, side)
                 array = resample_pos_embedding(array.astype(np.float32), old, cfg.siglip.grid).astype(array.dtype)
                 notes.append(f"position embedding resampled from {old} to {cfg.siglip.grid} patches")
             if not np.isfinite(array).all():

@@ -27,7 +27,7 @@ def resample_pos_embedding(
     `scipy.ndimage.zoom` of order 1, that is bilinear with the corner patches kept in place and no antialiasing.
     """
     grid = np.asarray(table).reshape(*old, -1)
-    zoomed = ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1)
+    zoomed = np.asarray(ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1))
     return zoomed.reshape(new[0] * new[1], -1)
 
 
