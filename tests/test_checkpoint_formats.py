@@ -304,6 +304,20 @@ def test_bfloat16_export_and_inspect(tmp_path, capsys):
         assert words in said, words
 
 
+def test_a_checkpoint_to_hand_out_is_the_same_policy_and_names_no_machine(tiny_checkpoint, tmp_path):
+    cli.main(["convert", str(tiny_checkpoint), str(tmp_path / "small"), "--to", "ours", "--dtype", "bfloat16"])
+    cfg, model, _, _ = store.load_policy_checkpoint(tmp_path / "small")
+    want_cfg, want, _, _ = store.load_policy_checkpoint(tiny_checkpoint)
+    assert cfg == want_cfg
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(model), strict=True):
+        assert b.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(a.astype("bfloat16"), np.float32), b)
+    assert not (tmp_path / "small" / "train_state").exists()
+    texts = [f for f in (tmp_path / "small").rglob("*") if f.suffix in (".txt", ".json")]
+    assert texts
+    assert not any(str(tmp_path) in f.read_text() for f in texts)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # other image sizes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,10 +333,8 @@ def test_position_embedding_is_resampled_as_big_vision_does():
         y, x = (np.linspace(0, 15, n) for n in new)
         y0, x0 = np.minimum(y.astype(int), 14), np.minimum(x.astype(int), 14)
         fy, fx = (y - y0)[:, None, None], (x - x0)[None, :, None]
-        corner = lambda dy, dx: grid[y0 + dy][:, x0 + dx]
-        want = (corner(0, 0) * (1 - fx) + corner(0, 1) * fx) * (1 - fy) + (
-            corner(1, 0) * (1 - fx) + corner(1, 1) * fx
-        ) * fy
+        rows = grid[y0] * (1 - fy) + grid[y0 + 1] * fy
+        want = rows[:, x0] * (1 - fx) + rows[:, x0 + 1] * fx
         np.testing.assert_allclose(ours, want, atol=1e-5)
     half_pixel = jax.image.resize(table.reshape(16, 16, 3), (27, 27, 3), "linear")
     assert np.abs(resample_pos_embedding(table, (16, 16), (27, 27)).reshape(27, 27, 3) - half_pixel).max() > 0.05
@@ -505,6 +517,13 @@ def test_http_is_cached_and_resumed(server, tmp_path, monkeypatch):
     assert remote.local_copy(f"{url}/ckpt/model.safetensors") == local
     assert len(Handler.asked) == count  # from the cache
     assert_equal(params(load_model(local, siglip_heads=4)), params(load_model(TORCH, siglip_heads=4)))
+
+
+def test_a_directory_of_links_is_a_checkpoint(server, tmp_path, monkeypatch):
+    url, _ = server
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
+    assert_equal(params(load_model(f"{url}/ckpt", siglip_heads=4)), params(load_model(TORCH, siglip_heads=4)))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_file_addresses_and_directories(tmp_path, monkeypatch):
