@@ -350,7 +350,9 @@ def test_384_pixels_are_27_patches_a_side():
     images = np.random.default_rng(0).uniform(-1, 1, (1, 2, 384, 384, 3)).astype(np.float32)
     bits = np.ones((1, 32), bool)
     prompt = Text(ids=np.arange(32, dtype=np.int32)[None], valid=bits, causal=~bits, loss=~bits, hidden=~bits)
-    obs = Observation(images=images, image_mask=np.ones((1, 2), bool), prompt=prompt, state=np.zeros((1, 8), np.float32))
+    obs = Observation(
+        images=images, image_mask=np.ones((1, 2), bool), prompt=prompt, state=np.zeros((1, 8), np.float32)
+    )
     run = jax.jit(lambda m, o: prefill(m, o)[0].hidden)
     hidden = np.asarray(run(loaded.model, obs))
     assert hidden.shape == (1, 1490, 64)
@@ -359,7 +361,9 @@ def test_384_pixels_are_27_patches_a_side():
         other = images.copy()
         other[:, :, edge:, :] = 0
         other[:, :, :, edge:] = 0
-        assert (np.abs(np.asarray(run(loaded.model, dataclasses.replace(obs, images=other))) - hidden).max() > 0) == changes
+        assert (
+            np.abs(np.asarray(run(loaded.model, dataclasses.replace(obs, images=other))) - hidden).max() > 0
+        ) == changes
 
 
 def test_a_larger_non_square_image_and_five_cameras_run():
