@@ -279,7 +279,7 @@ def refused(argv: list[str], capsys) -> str:
         ("--config debug --no-such-flag 1", "--no-such-flag"),
         ("--config debug --batch-size many", "--batch-size"),
         ("--config debug --batch-size 0", "batch_size is 0"),
-        ("--config debug --model.siglip.image-size 33 32", "patch_size"),
+        ("--config debug --model.siglip.image-size 3 32", "patch_size"),
         ("--config debug --model.vlm.depth 3", "must agree"),
         ("--config debug --exp-name ../x", "plain directory name"),
         ("--config debug --optimizer.ema-decay 1.5", "ema_decay"),

@@ -93,6 +93,14 @@ class PromptSwap:
         return {**raw, "prompt": others[pick % len(others)], "supervise_text": False}
 
 
+def asked_colors(cfg: TabletopData) -> tuple[str, ...]:
+    """Colours that tasks ask for. Raises UserError if they are not at least two of the scene's."""
+    asked = cfg.asked or COLORS
+    if len(set(asked)) < 2 or not set(asked) <= set(COLORS):
+        raise UserError(f"data.asked must name at least two of {', '.join(COLORS)}, found {' '.join(asked)}")
+    return asked
+
+
 def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tuple[TabletopSource, TabletopSource]:
     """Training and held-out sources; generates and caches the demonstrations on first use (shows its progress).
 
@@ -100,9 +108,6 @@ def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tu
     """
     if cfg.episodes < 2:
         raise UserError(f"data.episodes must be at least 2 (one is held out for evaluation), found {cfg.episodes}")
-    asked = cfg.asked or COLORS
-    if len(set(asked)) < 2 or not set(asked) <= set(COLORS):
-        raise UserError(f"data.asked must name at least two of {', '.join(COLORS)}, found {' '.join(asked)}")
     _check_cameras(cameras, CAMERAS)
     demos = sim_demos.load_or_generate(
         sim_demos.DemoConfig(
@@ -111,7 +116,7 @@ def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tu
             image_size=cfg.image_size,
             noise=cfg.noise,
             commanded=cfg.commanded,
-            asked=asked,
+            asked=asked_colors(cfg),
             cache_dir=cfg.cache_dir,
         ),
         # Starting worker processes costs more than a few episodes do.

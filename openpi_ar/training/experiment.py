@@ -10,6 +10,7 @@ import signal
 from openpi_ar import config_json
 from openpi_ar.checkpoints import store
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
+from openpi_ar.data.tabletop import asked_colors
 from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
 
@@ -38,6 +39,8 @@ def check_config(cfg: TrainConfig) -> None:
             raise UserError(f"data.{name} must lie in [0, 1], found {getattr(cfg.data, name)}")
     if cfg.text.template not in TEMPLATES:
         raise UserError(f"unknown template {cfg.text.template!r}: choose one of {', '.join(TEMPLATES)}")
+    if isinstance(cfg.data, TabletopData):
+        asked_colors(cfg.data)
     for name in unsupervised:
         if getattr(cfg.data, name) and TEMPLATES[cfg.text.template].target is None:
             raise UserError(
