@@ -60,7 +60,7 @@ class Args:
     """Play this many closed-loop episodes on the tabletop."""
     split: Literal["train", "held_out"] = "train"
     """Tasks of the episodes: those of training (new layouts), or combinations never trained on."""
-    execute: int = 4
+    execute: int = 2
     """Actions of a chunk that an episode executes before it asks again."""
     batch: int = 8
     """Episodes played at once."""

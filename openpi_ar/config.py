@@ -17,7 +17,7 @@ class SigLIPConfig:
     num_heads: int = 16
     patch_size: int = 14
     image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; each must be a multiple of the patch size."""
+    """Height and width in pixels. What is left over of a multiple of the patch size is not seen (right and bottom edge)."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,8 +78,8 @@ class ModelConfig:
     def __post_init__(self):
         s, v, e = self.siglip, self.vlm, self.expert
         problems = []
-        if s.image_size[0] % s.patch_size or s.image_size[1] % s.patch_size:
-            problems.append(f"siglip.image_size {s.image_size} is not a multiple of siglip.patch_size {s.patch_size}")
+        if min(s.image_size) < s.patch_size:
+            problems.append(f"siglip.image_size {s.image_size} is smaller than siglip.patch_size {s.patch_size}")
         if s.width % s.num_heads:
             problems.append(f"siglip.width {s.width} is not a multiple of siglip.num_heads {s.num_heads}")
         if (v.depth, v.num_heads, v.num_kv_heads, v.head_dim) != (e.depth, e.num_heads, e.num_kv_heads, e.head_dim):

@@ -1,5 +1,6 @@
 """If this fails, a public checkpoint no longer loads, loads wrongly, or what we write is not what others read."""
 
+import dataclasses
 import errno
 import functools
 import gzip
@@ -18,6 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from openpi_ar.algorithms.decode import prefill
 from openpi_ar.checkpoints import __main__ as cli
 from openpi_ar.checkpoints import export, infer_config, names, remote, sources, store
 from openpi_ar.checkpoints.load import Loaded, load_model
@@ -25,6 +27,7 @@ from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, SigLIPConfig, To
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.siglip import resample_pos_embedding
+from openpi_ar.types import Observation, Text
 
 GOLDEN = Path(__file__).parent / "golden"
 LEROBOT, TORCH = GOLDEN / "torch_pi0" / "lerobot_layout", GOLDEN / "torch_pi0" / "openpi_layout_bf16"
@@ -304,6 +307,20 @@ def test_bfloat16_export_and_inspect(tmp_path, capsys):
         assert words in said, words
 
 
+def test_a_checkpoint_to_hand_out_is_the_same_policy_and_names_no_machine(tiny_checkpoint, tmp_path):
+    cli.main(["convert", str(tiny_checkpoint), str(tmp_path / "small"), "--to", "ours", "--dtype", "bfloat16"])
+    cfg, model, _, _ = store.load_policy_checkpoint(tmp_path / "small")
+    want_cfg, want, _, _ = store.load_policy_checkpoint(tiny_checkpoint)
+    assert cfg == want_cfg
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(model), strict=True):
+        assert b.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(a.astype("bfloat16"), np.float32), b)
+    assert not (tmp_path / "small" / "train_state").exists()
+    texts = [f for f in (tmp_path / "small").rglob("*") if f.suffix in (".txt", ".json")]
+    assert texts
+    assert not any(str(tmp_path) in f.read_text() for f in texts)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # other image sizes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,13 +336,34 @@ def test_position_embedding_is_resampled_as_big_vision_does():
         y, x = (np.linspace(0, 15, n) for n in new)
         y0, x0 = np.minimum(y.astype(int), 14), np.minimum(x.astype(int), 14)
         fy, fx = (y - y0)[:, None, None], (x - x0)[None, :, None]
-        corner = lambda dy, dx: grid[y0 + dy][:, x0 + dx]
-        want = (corner(0, 0) * (1 - fx) + corner(0, 1) * fx) * (1 - fy) + (
-            corner(1, 0) * (1 - fx) + corner(1, 1) * fx
-        ) * fy
+        rows = grid[y0] * (1 - fy) + grid[y0 + 1] * fy
+        want = rows[:, x0] * (1 - fx) + rows[:, x0 + 1] * fx
         np.testing.assert_allclose(ours, want, atol=1e-5)
     half_pixel = jax.image.resize(table.reshape(16, 16, 3), (27, 27, 3), "linear")
     assert np.abs(resample_pos_embedding(table, (16, 16), (27, 27)).reshape(27, 27, 3) - half_pixel).max() > 0.05
+
+
+def test_384_pixels_are_27_patches_a_side():
+    """Two cameras and 32 tokens: 2 * 729 + 32 = 1490 slots, and what the 6 pixels at the edge show changes nothing."""
+    loaded = load_model(TORCH, siglip_heads=4, dtype="float32", image_size=(384, 384), cameras=("base", "wrist"))
+    assert loaded.config.siglip.grid == (27, 27)
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 2, 384, 384, 3)).astype(np.float32)
+    bits = np.ones((1, 32), bool)
+    prompt = Text(ids=np.arange(32, dtype=np.int32)[None], valid=bits, causal=~bits, loss=~bits, hidden=~bits)
+    obs = Observation(
+        images=images, image_mask=np.ones((1, 2), bool), prompt=prompt, state=np.zeros((1, 8), np.float32)
+    )
+    run = jax.jit(lambda m, o: prefill(m, o)[0].hidden)
+    hidden = np.asarray(run(loaded.model, obs))
+    assert hidden.shape == (1, 1490, 64)
+    assert np.isfinite(hidden).all()
+    for edge, changes in ((378, False), (377, True)):
+        other = images.copy()
+        other[:, :, edge:, :] = 0
+        other[:, :, :, edge:] = 0
+        assert (
+            np.abs(np.asarray(run(loaded.model, dataclasses.replace(obs, images=other))) - hidden).max() > 0
+        ) == changes
 
 
 def test_a_larger_non_square_image_and_five_cameras_run():
@@ -333,9 +371,6 @@ def test_a_larger_non_square_image_and_five_cameras_run():
     assert loaded.config.siglip.grid == (6, 10)
     assert any("resampled from (4, 4) to (6, 10)" in note for note in loaded.notes)
     images = np.random.default_rng(0).uniform(-1, 1, (1, 5, 96, 160, 3)).astype(np.float32)
-    from openpi_ar.algorithms.decode import prefill
-    from openpi_ar.types import Observation, Text
-
     bits = np.ones((1, 8), bool)
     prompt = Text(ids=np.arange(8, dtype=np.int32)[None], valid=bits, causal=~bits, loss=~bits, hidden=~bits)
     obs = Observation(
@@ -505,6 +540,13 @@ def test_http_is_cached_and_resumed(server, tmp_path, monkeypatch):
     assert remote.local_copy(f"{url}/ckpt/model.safetensors") == local
     assert len(Handler.asked) == count  # from the cache
     assert_equal(params(load_model(local, siglip_heads=4)), params(load_model(TORCH, siglip_heads=4)))
+
+
+def test_a_directory_of_links_is_a_checkpoint(server, tmp_path, monkeypatch):
+    url, _ = server
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
+    assert_equal(params(load_model(f"{url}/ckpt", siglip_heads=4)), params(load_model(TORCH, siglip_heads=4)))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_file_addresses_and_directories(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_json_of_an_older_version_takes_defaults():
         ({"modle": 1}, "no field modle"),
         ({"data": {"type": "RLDS"}}, "TabletopData, LeRobotData, found 'RLDS'"),
         ({"model": 3}, "model"),
-        ({"model": {"siglip": {"image_size": [33, 33]}}}, "patch_size"),
+        ({"model": {"siglip": {"image_size": [3, 33]}}}, "patch_size"),
         ({"optimizer": {"lr": 1}}, "optimizer: OptimizerConfig has no field lr"),
     ],
 )

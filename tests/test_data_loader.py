@@ -36,6 +36,16 @@ def test_the_last_episodes_are_held_out():
     assert (len(many), len(few)) == (190, 10)
 
 
+def test_commanded_episodes_train_no_text_and_are_not_for_evaluation():
+    d = demos()
+    marked = np.isin(d.episode_index, [0, 3])  # one to train on and the last one
+    with pytest.raises(UserError, match="all held-out episodes are commanded"):
+        split_sources(dataclasses.replace(d, commanded=marked), HORIZON, ())
+    train, held_out = split_sources(dataclasses.replace(d, commanded=d.episode_index == 0), HORIZON, ())
+    assert [train[i]["supervise_text"] for i in range(len(train))] == [False] * 7 + [True] * (len(train) - 7)
+    assert len(held_out) == LENGTHS[-1]
+
+
 def test_chunks_stop_at_the_end_of_their_episode():
     train, _ = sources()
     ends = np.cumsum(LENGTHS) - 1

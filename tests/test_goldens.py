@@ -10,6 +10,7 @@ import pytest
 
 from openpi_ar.algorithms import decode
 from openpi_ar.checkpoints import __main__ as cli
+from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.verify import HIDDEN, VELOCITY, verify
 from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
@@ -191,8 +192,6 @@ def test_verify_command(tmp_path, capsys):
     folder = GOLDEN / "torch_pi0"
     cli.main(["verify", str(folder / "lerobot_layout"), str(folder), "--json", str(tmp_path / "ok.json")])
     assert "verified: all 11 quantities agree" in capsys.readouterr().out
-    from openpi_ar.checkpoints import export
-
     loaded = load_model(folder / "lerobot_layout", siglip_heads=4)
     loaded.model.action_out.bias[...] = loaded.model.action_out.bias[...] + 0.01
     export.convert(loaded, tmp_path / "changed", "torch")
@@ -204,6 +203,15 @@ def test_verify_command(tmp_path, capsys):
         cli.main(["verify", str(folder / "lerobot_layout"), str(tmp_path)])
     assert e.value.code == 2
     assert "is no golden" in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_still_agrees(tmp_path):
+    """In PyTorch's format it would run with PyTorch's time embedding; the golden says whose it is."""
+    loaded = load_model(GOLDEN / "pi05")
+    export.convert(loaded, tmp_path / "torch", "torch")
+    assert load_model(tmp_path / "torch").config.exact_time
+    differences, _ = verify(tmp_path / "torch", GOLDEN / "pi05")
+    assert [d.name for d in differences if not d.ok] == []
 
 
 def test_head_counts_are_found_by_trying():

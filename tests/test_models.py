@@ -43,8 +43,8 @@ def test_full_size_shapes_are_openpis(name):
 def test_towers_must_share_heads():
     with pytest.raises(ValueError, match="share keys and values"):
         ModelConfig(vlm=GEMMA_2B, expert=TowerConfig(1024, 18, 4096, 8, 1, 128))
-    with pytest.raises(ValueError, match="not a multiple of siglip.patch_size"):
-        ModelConfig(siglip=SigLIPConfig(image_size=(225, 224)))
+    with pytest.raises(ValueError, match="smaller than siglip.patch_size"):
+        ModelConfig(siglip=SigLIPConfig(image_size=(13, 224)))
     assert ModelConfig().expert is GEMMA_300M
 
 

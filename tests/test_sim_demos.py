@@ -192,3 +192,19 @@ def test_a_hopeless_expert_is_reported(world: Tabletop, monkeypatch: pytest.Monk
     monkeypatch.setattr(record, "_MAX_ATTEMPTS", 1)
     with pytest.raises(RuntimeError, match="failed 1 attempts"):
         record.record_episode(world, (0,), 0.0)
+
+
+def test_commanded_episodes_are_marked_and_follow_no_prompt(tmp_path: Path):
+    base = DemoConfig(episodes=8, seed=3, image_size=(8, 8), cache_dir=str(tmp_path))
+    demos = load_or_generate(dataclasses.replace(base, commanded=0.5, asked=("red", "green", "blue")), workers=0)
+    told = [bool(demos.commanded[demos.episode_index == e].all()) for e in range(8)]
+    assert told == [bool(demos.commanded[demos.episode_index == e].any()) for e in range(8)]
+    assert 1 <= sum(told) <= 7
+    named = {word for i in np.unique(demos.subtask_id) for word in demos.subtasks[i].split()}
+    assert not named & {"purple", "yellow"}
+    assert not load_or_generate(base, workers=0).commanded.any()
+    assert cache_path(base) != cache_path(dataclasses.replace(base, commanded=0.5))
+    with pytest.raises(ValueError, match="commanded must be in"):
+        load_or_generate(dataclasses.replace(base, commanded=1.5))
+    with pytest.raises(ValueError, match="asked two or more"):
+        load_or_generate(dataclasses.replace(base, asked=("red",)))

@@ -39,6 +39,37 @@ def test_held_out_episodes_always_contain_something_held_out():
     assert {task.targets[0] + task.targets[1] for task in drawn if task.kind == "pair"} >= tasks.HELD_OUT_PAIRS
 
 
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_three_kinds_are_equally_likely(split: tasks.Split):
+    rng = np.random.default_rng(0)
+    kinds = [tasks.sample_task(rng, split=split)[0].kind for _ in range(1500)]
+    for kind in ("clear", "sort", "pair"):
+        assert abs(kinds.count(kind) / 1500 - 1 / 3) < 0.05  # four standard deviations
+
+
+def test_only_the_colours_asked_for_are_targets():
+    rng = np.random.default_rng(0)
+    drawn = [tasks.sample_task(rng, asked=("red", "green", "blue")) for _ in range(500)]
+    assert {color for task, _ in drawn for color, _ in task.targets} == {"red", "green", "blue"}
+    assert {color for _, layout in drawn for color in layout.colors} == set(scene.COLORS)  # the others stand by
+    with pytest.raises(ValueError, match="at least two of"):
+        tasks.sample_task(rng, asked=("red",))
+    with pytest.raises(ValueError, match="at least two of"):
+        tasks.sample_task(rng, asked=("red", "mauve"))
+
+
+def test_a_command_is_a_random_plan_in_its_own_order():
+    rng = np.random.default_rng(0)
+    plans = [tasks.command_task(rng, "clear the table into the left bin", scene.COLORS) for _ in range(300)]
+    assert not {target for plan in plans for target in plan.targets} & tasks.HELD_OUT_COMBOS
+    assert len({plan.targets for plan in plans}) > 250
+    task = tasks.Task("command", "clear the table into the left bin", (("blue", "right"), ("red", "left")))
+    assert next_subtask(task, facts()) == "pick up the blue block"
+    assert next_subtask(task, facts(held="red", red=(-0.1, 0.0, 0.1))) == "pick up the blue block"
+    assert next_subtask(task, facts(blue=IN_RIGHT)) == "pick up the red block"
+    assert not task.is_held_out
+
+
 def test_held_out_pairs_consist_of_parts_that_are_trained():
     assert len(tasks.HELD_OUT_PAIRS) == 6
     for first, first_bin, second, second_bin in tasks.HELD_OUT_PAIRS:

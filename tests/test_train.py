@@ -286,6 +286,8 @@ def refused(argv: list[str], capsys) -> str:
         ("--config debug --optimizer.ema-decay 1.5", "ema_decay"),
         ("--config debug --optimizer.warmup-steps 60 --num-steps 60", "warmup_steps"),
         ("--config debug --data.prompt-swap 2", "prompt_swap"),
+        ("--config debug --data.commanded 2", "data.commanded must lie in [0, 1]"),
+        ("--config debug --data.asked red", "data.asked must name at least two of"),
         ("--config debug --data.prompt-swap 0.5 --text.template openpi", "nothing would tell the actions"),
         ("--config debug --text.template poem", "unknown template 'poem'"),
         ("--config debug --exp-name fresh --text.tokenizer nowhere.model", "nowhere.model"),

@@ -69,7 +69,7 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
     if (local := Path(path).expanduser()).exists():
         find_norm_stats(_root(local), asset_id=asset_id, known=spec.asset_ids)
     loaded = load_model(path, action_horizon=horizon)
-    if loaded.kind == "ours":
+    if loaded.kind == "ours" and not store.missing_parts(loaded.path.parent):
         assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
         mode = assets.stats["state"].mode
         check_mode(step / "assets" / store.NORM_STATS, mode, needed_mode(assets.config.model.pi05))
@@ -112,8 +112,9 @@ def _with_config(model: Pi0, cfg: ModelConfig) -> Pi0:
 
 
 def _is_ours(path: str | Path) -> bool:
+    """Complete, that is: one converted from another format has no tokenizer or statistics of its own."""
     try:
-        return (store.resolve_step_dir(path) / "assets" / store.CONFIG).is_file()
+        return not store.missing_parts(store.resolve_step_dir(path))
     except UserError:
         return False
 

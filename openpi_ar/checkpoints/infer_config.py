@@ -107,8 +107,10 @@ def expected_shape(layout: str, sizes: Sizes) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def model_config(source: Source, found: list[Stored], sizes: Sizes, overrides: dict) -> ModelConfig:
-    """The configuration that these sizes mean; `overrides` are ModelConfig fields and `image_size`.
+def model_config(
+    source: Source, found: list[Stored], sizes: Sizes, overrides: dict, base: ModelConfig | None = None
+) -> ModelConfig:
+    """The configuration that these sizes mean; `overrides` are ModelConfig fields and `image_size`, `base` has the rest.
 
     Raises UserError if a dimension is told by no tensor.
     """
@@ -145,7 +147,7 @@ def model_config(source: Source, found: list[Stored], sizes: Sizes, overrides: d
         "action_dim": sizes.get("X", 32),
         "state_dim": sizes.get("P", sizes.get("X", 32)),
     }
-    return dataclasses.replace(ModelConfig(), **(fields | overrides))
+    return dataclasses.replace(base or ModelConfig(), **(fields | overrides))
 
 
 def _axes(layout: str) -> list[str]:

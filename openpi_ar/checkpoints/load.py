@@ -33,6 +33,8 @@ PUBLIC_HORIZON = 50
 _QUIET_BYTES = 200 << 20
 """Checkpoints smaller than this load without a progress bar."""
 
+_all_finite = jax.jit(lambda a: jnp.isfinite(a).all())
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -94,17 +96,20 @@ def inspect(
         )
     image_size = image_size or hints.get("image_size")
     overrides: dict[str, Any] = {"image_size": image_size} if image_size else {}
-    overrides["exact_time"] = source.layout == "torch" or hints.get("exact_time", False)
+    base: ModelConfig | None = hints.get("base")
+    if base is None:
+        overrides["exact_time"] = source.layout == "torch"
     horizon = action_horizon or hints.get("action_horizon")
     if horizon is None:
         notes.append(f"action_horizon {PUBLIC_HORIZON}: no tensor tells it, the base models' value is taken")
     overrides["action_horizon"] = horizon or PUBLIC_HORIZON
     if cameras or hints.get("cameras"):
         overrides["cameras"] = cameras or hints["cameras"]
-    # bfloat16 matrix-vector products are 10 to 20 times slower than float32 on CPUs.
-    overrides["dtype"] = compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if compute_dtype or base is None:
+        # bfloat16 matrix-vector products are 10 to 20 times slower than float32 on CPUs.
+        overrides["dtype"] = compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:
-        config = infer_config.model_config(source, found, sizes, overrides)
+        config = infer_config.model_config(source, found, sizes, overrides, base)
     except ValueError as e:
         raise UserError(
             f"{source.path}: the tensors' shapes make no model: {e}; siglip_heads and num_kv_heads can be given"
@@ -175,9 +180,9 @@ def load_model(
                 old = (side, side)
                 array = resample_pos_embedding(array.astype(np.float32), old, cfg.siglip.grid).astype(array.dtype)
                 notes.append(f"position embedding resampled from {old} to {cfg.siglip.grid} patches")
-            if not np.isfinite(array).all():
-                warnings.warn(f"{source.path}: {rows[ours].openpi} holds values that are not finite", stacklevel=2)
             done[ours] = jax.block_until_ready(jax.device_put(array))
+            if not bool(_all_finite(done[ours])):
+                warnings.warn(f"{source.path}: {rows[ours].openpi} holds values that are not finite", stacklevel=2)
             del array
     if missing := [path for path in flat if path not in done]:
         notes.append(f"{len(missing)} parameters are not in the file and keep their random init: {', '.join(missing)}")
@@ -247,12 +252,7 @@ def _hints(folder: Path) -> dict[str, Any]:
     ours = folder / "assets" / store.CONFIG
     if ours.is_file():
         cfg = config_json.loads(ours.read_text(), source=str(ours)).model
-        return {
-            "action_horizon": cfg.action_horizon,
-            "cameras": cfg.cameras,
-            "image_size": cfg.siglip.image_size,
-            "exact_time": cfg.exact_time,
-        }
+        return {"base": cfg, "action_horizon": cfg.action_horizon, "image_size": cfg.siglip.image_size}
     path = folder / "config.json"
     if not path.is_file():
         return {}

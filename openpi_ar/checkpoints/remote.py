@@ -65,7 +65,9 @@ def _download(url: str, target: Path) -> None:
     fs, root = fsspec.core.url_to_fs(url, **({"token": "anon"} if url.startswith("gs://") else {}))
     root = root.rstrip("/")
     info = fs.info(root)
-    files = {target: info} if info["type"] == "file" and not _is_listing(fs, root, info) else _listing(fs, root, target)
+    # A web server's page of links stands for a directory.
+    is_page = "http" in fs.protocol and "html" in str(info.get("mimetype", ""))
+    files = {target: info} if info["type"] == "file" and not is_page else _listing(fs, root, target)
     if not files:
         raise UserError(f"{url} holds no file")
     mark = target.parent / f".{target.name}{_PARTIAL}"
@@ -86,20 +88,6 @@ def _download(url: str, target: Path) -> None:
             _fetch(fs, remote, local, lambda n: bar.advance(task, n))
     if is_directory:
         mark.unlink()
-
-
-def _is_listing(fs: Any, root: str, info: dict) -> bool:
-    """A web server's page of links stands for a directory."""
-    return (
-        url_protocol(fs) in ("http", "https")
-        and not PurePosixPath(root).suffix
-        and "html" in str(info.get("mimetype", "html"))
-    )
-
-
-def url_protocol(fs: Any) -> str:
-    """First protocol name of an fsspec filesystem."""
-    return fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
 
 
 def _listing(fs: Any, root: str, target: Path) -> dict[Path, dict]:

@@ -152,8 +152,14 @@ def _open_npz(path: Path) -> Source:
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} cannot be read as an .npz of arrays: {e}") from e
     rename = {f"PaliGemma/{name.removeprefix('params/')}": name for name in archive.files if name.startswith("params/")}
+    kind = "paligemma"
+    if any(name.startswith("PaliGemma/") for name in archive.files):
+        kind, rename = "openpi", {name: name for name in archive.files}
     if not rename:
-        raise UserError(f"{path} is no PaliGemma checkpoint: expected arrays named params/llm/... and params/img/...")
+        raise UserError(
+            f"{path} is no checkpoint: expected arrays named params/llm/... and params/img/... (PaliGemma), or openpi's "
+            f"PaliGemma/..."
+        )
 
     def read(name: str) -> np.ndarray:
         try:
@@ -161,7 +167,7 @@ def _open_npz(path: Path) -> Source:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             raise UserError(f"{path}: array {rename[name]} cannot be read: {e}") from e
 
-    return Source("paligemma", "openpi", path, {n: headers[raw] for n, raw in rename.items()}, read)
+    return Source(kind, "openpi", path, {n: headers[raw] for n, raw in rename.items()}, read)
 
 
 def _npy_spec(archive: Any, name: str) -> Spec:

@@ -1,27 +1,26 @@
 """A checkpoint against a golden: arrays that the reference code computed from known inputs.
 
-A golden is a directory with `inputs.npz` and `outputs.npz` (openpi's JAX code), `inputs_train.npz`, `inputs_sample.npz` and
-`outputs.npz` (a subtask model whose whole prompt is causal text), or `golden.npz` (openpi's PyTorch code). Rows of padding and
-masked cameras are compared nowhere: the references attend from them to everything, which means nothing.
+Rows of padding and masked cameras are compared nowhere: the references attend from them to everything, which means nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
 import re
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms import decode, losses
+from openpi_ar.checkpoints.goldens import IMAGE, Golden, input_arrays, observation, read_arrays, text_run
 from openpi_ar.checkpoints.load import load_model
-from openpi_ar.config import ModelConfig
 from openpi_ar.config_json import read_object
 from openpi_ar.errors import UserError
 from openpi_ar.models.layers import sincos_embedding
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Array, Observation, Text
+from openpi_ar.types import Array, Observation
 
 # Float32 bounds on the largest absolute difference: the rounding of two orders of summation, over 4 to 18 layers. Against
 # PyTorch they are looser because a model whose weights came from JAX computes the time embedding in float32.
@@ -36,8 +35,6 @@ _embed_images = jax.jit(lambda model, obs: model.embed_images(obs))
 _prefill = jax.jit(decode.prefill)
 _denoise = jax.jit(decode.denoise, static_argnames="num_steps")
 _generate = jax.jit(decode.generate, static_argnames=("max_tokens", "eos_id"))
-
-Golden = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +63,9 @@ def verify(
 
     Raises UserError if the directory is no golden, or the checkpoint cannot be loaded or has other dimensions.
     """
-    arrays = _read(golden, compute_dtype)
+    arrays = read_arrays(golden, compute_dtype)
     body = read_object(golden / "config.json") if (golden / "config.json").is_file() else {}
-    cameras = tuple(body.get("image_keys") or dict.fromkeys(m[2] for k in arrays if (m := _IMAGE.fullmatch(k))))
+    cameras = tuple(body.get("image_keys") or dict.fromkeys(m[2] for k in arrays if (m := IMAGE.fullmatch(k))))
     heads = siglip_heads or body.get("siglip", {}).get("num_heads")
     horizon = next(v.shape[1] for k, v in arrays.items() if re.split("[:/]", k)[-1] in ("actions", "in_actions"))
     known = {
@@ -83,7 +80,7 @@ def verify(
     for count in options:
         loaded = load_model(path, siglip_heads=count, **known)
         if "in_images" not in arrays:
-            arrays = arrays | _observation_arrays(arrays, cameras, loaded.config)
+            arrays = arrays | input_arrays(arrays, cameras, loaded.config)
         error = _image_error(loaded.model, arrays, cameras) if len(options) > 1 else 0.0
         if best is None or error < best[0]:
             note = (
@@ -93,68 +90,11 @@ def verify(
             )
             best = (error, loaded.model, loaded.notes + note)
     assert best is not None
+    # A converted checkpoint is the same weights: the golden says whose time embedding it was computed with.
+    model = nnx.clone(best[1])
+    model.cfg = dataclasses.replace(model.cfg, exact_time="in_tokens" in arrays)
     with jax.default_matmul_precision("highest"):
-        return list(_differences(best[1], arrays, cameras, bfloat16=compute_dtype == "bfloat16")), best[2]
-
-
-_IMAGE = re.compile(r"(train:|sample:)?(?:image/|in_image_(?!mask_))(.+)")
-
-
-def _read(golden: Path, compute_dtype: str) -> dict[str, np.ndarray]:
-    """All arrays of a golden; inputs of the two runs of a subtask golden are prefixed `train:` and `sample:`."""
-    outputs = "outputs_bf16.npz" if compute_dtype == "bfloat16" else "outputs.npz"
-    layouts = (
-        {"golden.npz": ""},
-        {"inputs.npz": "", outputs: ""},
-        {"inputs_train.npz": "train:", "inputs_sample.npz": "sample:", outputs: ""},
-    )
-    for files in layouts:
-        if all((golden / name).is_file() for name in files):
-            return {p + k: v for name, p in files.items() for k, v in np.load(golden / name).items()}
-    raise UserError(f"{golden} is no golden: expected golden.npz, or inputs*.npz and {outputs}")
-
-
-def _observation_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """The inputs under one set of names: in_images, in_image_mask, in_ids, in_valid, in_state, per prefix."""
-    found: dict[str, np.ndarray] = {}
-    for prefix in ("", "train:", "sample:"):
-        image, mask = f"{prefix}image/{{}}", f"{prefix}image_mask/{{}}"
-        ids, valid = f"{prefix}tokenized_prompt", f"{prefix}tokenized_prompt_mask"
-        if not prefix and "in_tokens" in arrays:
-            image, mask, ids, valid = "in_image_{}", "in_image_mask_{}", "in_tokens", "in_token_mask"
-        if ids not in arrays:
-            continue
-        found[f"{prefix}in_images"] = np.stack([arrays[image.format(c)] for c in cameras], axis=1)
-        found[f"{prefix}in_image_mask"] = np.stack([arrays[mask.format(c)] for c in cameras], axis=1)
-        found[f"{prefix}in_ids"], found[f"{prefix}in_valid"] = arrays[ids], arrays[valid]
-        for name in ("state", "actions", "noise", "time"):
-            torch = f"in_{name}"
-            found[f"{prefix}in_{name}"] = arrays[torch if torch in arrays else f"{prefix}{name}"]
-        have, want = found[f"{prefix}in_images"].shape[2:4], cfg.siglip.image_size
-        if have != want:
-            raise UserError(f"the golden's images are {have}, the checkpoint's model reads {want}")
-    found["in_images"] = found.get("in_images", found.get("train:in_images", np.zeros(0)))
-    return found
-
-
-def _text(ids: np.ndarray, valid: np.ndarray, *, causal: bool, loss: np.ndarray | None = None) -> Text:
-    no = np.zeros(ids.shape, bool)
-    return Text(
-        ids=ids.astype(np.int32),
-        valid=valid,
-        causal=~no if causal else no,
-        loss=no if loss is None else loss,
-        hidden=no,
-    )
-
-
-def _observation(a: Golden, prefix: str = "", *, causal: bool = False, rows: slice = slice(None)) -> Observation:
-    return Observation(
-        images=a[f"{prefix}in_images"][rows],
-        image_mask=a[f"{prefix}in_image_mask"][rows],
-        prompt=_text(a[f"{prefix}in_ids"][rows], a[f"{prefix}in_valid"][rows], causal=causal),
-        state=a[f"{prefix}in_state"][rows],
-    )
+        return list(_differences(model, arrays, cameras, bfloat16=compute_dtype == "bfloat16")), best[2]
 
 
 def _head_counts(path: str | Path, known: dict) -> list[int]:
@@ -168,7 +108,7 @@ def _head_counts(path: str | Path, known: dict) -> list[int]:
 
 def _image_error(model: Pi0, a: Golden, cameras: tuple[str, ...]) -> float:
     prefix = "" if "in_ids" in a else "train:"
-    ours = np.asarray(_embed_images(model, _observation(a, prefix)))
+    ours = np.asarray(_embed_images(model, observation(a, prefix)))
     if "image_features" in a:
         golden = a["image_features"].reshape(ours.shape)
     elif "prefix_tokens" in a or "train/prefix_tokens" in a:
@@ -200,7 +140,7 @@ def _differences(model: Pi0, a: Golden, cameras: tuple[str, ...], *, bfloat16: b
     if "train:in_ids" in a:
         yield from _subtask(model, a, compare)
         return
-    obs = _observation(a)
+    obs = observation(a)
     image_tokens = _embed_images(model, obs)
     per_camera = image_tokens.shape[1] // len(cameras)
     for i, camera in enumerate(cameras):
@@ -269,7 +209,7 @@ def _flow(
 
 def _subtask(model: Pi0, a: Golden, compare) -> Iterator[Difference]:
     """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions on what was said."""
-    obs = _observation(a, "train:", causal=True)
+    obs = observation(a, "train:", causal=True)
     out, cache = _prefill(model, obs)
     valid = np.asarray(cache.valid)
     yield from compare("train/prefix_out", out.hidden, HIDDEN, valid)
@@ -284,9 +224,9 @@ def _subtask(model: Pi0, a: Golden, compare) -> Iterator[Difference]:
     for i in range(len(ids)):
         row = slice(i, i + 1)
         one = dataclasses.replace(
-            _observation(a, "train:", rows=row), prompt=_text(ids[row, :1], seen[row, :1], causal=True)
+            observation(a, "train:", rows=row), prompt=text_run(ids[row, :1], seen[row, :1], causal=True)
         )
-        target = _text(ids[row, 1:], seen[row, 1:], causal=True, loss=loss[row, 1:])
+        target = text_run(ids[row, 1:], seen[row, 1:], causal=True, loss=loss[row, 1:])
         result, _ = _prefill(model, one, target)
         assert result.text is not None
         ce.append(losses.text_loss(model, result.prompt_last, result.text, target)[0])
@@ -300,7 +240,7 @@ def _subtask(model: Pi0, a: Golden, compare) -> Iterator[Difference]:
 def _decoded(model: Pi0, a: Golden, case: str, i: int, compare) -> Iterator[Difference]:
     """Greedy text of one row, decoded with the cache, and actions on it, against full recomputation without one."""
     name = f"{case}/nocache_{{}}_row{i}"
-    obs = _observation(a, "sample:", causal=True, rows=slice(i, i + 1))
+    obs = observation(a, "sample:", causal=True, rows=slice(i, i + 1))
     if case == "allcam":
         obs = dataclasses.replace(obs, image_mask=np.ones_like(obs.image_mask))
     golden = a[name.format("tokens")]
@@ -315,8 +255,8 @@ def _decoded(model: Pi0, a: Golden, case: str, i: int, compare) -> Iterator[Diff
         allowed=jnp.ones(model.cfg.vocab_size, bool),
     )
     yield from compare(name.format("tokens"), said.ids[0], 0.0)
-    text = _text(golden[None], np.ones((1, len(golden)), bool), causal=True)
-    told, cache = _prefill(model, obs, text)
+    given = text_run(golden[None], np.ones((1, len(golden)), bool), causal=True)
+    told, cache = _prefill(model, obs, given)
     assert told.text is not None
     predicts = jnp.concatenate([told.prompt_last[:, None], told.text[:, :-1]], axis=1)
     yield from compare(name.format("logits"), model.logits(predicts)[0], 1e-4)

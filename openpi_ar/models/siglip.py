@@ -83,6 +83,8 @@ class SigLIP(nnx.Module):
 
     def __call__(self, images: Float[Array, "B h w 3"], dtype: jnp.dtype, *, remat: bool) -> Float[Array, "B T D"]:
         p = self.patch
+        # As a convolution without padding: 384 pixels are 27 patches of 14, the last 6 pixels belong to none.
+        images = images[:, : images.shape[1] // p * p, : images.shape[2] // p * p]
         # A convolution whose stride is its kernel size is one matmul on patches (and 1.6x faster that way on CPU).
         patches = rearrange(images, "B (y p) (x q) c -> B (y x) (p q c)", p=p, q=p)
         kernel = rearrange(self.patch_kernel[...], "p q c D -> (p q c) D").astype(jnp.float32)

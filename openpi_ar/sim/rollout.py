@@ -52,7 +52,7 @@ class RolloutConfig:
     episodes: int = 20
     seed: int = 0
     split: Split = "train"
-    execute: int = 4
+    execute: int = 2
     batch: int = 8
     shuffle_prompts: bool = False
     blank_images: bool = False
