@@ -11,7 +11,6 @@ import sys
 import time
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from configs import HELP, PRESETS, get_preset
@@ -24,35 +23,15 @@ from openpi_ar.data.tabletop import PromptSwap
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 from openpi_ar.training import cli, experiment, memory
+from openpi_ar.training.best import KeepBest
 from openpi_ar.training.evaluate import Evaluator
+from openpi_ar.training.initial import load_initial
 from openpi_ar.training.metrics import Display, MetricsLog, Window
 from openpi_ar.training.optimizer import make_optimizer, make_schedule
-from openpi_ar.training.state import TrainState, init_state, started_at, train_key
-from openpi_ar.training.step import make_train_step
+from openpi_ar.training.sharding import Placement, make_placement, shardings
+from openpi_ar.training.state import TrainState, init_model, init_state, state_of, train_key
+from openpi_ar.training.step import StepFn, make_train_step
 from openpi_ar.training.vision import pretrain_vision
-
-# ----------------------------------------------------------------------------------------------------------------------
-# mesh
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Data parallelism over the local devices: parameters on all of them, each with its share of the batch."""
-
-    replicated: NamedSharding
-    batch: NamedSharding
-    devices: int
-
-
-def make_placement(cfg: TrainConfig) -> Placement:
-    """Raises UserError if the batch does not divide among the devices."""
-    devices = jax.local_device_count()
-    if cfg.batch_size % devices:
-        raise UserError(f"batch_size {cfg.batch_size} does not divide among {devices} devices: use a multiple of it")
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return Placement(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")), devices)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data
@@ -106,23 +85,35 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def placed_state(cfg: TrainConfig, placement: Placement) -> TrainState:
+    """The state's shapes, dtypes and shardings."""
+    abstract = memory.abstract_state(cfg)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(abstract, placement)
+    )
+
+
 def make_state(
     cfg: TrainConfig, placement: Placement, source: TrainingSource, resume_from: Path | None
 ) -> tuple[TrainState, int]:
     """(state, data position): restored, started from `init_from`, or random (the vision tower perhaps pre-trained)."""
     tx = make_optimizer(cfg.optimizer, cfg.num_steps)
+    abstract = placed_state(cfg, placement)
     if resume_from is not None:
-        abstract = jax.eval_shape(lambda: init_state(cfg, tx))
         return store.restore_train_state(resume_from, abstract, placement.replicated)
-    # One program, kept by the compilation cache; eagerly it is a hundred small ones.
-    state = jax.jit(lambda: init_state(cfg, tx), out_shardings=placement.replicated)()
+    where = jax.tree.map(lambda x: x.sharding, abstract)
     if cfg.init_from:
-        state = started_at(state, store.load_params(store.resolve_step_dir(cfg.init_from), state.model))
+        model, notes = load_initial(cfg)
+        print("\n".join([f"starting from {cfg.init_from}", *notes]), flush=True)
     elif cfg.data.vision_steps:
-        model, error = pretrain_vision(state.model, source, steps=cfg.data.vision_steps, seed=cfg.seed)
+        fresh = jax.jit(lambda: init_model(cfg), out_shardings=placement.replicated)()
+        model, error = pretrain_vision(fresh, source, steps=cfg.data.vision_steps, seed=cfg.seed)
         print(f"vision tower: objects placed to {error:.2f} cm after {cfg.data.vision_steps} steps", flush=True)
-        state = started_at(state, model)
-    return jax.device_put(state, placement.replicated), 0
+    else:
+        # One program, kept by the compilation cache; eagerly it is a hundred small ones.
+        return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
+    model = jax.device_put(model, where.model)
+    return jax.jit(lambda model: state_of(cfg, tx, model), out_shardings=where)(model), 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,14 +121,16 @@ def make_state(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: TrainConfig, directory: Path, data: Data, state: TrainState, placement: Placement) -> TrainState:
+def train(
+    cfg: TrainConfig, directory: Path, data: Data, state: TrainState, placement: Placement, step_fn: StepFn
+) -> TrainState:
     """Runs to `num_steps`, or to the end of the step in which a signal asks to stop; saves either way."""
     step = start = int(state.step)
-    step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
     schedule, key = make_schedule(cfg.optimizer, cfg.num_steps), train_key(cfg)
     evaluate = Evaluator(cfg, data.held_out, data.transform, placement.batch)
     log = MetricsLog(directory, cfg, start_step=start)
-    checkpoints = store.CheckpointStore(directory, keep_last=cfg.keep_last)
+    checkpoints = store.CheckpointStore(directory, keep_last=cfg.keep_last, keep_every=cfg.keep_every)
+    best = KeepBest(cfg, directory, data.assets)
     with Display(cfg.num_steps, start, f"{cfg.name}/{cfg.exp_name}") as display, experiment.stop_on_signal() as stop:
         began = time.perf_counter()
         window = Window(cfg.batch_size)
@@ -162,6 +155,7 @@ def train(cfg: TrainConfig, directory: Path, data: Data, state: TrainState, plac
                     values, said = evaluate(state.best_model)
                     log.write("eval", step, values)
                     display.evaluation(step, values, said)
+                    best.offer(step, values, state)
                     interrupted = True
                 if step % cfg.save_every == 0 or last:
                     window.check_finite()
@@ -173,6 +167,7 @@ def train(cfg: TrainConfig, directory: Path, data: Data, state: TrainState, plac
             raise FloatingPointError(f"{e}; {_kept(directory, checkpoints)}") from e
         finally:
             checkpoints.close()
+            best.close()
             log.close()
         if stopping:
             display.line(
@@ -202,6 +197,18 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla"))
 
 
+def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
+    """The train step, compiled from shapes alone; what memory the compiler says it takes is printed, and must be there."""
+    state = placed_state(cfg, placement)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps), where)
+    need = memory.measure(cfg, step_fn, state, memory.abstract_batch(cfg, placement.batch))
+    have, source = memory.available_bytes()
+    print(memory.describe(need, have, source, "memory of the compiled training step"), flush=True)
+    memory.check(cfg, need, have, source, PRESETS, devices=placement.devices)
+    return step_fn
+
+
 def run(argv: Sequence[str]) -> None:
     """Every check that can fail comes before anything is written: flags, config, experiment, memory, data."""
     args = cli.parse(argv, HELP, get_preset)
@@ -214,12 +221,13 @@ def run(argv: Sequence[str]) -> None:
     need, have, source = memory.check_fits(cfg, PRESETS, devices=placement.devices)
     print(memory.describe(need, have, source), flush=True)
     data = make_data(cfg, placement, resume_from)
+    step_fn = compiled_step(cfg, placement)
     state, data.loader.position = make_state(cfg, placement, data.train, resume_from)
     if int(state.step) >= cfg.num_steps:
         print(f"nothing left to do: step {int(state.step)} of {cfg.num_steps} is saved; raise --num-steps to go on")
         return
     directory = experiment.create(cfg, overwrite=args.overwrite)
-    train(cfg, directory, data, state, placement)
+    train(cfg, directory, data, state, placement, step_fn)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ import difflib
 from configs.debug import DEBUG
 from configs.pi0 import PI0, PI0_TABLETOP
 from configs.pi05 import PI05, PI05_TABLETOP
-from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_TABLETOP
+from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_LORA, PI05_SUBTASK_TABLETOP
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
 
@@ -17,6 +17,7 @@ HELP: dict[str, tuple[TrainConfig, str]] = {
         (PI0_TABLETOP, "pi0 on the tabletop, actions only (state token, time mixed into the actions)"),
         (DEBUG, "a tiny model on a handful of episodes: seconds, for tests"),
         (PI05_SUBTASK, "full-size pi0.5 (So400m, Gemma 2B + 300M) that says its subtask; LeRobot data"),
+        (PI05_SUBTASK_LORA, "the same with low-rank adapters on frozen bfloat16 towers: for one smaller GPU"),
         (PI05, "full-size pi0.5, actions only, openpi's prompt; LeRobot data"),
         (PI0, "full-size pi0, actions only; LeRobot data"),
     )

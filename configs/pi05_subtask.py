@@ -27,6 +27,23 @@ PI05_SUBTASK = TrainConfig(
     batch_size=32,
 )
 
+# openpi's LoRA ranks, and what its LoRA configurations freeze, plus the vision tower, which theirs train without saying so.
+# The projections and the time MLP around the action tower are small and trained whole. Start it from a released model:
+# --init-from gs://openpi-assets/checkpoints/pi05_base/params
+PI05_SUBTASK_LORA = dataclasses.replace(
+    PI05_SUBTASK,
+    name="pi05_subtask_lora",
+    model=dataclasses.replace(
+        PI05_SUBTASK.model,
+        vlm=dataclasses.replace(PI05_SUBTASK.model.vlm, lora_rank=16),
+        expert=dataclasses.replace(PI05_SUBTASK.model.expert, lora_rank=32),
+    ),
+    frozen=("img/*", "embedder/*", "vlm/*", "expert/*", "!*lora_?"),
+    frozen_dtype="bfloat16",
+    # Slices of 8 rows: about 12 GiB, so that a 24 GB card is enough.
+    optimizer=dataclasses.replace(PI05_SUBTASK.optimizer, ema_decay=None, accumulate=4),
+)
+
 # About 2.5 million parameters: several steps a second on two CPU cores. All numbers of the tabletop models are here.
 TABLETOP_MODEL = ModelConfig(
     pi05=True,

@@ -71,6 +71,9 @@ class ModelConfig:
     """Compute dtype of matmuls. Norms, softmax, RoPE, logits, losses and the flow state are always float32."""
     remat: bool = True
     """Recompute each block in the backward pass: a block's input is all that is kept."""
+    remat_policy: Literal["full", "weights", "dots"] = "full"
+    """What `remat` recomputes. `full`: everything. `weights`: all but the products with weights, so mostly attention scores
+    and activation functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
 
     def __post_init__(self):
         s, v, e = self.siglip, self.vlm, self.expert
@@ -196,7 +199,25 @@ class OptimizerConfig:
     weight_decay: float = 1e-10
     clip_norm: float = 1.0
     ema_decay: float | None = 0.99
-    """None: no moving average. When on, the average is what `params` of a checkpoint holds."""
+    """None: no moving average. When on, the average is what `params` of a checkpoint holds. Only what is trained has one."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How Adam's two moments are kept between steps (the update itself is float32); `bfloat16` needs b2 <= 0.99."""
+    accumulate: int = 1
+    """Slices of a batch that go through the model one after another; the update is that of the whole batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images, made on the device; all off by default. openpi's values in parentheses."""
+
+    crop: float = 0.0
+    """Most of the width and height that a random window leaves out (0.05); cameras with `wrist` in their name keep all."""
+    brightness: float = 0.0
+    """Factor on the pixels, drawn from 1 +- this (0.3)."""
+    contrast: float = 0.0
+    """Factor on the distance from the mean grey, drawn from 1 +- this (0.4)."""
+    saturation: float = 0.0
+    """Factor on the distance from each pixel's own grey, drawn from 1 +- this (0.5)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +234,18 @@ class TrainConfig:
     decode: DecodeConfig = DecodeConfig()
     data: TabletopData | LeRobotData = TabletopData()
     optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+    frozen: tuple[str, ...] = ()
+    """What is not trained: patterns of parameter paths, as of a shell (`*` matches anything). The last that matches
+    a parameter decides, and `!` in front means trained: `img/* vlm/* !*lora*`. `python -m openpi_ar.checkpoints inspect`
+    lists the paths."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How frozen weights are kept in memory and in checkpoints; norms and biases stay float32."""
     init_from: str = ""
-    """Checkpoint to start from (a local directory); empty: random initialisation."""
+    """Checkpoint to start from: ours, openpi's, a PyTorch port's or LeRobot's; a directory, file, address or hub id.
+    Empty: random initialisation."""
+    fsdp_devices: int = 1
+    """Devices among which parameters, moments and average are divided; the rest of the devices hold copies."""
     seed: int = 0
     batch_size: int = 32
     num_steps: int = 30_000
@@ -225,6 +256,11 @@ class TrainConfig:
     save_every: int = 1_000
     keep_last: int = 1
     """Checkpoints kept besides the last one of the run."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for good; 0: none are."""
+    keep_best: str = ""
+    """Held-out metric (`loss`, `action_mse`, ...; `-said_exact`: the higher the better) whose best parameters are kept in
+    `<exp>/best/<step>`, ready for a policy; empty: none."""
     checkpoint_dir: str = "checkpoints"
     tensorboard: bool = False
     wandb: bool = False

@@ -2,11 +2,17 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from configs import PRESETS
+from openpi_ar.data.inputs import collate
 from openpi_ar.errors import UserError
 from openpi_ar.training import memory
+from openpi_ar.training.optimizer import make_optimizer
+from openpi_ar.training.step import make_train_step
+from tests.data_fixtures import sources, transform
 
 DEBUG, FULL = PRESETS["debug"], PRESETS["pi05_subtask"]
 
@@ -19,7 +25,11 @@ def test_full_size_state_is_four_times_its_parameters_plus_the_average():
     e = memory.estimate(FULL)
     # 3.35 billion float32 parameters; openpi gives "> 70 GB" for full fine-tuning of pi0.
     assert 12.0 < e.parameters / memory.GIB < 13.0
-    assert (e.gradients, e.optimizer, e.average) == (e.parameters, 2 * e.parameters, e.parameters)
+    assert (e.gradients, e.optimizer, e.average) == (
+        e.parameters,
+        2 * e.parameters + 8,
+        e.parameters,
+    )  # and two counters
     assert memory.estimate(optimizer(FULL, ema_decay=None)).average == 0
     assert e.total == sum(dict(e.table()[:-1]).values()) == dict(e.table())["total"]
 
@@ -28,6 +38,12 @@ def test_activations_scale_with_rows_and_shrink_with_remat_and_devices():
     e = memory.estimate(FULL)
     assert memory.estimate(dataclasses.replace(FULL, batch_size=64)).activations == 2 * e.activations
     assert memory.estimate(FULL, devices=4).activations * 4 == e.activations
+    assert memory.estimate(optimizer(FULL, accumulate=4)).activations * 4 == e.activations
+    by_policy = [
+        memory.estimate(dataclasses.replace(FULL, model=dataclasses.replace(FULL.model, remat_policy=p))).activations
+        for p in ("full", "weights", "dots")
+    ]
+    assert by_policy == sorted(by_policy) and by_policy[0] == e.activations
     without = memory.estimate(dataclasses.replace(FULL, model=dataclasses.replace(FULL.model, remat=False)))
     assert without.activations > 5 * e.activations
 
@@ -39,7 +55,7 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
     text = str(error.value)
     assert "pi05_subtask needs about" in text and "24.0 GiB of host memory" in text
     fitting = text.split("presets that fit: ")[1].split(";")[0].split(", ")
-    assert fitting == ["pi05_subtask_tabletop", "pi05_tabletop", "pi0_tabletop", "debug"]
+    assert fitting == ["pi05_subtask_tabletop", "pi05_tabletop", "pi0_tabletop", "debug", "pi05_subtask_lora"]
     need, have, source = memory.check_fits(DEBUG, PRESETS)
     assert need.total < have == 24 * memory.GIB and source == "host memory"
     assert "MiB" in memory.describe(need, have, source)
@@ -54,3 +70,19 @@ def test_nothing_fits_in_nothing(monkeypatch):
 def test_free_memory_is_read_from_this_machine():
     have, source = memory.available_bytes()
     assert 2**28 < have < 2**44 and source
+
+
+def test_compiled_plan_counts_every_array_of_state_and_batch_and_grows_with_the_batch():
+    def plan(rows: int) -> memory.Estimate:
+        cfg = dataclasses.replace(DEBUG, batch_size=rows)
+        step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
+        return memory.measure(cfg, step, memory.abstract_state(cfg), memory.abstract_batch(cfg))
+
+    four, sixteen = plan(4), plan(16)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), memory.abstract_state(DEBUG))
+    held = sum(x.nbytes for x in jax.tree.leaves(state)) - state.step.nbytes
+    assert four.parameters + four.optimizer + four.average == held
+    rows, source = transform(), sources()[0]
+    batch = collate([rows.sample(source[i]) for i in range(4)])
+    assert four.batch == 2 * sum(x.nbytes for x in jax.tree.leaves(batch))
+    assert 3 * four.activations < sixteen.activations < 5 * four.activations

@@ -217,13 +217,14 @@ def optax_mu(state):
 def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     real = train.make_train_step
 
-    def diverging(cfg, tx):
-        step = real(cfg, tx)
+    def diverging(*args):
+        step = real(*args)
 
         def run(state, batch, key):
             new, metrics = step(state, batch, key)
             return new, metrics | ({"loss": jnp.nan} if int(new.step) == 7 else {})
 
+        run.lower = step.lower
         return run
 
     monkeypatch.setattr(train, "make_train_step", diverging)
@@ -351,7 +352,7 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
 
 
 def test_batch_that_does_not_divide_among_devices_is_refused(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
     flags = ["--config", "debug", "--batch-size", "3", "--checkpoint-dir", str(tmp_path)]
     assert "batch_size 3 does not divide among 2 devices" in refused(flags, capsys)
 

@@ -26,6 +26,7 @@ from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, nee
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text.tokenizer import Tokenizer
+from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -71,9 +72,13 @@ ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)(
 
 
 class CheckpointStore:
-    """The writer of one experiment's directory; keeps the last `keep_last` checkpoints besides the newest."""
+    """The writer of one experiment's directory.
 
-    def __init__(self, directory: Path, *, keep_last: int):
+    Keeps the last `keep_last` checkpoints besides the newest, and those of steps that are multiples of `keep_every`. One save
+    is in flight at a time: the next waits for it, so the host holds one copy of the state at most.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int, keep_every: int = 0):
         self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
@@ -82,7 +87,7 @@ class CheckpointStore:
                 "train_state": ocp.PyTreeCheckpointHandler(),
                 "assets": _AssetsHandler(),
             },
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last + 1, create=True),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last + 1, keep_period=keep_every or None),
         )
 
     def save(self, state: TrainState, data_position: int, assets: Assets) -> None:
@@ -96,15 +101,13 @@ class CheckpointStore:
             "opt_state": pure_params(state.opt_state),
         }
         if state.ema is not None:
-            rest["params"] = pure_params(state.model)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave({"params": pure_params(state.best_model)}),
-                train_state=ocp.args.PyTreeSave(rest),
-                assets=_AssetsArgs(assets),
-            ),
-        )
+            rest["params"] = pure_params(_trained(state.model, state.ema))
+        self.save_for_policy(step, state.best_model, assets, train_state=ocp.args.PyTreeSave(rest))
+
+    def save_for_policy(self, step: int, model: Pi0, assets: Assets, **more: Any) -> None:
+        """Saves what a policy needs, and nothing else but `more`; training cannot be resumed from it."""
+        params = ocp.args.PyTreeSave({"params": pure_params(model)})
+        self._manager.save(step, args=ocp.args.Composite(params=params, assets=_AssetsArgs(assets), **more))
 
     def close(self) -> None:
         """Returns when everything is on disk."""
@@ -181,7 +184,8 @@ def load_params(step_dir: Path, model: Pi0, sharding: jax.sharding.Sharding | No
 def restore_train_state(
     step_dir: Path, template: TrainState, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[TrainState, int]:
-    """The state saved in a step directory and its data position. `template` may be abstract (`jax.eval_shape`).
+    """The state saved in a step directory and its data position. `template` may be abstract (`jax.eval_shape`); what in it
+    carries a sharding is restored to that one, the rest to `sharding`.
 
     Raises UserError if the directory holds no train state, or one that does not fit the template.
     """
@@ -194,17 +198,24 @@ def restore_train_state(
         "opt_state": pure_params(template.opt_state),
     }
     if template.ema is not None:
-        want["params"] = pure_params(template.model)
+        want["params"] = pure_params(_trained(template.model, template.ema))
     rest = ocp.PyTreeCheckpointer().restore(folder, args=_restore_args(want, sharding))
     best = load_params(step_dir, template.best_model, sharding)
-    has_ema = template.ema is not None
+    raw = None if template.ema is None else fill(_trained(template.model, template.ema), rest["params"])
     state = TrainState(
         step=rest["step"],
-        model=fill(template.model, rest["params"]) if has_ema else best,
+        model=best if raw is None else freeze.join(best, raw),
         opt_state=fill(template.opt_state, rest["opt_state"]),
-        ema=best if has_ema else None,
+        ema=None if raw is None else _trained(best, raw),
     )
     return state, int(rest["data_position"])
+
+
+def _trained(model: Pi0, like: Any) -> Any:
+    """The parameters of the model that `like` has; it is a module or, where something is frozen, a nested dict."""
+    if not isinstance(like, dict):
+        return model
+    return freeze.split(model, frozenset(freeze.leaf_paths(model)) - frozenset(freeze.leaf_paths(like)))
 
 
 def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenizer, dict[str, NormStats]]:
@@ -265,7 +276,9 @@ def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args
 
     def abstract(x: Any) -> Any:
         # The data position stays a numpy int64: jax would narrow it.
-        return x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        if isinstance(x, np.ndarray):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or sharding)
 
     item = jax.tree.map(abstract, want)
     return ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))

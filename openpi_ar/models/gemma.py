@@ -62,9 +62,9 @@ class Block(nnx.Module):
 class Tower(nnx.Module):
     """`depth` blocks and a final norm, AdaRMS-conditioned if `adaptive`."""
 
-    def __init__(self, cfg: TowerConfig, *, adaptive: bool, rngs: nnx.Rngs):
+    def __init__(self, cfg: TowerConfig, *, adaptive: bool, rngs: nnx.Rngs, policy: str = "full"):
         self.head_dim = cfg.head_dim
-        self.blocks = Stack(lambda r: Block(cfg, adaptive=adaptive, rngs=r), cfg.depth, rngs=rngs)
+        self.blocks = Stack(lambda r: Block(cfg, adaptive=adaptive, rngs=r), cfg.depth, rngs=rngs, policy=policy)
         self.norm = _norm(cfg, adaptive, rngs)
 
     def __call__(

@@ -23,10 +23,11 @@ class Pi0(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         width = cfg.expert.width
-        self.img = SigLIP(cfg.siglip, cfg.vlm.width, rngs=rngs)
+        policy = cfg.remat_policy
+        self.img = SigLIP(cfg.siglip, cfg.vlm.width, rngs=rngs, policy=policy)
         self.embedder = Embedder(cfg.vocab_size, cfg.vlm.width, rngs=rngs)
-        self.vlm = Tower(cfg.vlm, adaptive=False, rngs=rngs)
-        self.expert = Tower(cfg.expert, adaptive=cfg.pi05, rngs=rngs)
+        self.vlm = Tower(cfg.vlm, adaptive=False, rngs=rngs, policy=policy)
+        self.expert = Tower(cfg.expert, adaptive=cfg.pi05, rngs=rngs, policy=policy)
         self.action_in = Linear(cfg.action_dim, width, rngs=rngs)
         self.action_out = Linear(width, cfg.action_dim, rngs=rngs)
         if cfg.pi05:

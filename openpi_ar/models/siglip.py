@@ -70,14 +70,14 @@ class Block(nnx.Module):
 class SigLIP(nnx.Module):
     """Images in [-1, 1] to `out_dim`-wide tokens, row-major over the patch grid."""
 
-    def __init__(self, cfg: SigLIPConfig, out_dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: SigLIPConfig, out_dim: int, *, rngs: nnx.Rngs, policy: str = "full"):
         self.patch = nnx.static(cfg.patch_size)
         p = cfg.patch_size
         self.patch_kernel = nnx.Param(fan_in_init(rngs.params(), (p, p, 3, cfg.width), 3 * p * p))
         self.patch_bias = nnx.Param(jnp.zeros((cfg.width,)))
         pos = jax.random.normal(rngs.params(), (cfg.num_tokens, cfg.width))
         self.pos_embedding = nnx.Param(pos * cfg.width**-0.5)
-        self.blocks = Stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs)
+        self.blocks = Stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs, policy=policy)
         self.norm = LayerNorm(cfg.width)
         self.head = Linear(cfg.width, out_dim, rngs=rngs)
 

@@ -12,12 +12,19 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+_POLICIES = {
+    "full": None,
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+
 
 class Stack(nnx.Module):
-    """`depth` layers built by `make(rngs)`."""
+    """`depth` layers built by `make(rngs)`; `policy` is what `remat` recomputes (`ModelConfig.remat_policy`)."""
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs, policy: str = "full"):
         self.depth = depth
+        self.policy = policy
         self.layers = jax.vmap(make)(rngs.split(depth))
 
     @property
@@ -49,7 +56,9 @@ class Stack(nnx.Module):
             def body(carry: Any, xs: Any) -> tuple[Any, Any]:
                 return step(xs[0], carry, xs[1])
 
-            return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (layers, per_layer))
+            # Inside a scan nothing can merge the recomputation with the first pass, which is what `prevent_cse` is for.
+            again = jax.checkpoint(body, policy=_POLICIES[self.policy], prevent_cse=False)
+            return jax.lax.scan(again if remat else body, carry, (layers, per_layer))
         outs = []
         for i, layer in enumerate(layers):
             carry, out = step(layer, carry, jax.tree.map(lambda a, i=i: a[i], per_layer))

@@ -8,15 +8,16 @@ import shutil
 import signal
 
 from openpi_ar import config_json
-from openpi_ar.checkpoints import store
+from openpi_ar.checkpoints import remote, store
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
 from openpi_ar.data.tabletop import asked_colors
 from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
-_FIXED = ("model.", "text.", "data.", "seed", "batch_size")
+_FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
 _FREE = ("data.cache_dir", "data.vision_steps", "data.frames", "text.tokenizer", "model.remat", "model.dtype")
+_FREE += ("model.remat_policy",)
 
 
 def check_config(cfg: TrainConfig) -> None:
@@ -33,6 +34,7 @@ def check_config(cfg: TrainConfig) -> None:
     decay = cfg.optimizer.ema_decay
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"optimizer.ema_decay must lie in [0, 1) or be None, found {decay}")
+    _check_optimizer(cfg)
     unsupervised = ("prompt_swap", "commanded") if isinstance(cfg.data, TabletopData) else ("prompt_swap",)
     for name in unsupervised:
         if not 0 <= getattr(cfg.data, name) <= 1:
@@ -47,9 +49,23 @@ def check_config(cfg: TrainConfig) -> None:
                 f"data.{name} is {getattr(cfg.data, name)}, but template {cfg.text.template!r} says no subtask, so nothing "
                 f"would tell the actions what to do: set --data.{name.replace('_', '-')} 0"
             )
-    for name in ("keep_last", "eval_every"):
+    for name in ("keep_last", "keep_every", "eval_every"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} must be 0 or more, found {getattr(cfg, name)}")
+
+
+def _check_optimizer(cfg: TrainConfig) -> None:
+    o = cfg.optimizer
+    if o.accumulate < 1 or cfg.batch_size % o.accumulate:
+        raise UserError(
+            f"batch_size {cfg.batch_size} does not divide into optimizer.accumulate {o.accumulate} slices: use a multiple"
+        )
+    # A bfloat16 has 8 bits: a second moment that moves by less than 1/512 of itself a step would never come down again.
+    if o.moment_dtype == "bfloat16" and o.b2 > 0.99:
+        raise UserError(f"optimizer.moment_dtype bfloat16 needs --optimizer.b2 0.99 or less, found {o.b2}")
+    for name in ("crop", "brightness", "contrast", "saturation"):
+        if not 0 <= getattr(cfg.augment, name) < 1:
+            raise UserError(f"augment.{name} must lie in [0, 1), found {getattr(cfg.augment, name)}")
 
 
 def experiment_dir(cfg: TrainConfig) -> Path:
@@ -74,8 +90,11 @@ def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
             raise UserError(f"nothing to resume: {directory} holds no complete checkpoint; start without --resume")
         _check_continues(cfg, directory / str(step))
         return directory / str(step)
-    if cfg.init_from:
-        store.resolve_step_dir(cfg.init_from)
+    # An address is looked at when it is needed: it may be gigabytes.
+    if cfg.init_from and "://" not in cfg.init_from:
+        local = remote.local_copy(cfg.init_from)
+        if not local.is_file():
+            store.resolve_step_dir(local)
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
             f"{directory} already holds an experiment: add --resume to go on, --overwrite to delete it and start anew, "

@@ -1,15 +1,23 @@
-"""Will it fit? An estimate of a run's memory from shapes alone, made before anything is compiled or loaded."""
+"""Will it fit? First an estimate from shapes alone, before anything is compiled; then XLA's own account of the compiled
+step, before any data or weights are loaded.
+"""
 
 from collections.abc import Mapping
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from flax import nnx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from openpi_ar.algorithms.cross_entropy import SLICE
 from openpi_ar.config import ModelConfig, TowerConfig, TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.training import freeze, sharding
+from openpi_ar.training.optimizer import make_optimizer
+from openpi_ar.training.state import TrainState, init_state, train_key
+from openpi_ar.types import Batch, Observation, Text
 
 GIB = 2**30
 _F32 = 4
@@ -17,7 +25,7 @@ _F32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes per device of a data-parallel training step."""
+    """Bytes per device of a training step."""
 
     parameters: int
     gradients: int
@@ -36,25 +44,83 @@ class Estimate:
 
 
 def estimate(cfg: TrainConfig, *, devices: int = 1) -> Estimate:
-    """Estimate for one of `devices` data-parallel devices. Costs no memory itself.
+    """Estimate for one of `devices` devices, each with its share of the batch. Costs no memory itself.
 
-    Parameters, optimizer and average are exact; gradients count once (clipping and AdamW fuse over them); activations
-    are those that the backward pass keeps plus the working set of the dearest block.
+    Parameters, optimizer and average are exact, and only what is trained has the latter two; gradients count once (clipping
+    and AdamW fuse over them); activations are those that the backward pass keeps plus the working set of the dearest block.
+    Raises UserError for a table of frozen parameters that does not fit the model.
     """
-    model = nnx.eval_shape(lambda: Pi0(cfg.model, rngs=nnx.Rngs(0)))
-    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
+    state = abstract_state(cfg)
+    trained = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
     rows = -(-cfg.batch_size // devices)
-    m, (h, w) = cfg.model, cfg.model.siglip.image_size
-    text_tokens = cfg.text.max_prompt_tokens + cfg.text.max_target_tokens
-    row_bytes = len(m.cameras) * h * w * 3 + text_tokens * 8 + m.state_dim * _F32 + m.action_horizon * m.action_dim * 5
     return Estimate(
-        parameters=parameters,
-        gradients=parameters,
-        optimizer=2 * parameters,
-        average=0 if cfg.optimizer.ema_decay is None else parameters,
-        activations=rows * _activation_bytes(cfg),
-        batch=rows * row_bytes * 2,  # the one in use and the one on its way
+        parameters=sharding.nbytes(state.model, cfg.fsdp_devices),
+        gradients=sharding.nbytes(trained, cfg.fsdp_devices) * (1 if cfg.optimizer.accumulate == 1 else 2),
+        optimizer=sharding.nbytes(state.opt_state, cfg.fsdp_devices),
+        average=sharding.nbytes(state.ema, cfg.fsdp_devices),
+        activations=-(-rows // cfg.optimizer.accumulate) * _activation_bytes(cfg),
+        batch=nbytes(abstract_batch(cfg)) // devices * 2,  # the one in use and the one on its way
     )
+
+
+def abstract_state(cfg: TrainConfig) -> TrainState:
+    """Shapes and dtypes of the state of a run."""
+    tx = make_optimizer(cfg.optimizer, cfg.num_steps)
+    return jax.eval_shape(lambda: init_state(cfg, tx))
+
+
+def abstract_batch(cfg: TrainConfig, where: jax.sharding.Sharding | None = None) -> Batch:
+    """Shapes and dtypes of a training batch, and where its rows are."""
+    m, (h, w), rows = cfg.model, cfg.model.siglip.image_size, cfg.batch_size
+
+    def text(tokens: int) -> Text:
+        return Text(jnp.zeros((rows, tokens), jnp.int32), *(jnp.zeros((rows, tokens), bool) for _ in range(4)))
+
+    def batch() -> Batch:
+        obs = Observation(
+            images=jnp.zeros((rows, len(m.cameras), h, w, 3), jnp.uint8),
+            image_mask=jnp.zeros((rows, len(m.cameras)), bool),
+            prompt=text(cfg.text.max_prompt_tokens),
+            state=jnp.zeros((rows, m.state_dim)),
+        )
+        chunk = (rows, m.action_horizon, m.action_dim)
+        return Batch(obs, text(cfg.text.max_target_tokens), jnp.zeros(chunk), jnp.zeros(chunk, bool))
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(batch))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays, abstract or concrete."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def measure(cfg: TrainConfig, step_fn: Any, state: TrainState, batch: Batch) -> Estimate:
+    """The plan of the compiled step, per device, from XLA: nothing of it is run or allocated.
+
+    `step_fn` is a jitted train step; `state` and `batch` are abstract and carry their shardings. State and batch are those
+    of the arguments; what the program needs besides (`memory_analysis`: temporaries, and outputs that take no argument's
+    place) is gradients and activations.
+    """
+    analysis = step_fn.lower(state, batch, train_key(cfg)).compile().memory_analysis()
+    needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    trained = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
+    gradients = min(_per_device(trained), needed)
+    return Estimate(
+        parameters=_per_device(state.model),
+        gradients=gradients,
+        optimizer=_per_device(state.opt_state),
+        average=_per_device(state.ema),
+        activations=needed - gradients,
+        batch=2 * _per_device(batch),
+    )
+
+
+def _per_device(tree: Any) -> int:
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        total += int(np.prod(shape)) * x.dtype.itemsize
+    return total
 
 
 def available_bytes() -> tuple[int, str]:
@@ -70,22 +136,32 @@ def check_fits(cfg: TrainConfig, presets: Mapping[str, TrainConfig], *, devices:
     """(estimate, available bytes, their source). Raises UserError naming the presets that would fit if this cannot."""
     need = estimate(cfg, devices=devices)
     have, source = available_bytes()
+    check(cfg, need, have, source, presets, devices=devices)
+    return need, have, source
+
+
+def check(
+    cfg: TrainConfig, need: Estimate, have: int, source: str, presets: Mapping[str, TrainConfig], *, devices: int = 1
+) -> None:
+    """Raises UserError naming the presets that would fit if `need` is more than `have`."""
     if need.total <= have:
-        return need, have, source
+        return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.table()[:-1])
-    fitting = [name for name, preset in presets.items() if estimate(preset, devices=devices).total <= have]
+    spread = {name: dataclasses.replace(p, fsdp_devices=cfg.fsdp_devices) for name, p in presets.items()}
+    fitting = [name for name, preset in spread.items() if estimate(preset, devices=devices).total <= have]
     advice = f"presets that fit: {', '.join(fitting)}" if fitting else "no preset fits"
     raise UserError(
         f"training {cfg.name} needs about {need.total / GIB:.1f} GiB ({parts}), but {have / GIB:.1f} GiB of {source} is "
-        f"free; {advice}; a smaller --batch-size or --optimizer.ema-decay None saves some"
+        f"free; {advice}; a smaller --batch-size, --optimizer.accumulate, --optimizer.moment-dtype bfloat16 or --optimizer.ema-decay None "
+        f"saves some"
     )
 
 
-def describe(need: Estimate, have: int, source: str) -> str:
-    """The table that is printed before anything is compiled."""
+def describe(need: Estimate, have: int, source: str, title: str = "memory of the training step, estimated") -> str:
+    """The table that is printed before data and weights are loaded."""
     unit, name = (GIB, "GiB") if need.total >= GIB else (2**20, "MiB")
     rows = [f"    {part:<12}{size / unit:10,.1f}" for part, size in need.table()]
-    return "\n".join([f"memory of the training step ({name}; {have / GIB:.1f} GiB of {source} free):", *rows])
+    return "\n".join([f"{title} ({name}; {have / GIB:.1f} GiB of {source} free):", *rows])
 
 
 def _host_bytes() -> int:
@@ -118,15 +194,20 @@ def _activation_bytes(cfg: TrainConfig) -> int:
     ]
     kept = [_kept(m, t, tokens, keys, size) * t.depth * copies for t, tokens, keys, copies in towers]
     working = [_block(t, tokens, keys, size) * copies for t, tokens, keys, copies in towers]
-    # Float32 logits, their softmax and their gradient; keys and values of every layer with theirs.
-    logits = 3 * _F32 * cfg.text.max_target_tokens * m.vocab_size
+    # Float32 logits of one slice of the vocabulary, their softmax and gradient; keys and values of every layer with theirs.
+    logits = 3 * _F32 * cfg.text.max_target_tokens * min(m.vocab_size, SLICE)
     cache = 4 * m.vlm.depth * prefix * m.vlm.num_kv_heads * m.vlm.head_dim * size
     return sum(kept) + 3 * max(working) // 2 + logits + cache
 
 
 def _kept(m: ModelConfig, t: TowerConfig, tokens: int, keys: int, size: int) -> int:
     """Bytes that one block keeps for the backward pass: its input only, when the rest is recomputed."""
-    return tokens * t.width * size if m.remat else _block(t, tokens, keys, size)
+    if not m.remat:
+        return _block(t, tokens, keys, size)
+    products = 2 * t.width + 2 * (t.num_heads + t.num_kv_heads) * t.head_dim + 2 * t.mlp_dim
+    scores = t.num_heads * keys * _F32 + t.num_heads * t.head_dim * size
+    kept = {"full": 0, "weights": products * size, "dots": products * size + scores}[m.remat_policy]
+    return tokens * (t.width * size + kept)
 
 
 def _block(t: TowerConfig, tokens: int, keys: int, size: int) -> int:

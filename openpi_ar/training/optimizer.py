@@ -1,5 +1,9 @@
 """AdamW with linear warm-up, cosine decay and global-norm clipping, from the config."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from openpi_ar.config import OptimizerConfig
@@ -27,7 +31,20 @@ def make_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clip, then AdamW on the schedule. Weight decay acts on every parameter, as in openpi."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(make_schedule(cfg, num_steps), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay),
-    )
+    adam = optax.adamw(make_schedule(cfg, num_steps), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
+    if cfg.moment_dtype != "float32":
+        adam = stored_as(adam, cfg.moment_dtype)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adam)
+
+
+def stored_as(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`tx` whose state is kept in `dtype` between updates and is float32 within one. Integers stay as they are."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = tx.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update)

@@ -9,38 +9,44 @@ import optax
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.training import freeze
 
 # Streams drawn from the run's seed; fixed numbers, so that a new one never shifts the others.
 _INIT, _TRAIN = 0, 1
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates done. model, ema: float32 parameters; ema is None when no average is kept."""
+    """step: int32 scalar, updates done. model: all parameters. opt_state, ema: of what is trained alone (`freeze.split`);
+    ema is None when no average is kept. All float32, but for what the config asks to be kept in bfloat16.
+    """
 
     step: jax.Array
     model: Pi0
     opt_state: optax.OptState
-    ema: Pi0 | None
+    ema: Any
 
     @property
     def best_model(self) -> Pi0:
         """What is evaluated and saved as `params`: the average if there is one."""
-        return self.model if self.ema is None else self.ema
+        return self.model if self.ema is None else freeze.join(self.model, self.ema)
+
+
+def init_model(cfg: TrainConfig) -> Pi0:
+    """A random model, a pure function of the config, in the dtypes that training keeps."""
+    return freeze.stored(cfg, Pi0(cfg.model, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(cfg.seed), _INIT))))
+
+
+def state_of(cfg: TrainConfig, tx: optax.GradientTransformation, model: Pi0) -> TrainState:
+    """A fresh state that begins with the given parameters; the average starts there too."""
+    trained = freeze.split(model, freeze.frozen_paths(cfg, model))
+    # A copy: the step donates its state, and one buffer cannot be donated twice.
+    ema = None if cfg.optimizer.ema_decay is None else jax.tree.map(jnp.copy, trained)
+    return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=tx.init(trained), ema=ema)
 
 
 def init_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
     """A fresh state, a pure function of the config. Under `jax.eval_shape` it costs nothing at any size."""
-    # Any: optax's types know only its own notion of parameters, but every pytree will do.
-    model: Any = Pi0(cfg.model, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(cfg.seed), _INIT)))
-    # A copy: the step donates its state, and one buffer cannot be donated twice.
-    ema = None if cfg.optimizer.ema_decay is None else jax.tree.map(jnp.copy, model)
-    return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=tx.init(model), ema=ema)
-
-
-def started_at(state: TrainState, model: Pi0) -> TrainState:
-    """A fresh state that begins with the given parameters; the average starts there too."""
-    # A copy of its own, here as in `init_state`: numpy views would share memory with what the step donates.
-    return state._replace(model=model, ema=None if state.ema is None else jax.tree.map(jnp.copy, model))
+    return state_of(cfg, tx, init_model(cfg))
 
 
 def train_key(cfg: TrainConfig) -> jax.Array:

@@ -1,6 +1,7 @@
 """The jitted training and evaluation steps."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,11 +11,16 @@ import numpy as np
 import optax
 
 from openpi_ar.algorithms import decode
-from openpi_ar.algorithms.losses import Metrics, compute_loss
+from openpi_ar.algorithms.losses import Counts, Metrics, batch_counts, compute_loss
 from openpi_ar.config import DecodeConfig, LossConfig, TrainConfig
+from openpi_ar.data.augment import augment
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
 from openpi_ar.types import Array, Batch, Observation
+
+# Stream of a step's key from which images are changed; the key itself draws noise and times.
+_AUGMENT = 1
 
 StepFn = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
@@ -27,32 +33,67 @@ def ema_decay(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
 def train_step(
     state: TrainState, batch: Batch, key: jax.Array, *, cfg: TrainConfig, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One update. Metrics are those of `compute_loss` plus `grad_norm` (before clipping)."""
+    """One update of what is trained. Metrics are those of `compute_loss` plus `grad_norm` (before clipping)."""
     step_key = jax.random.fold_in(key, state.step)
-
-    def loss_fn(model: Pi0) -> tuple[Float[Array, ""], Metrics]:
-        return compute_loss(model, batch, step_key, cfg.loss)
-
     # Any: optax's types know only its own notion of parameters, but every pytree will do.
-    params: Any = state.model
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    params: Any = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
+    grads, metrics = accumulated_gradients(state.model, params, batch, step_key, cfg)
     updates, opt_state = tx.update(grads, state.opt_state, params)
-    model: Any = optax.apply_updates(params, updates)
+    new_params: Any = optax.apply_updates(params, updates)
     ema = state.ema
     if ema is not None and cfg.optimizer.ema_decay is not None:
         d = ema_decay(cfg.optimizer.ema_decay, state.step)
-        ema = jax.tree.map(lambda average, new: d * average + (1 - d) * new, ema, model)
+        ema = jax.tree.map(lambda average, new: d * average + (1 - d) * new, ema, new_params)
+    model = freeze.join(state.model, new_params)
     new = TrainState(step=state.step + 1, model=model, opt_state=opt_state, ema=ema)
     return new, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 
-def make_train_step(cfg: TrainConfig, tx: optax.GradientTransformation) -> StepFn:
-    """`train_step` jitted once for the run, its state donated (old and new never coexist)."""
+def accumulated_gradients(
+    model: Pi0, params: Any, batch: Batch, key: jax.Array, cfg: TrainConfig
+) -> tuple[Any, Metrics]:
+    """(gradient by `params`, metrics) of the batch, `optimizer.accumulate` slices of it one after another.
+
+    Each slice is divided by its share of the whole batch's counts, so their mean is what one pass over the batch gives,
+    whatever is masked where. A slice takes every k-th row: rows then stay on the device that holds them.
+    """
+    slices = cfg.optimizer.accumulate
+
+    def gradients(part: Batch, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
+        loss_key, augment_key = part_key, jax.random.fold_in(part_key, _AUGMENT)
+        seen = augment(part.observation, augment_key, cfg.augment, cfg.model.cameras)
+        part = dataclasses.replace(part, observation=seen)
+
+        def loss_fn(params: Any) -> tuple[Float[Array, ""], Metrics]:
+            return compute_loss(freeze.join(model, params), part, loss_key, cfg.loss, counts)
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    counts = batch_counts(batch)
+    if slices == 1:
+        return gradients(batch, key, counts)
+    share = jax.tree.map(lambda count: count / slices, counts)
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), batch)
+
+    def one(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients(*xs, share)), None
+
+    shapes = jax.eval_shape(lambda: gradients(jax.tree.map(lambda x: x[0], parts), key, share))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(one, zero, (parts, jax.random.split(key, slices)))
+    return jax.tree.map(lambda x: x / slices, total)
+
+
+def make_train_step(cfg: TrainConfig, tx: optax.GradientTransformation, where: Any = None) -> StepFn:
+    """`train_step` jitted once for the run, its state donated (old and new never coexist).
+
+    `where`: the state's shardings, if it is on several devices; the new state then stays where the old one was.
+    """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         return train_step(state, batch, key, cfg=cfg, tx=tx)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))
 
 
 def make_eval_loss(cfg: LossConfig) -> Callable[[Pi0, Batch, jax.Array], Metrics]:

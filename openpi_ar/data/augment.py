@@ -1,0 +1,61 @@
+"""Random changes of training images inside the jitted step: uint8 goes to the device, what the model sees is made there."""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from openpi_ar.config import AugmentConfig
+from openpi_ar.types import Array, Observation
+
+_GREY = jnp.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
+
+
+def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[str]) -> Observation:
+    """The observation with its images changed, every image on its own; the very same observation if all is off.
+
+    Images come back float32 in [-1, 1]. Cameras with `wrist` in their name are not cropped, as in openpi: what a gripper
+    camera sees is tied to the gripper's place in its image.
+    """
+    if cfg == AugmentConfig():
+        return obs
+    images = jnp.asarray(obs.images)
+    images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else (images + 1.0) / 2.0
+    batch = images.shape[0]
+    window_key, colour_key = jax.random.split(key)
+    if cfg.crop:
+        moved = [i for i, name in enumerate(cameras) if "wrist" not in name]
+        flat = images[:, moved].reshape(-1, *images.shape[2:])
+        cropped = jax.vmap(_random_window, in_axes=(0, 0, None))(
+            flat, jax.random.split(window_key, flat.shape[0]), cfg.crop
+        )
+        images = images.at[:, moved].set(cropped.reshape(batch, len(moved), *images.shape[2:]))
+    flat = images.reshape(-1, *images.shape[2:])
+    flat = jax.vmap(_colours, in_axes=(0, 0, None))(flat, jax.random.split(colour_key, flat.shape[0]), cfg)
+    return dataclasses.replace(obs, images=flat.reshape(images.shape) * 2.0 - 1.0)
+
+
+def _random_window(image: Float[Array, "h w 3"], key: Array, crop: float) -> Float[Array, "h w 3"]:
+    """A window of the image at a random place, by up to `crop` smaller on each side, resized to the whole (bilinear)."""
+    size_key, place_key = jax.random.split(key)
+    size = jnp.array(image.shape[:2], jnp.float32)
+    scale = 1.0 / (1.0 - crop * jax.random.uniform(size_key))
+    room = size * (1.0 - 1.0 / scale)
+    corner = room * jax.random.uniform(place_key, (2,))
+    return jax.image.scale_and_translate(
+        image, image.shape, (0, 1), jnp.full((2,), scale), -corner * scale, method="linear", antialias=False
+    )
+
+
+def _colours(image: Float[Array, "h w 3"], key: Array, cfg: AugmentConfig) -> Float[Array, "h w 3"]:
+    """Brightness, contrast, saturation, in this order; values in [0, 1] are clipped to it."""
+    spread = jnp.array([cfg.brightness, cfg.contrast, cfg.saturation])
+    brightness, contrast, saturation = 1.0 + spread * jax.random.uniform(key, (3,), minval=-1.0)
+    image = image * brightness
+    mean = (image @ _GREY).mean()
+    image = mean + contrast * (image - mean)
+    grey = (image @ _GREY)[..., None]
+    return jnp.clip(grey + saturation * (image - grey), 0.0, 1.0)

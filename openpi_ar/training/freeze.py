@@ -1,0 +1,92 @@
+"""What is trained and what is not: a table of path patterns (`TrainConfig.frozen`), never code.
+
+Frozen parameters take part in the forward pass only: no gradient, no optimizer moments and no average exist for them. The
+trained ones are held apart as a nested dict, named as in a checkpoint; where nothing is frozen they are the model itself.
+"""
+
+from fnmatch import fnmatchcase
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+from openpi_ar.models.pi0 import Pi0
+
+_KEPT_FLOAT32 = re.compile(r"(^|[/_])(scale|bias)$")
+"""Norms and biases: next to nothing in memory, and a norm's weight is a small distance from 1."""
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """Path of each leaf of a module or pure dict, "/"-joined, in the order of `jax.tree.leaves`; as in a checkpoint."""
+    paths = []
+    for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
+        names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
+        paths.append("/".join(names[:-1] if names[-1] == "value" else names))
+    return paths
+
+
+def is_frozen(path: str, table: tuple[str, ...]) -> bool:
+    """Whether the last pattern of the table that matches the path freezes it."""
+    for pattern in reversed(table):
+        if fnmatchcase(path, pattern.removeprefix("!")):
+            return not pattern.startswith("!")
+    return False
+
+
+def frozen_paths(cfg: TrainConfig, model: Pi0) -> frozenset[str]:
+    """Paths of the parameters that the config freezes. `model` may be abstract.
+
+    Raises UserError for patterns that match nothing, all at once, and for a table that leaves nothing to train.
+    """
+    paths = leaf_paths(model)
+    idle = [p for p in cfg.frozen if not any(fnmatchcase(path, p.removeprefix("!")) for path in paths)]
+    if idle:
+        raise UserError(
+            f"frozen: {', '.join(map(repr, idle))} matches no parameter; paths begin with "
+            f"{', '.join(dict.fromkeys(path.split('/')[0] for path in paths))}, as in {paths[0]!r}"
+        )
+    found = frozenset(path for path in paths if is_frozen(path, cfg.frozen))
+    if len(found) == len(paths):
+        raise UserError(f"frozen: {' '.join(cfg.frozen)} leaves nothing to train; add a pattern with ! in front")
+    return found
+
+
+def split(model: Pi0, frozen: frozenset[str]) -> Any:
+    """The trained parameters: a nested dict, or the model itself if nothing is frozen."""
+    if not frozen:
+        return model
+    tree: dict[str, Any] = {}
+    for path, leaf in zip(leaf_paths(model), jax.tree.leaves(model), strict=True):
+        if path not in frozen:
+            *parents, name = path.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = leaf
+    return tree
+
+
+def join(model: Pi0, trained: Any) -> Pi0:
+    """The model with what `split` took from it in these values."""
+    if not isinstance(trained, dict):
+        return trained
+    values = dict(zip(leaf_paths(trained), jax.tree.leaves(trained), strict=True))
+    leaves, structure = jax.tree.flatten(model)
+    new = [values.pop(path, leaf) for path, leaf in zip(leaf_paths(model), leaves, strict=True)]
+    assert not values, f"no parameters of the model: {sorted(values)}"
+    return jax.tree.unflatten(structure, new)
+
+
+def stored(cfg: TrainConfig, model: Pi0) -> Pi0:
+    """The model in the dtypes that training keeps it in: float32, and `frozen_dtype` for frozen weights."""
+    frozen = frozen_paths(cfg, model)
+
+    def dtype(path: str) -> Any:
+        return cfg.frozen_dtype if path in frozen and not _KEPT_FLOAT32.search(path) else jnp.float32
+
+    leaves, structure = jax.tree.flatten(model)
+    cast = [jnp.asarray(leaf, dtype(path)) for path, leaf in zip(leaf_paths(model), leaves, strict=True)]
+    return jax.tree.unflatten(structure, cast)

@@ -1,0 +1,60 @@
+"""The parameters that a run starts from when it does not start from nothing: any public checkpoint, or one of ours."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from openpi_ar.checkpoints.load import load_model
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.training import freeze
+from openpi_ar.training.state import init_model
+
+_ADAPTERS = ("lora_a", "lora_b")
+
+
+def load_initial(cfg: TrainConfig) -> tuple[Pi0, tuple[str, ...]]:
+    """(model of `cfg` with the parameters of `cfg.init_from`, what the user should know).
+
+    Adapters that the checkpoint lacks keep their init, so training starts at exactly what was loaded. Anything else that is
+    missing, left over or of another shape is an error that lists it all. Each array is converted to the dtype that training
+    keeps and its source let go before the next.
+
+    Raises UserError, also for whatever `checkpoints.load.load_model` refuses.
+    """
+    loaded = load_model(
+        cfg.init_from,
+        action_horizon=cfg.model.action_horizon,
+        image_size=cfg.model.siglip.image_size,
+        cameras=cfg.model.cameras,
+        compute_dtype=cfg.model.dtype,
+    )
+    abstract = jax.eval_shape(lambda: init_model(cfg))
+    want = dict(zip(freeze.leaf_paths(abstract), jax.tree.leaves(abstract), strict=True))
+    have: dict[str, Any] = dict(zip(freeze.leaf_paths(loaded.model), jax.tree.leaves(loaded.model), strict=True))
+    notes = loaded.notes
+    del loaded
+    fresh = frozenset(path for path in want if path not in have and path.endswith(_ADAPTERS))
+    problems = [f"{path} missing" for path in want if path not in have and path not in fresh]
+    problems += [f"{path} unknown" for path in have if path not in want]
+    problems += [
+        f"{path}: expected {want[path].shape}, found {have[path].shape}"
+        for path in want
+        if path in have and want[path].shape != have[path].shape
+    ]
+    if problems:
+        raise UserError(f"{cfg.init_from} does not fit the model of config {cfg.name}: {'; '.join(problems)}")
+    values = {}
+    for path, like in want.items():
+        if path not in fresh:
+            values[path] = jnp.asarray(have.pop(path), like.dtype)
+    if fresh:
+        # Of the whole init only these are computed: the rest is dead code.
+        others = frozenset(want) - fresh
+        adapters = jax.jit(lambda: freeze.split(init_model(cfg), others))()
+        values |= dict(zip(freeze.leaf_paths(adapters), jax.tree.leaves(adapters), strict=True))
+        notes = (*notes, f"{len(fresh)} adapters are not in the checkpoint and start at zero effect")
+    leaves = [values[path] for path in want]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves), notes

@@ -1,0 +1,141 @@
+"""Where arrays live: one mesh of `data` x `fsdp` devices, and a table from parameter paths to logical axes to mesh axes.
+
+    batch rows      over all devices, so every device computes on its own share
+    parameters,     cut into `fsdp` pieces along the axis that the table calls `cut`, and whole on each of the `data`
+    optimizer, EMA  replicas; XLA gathers a layer when it is used and scatters its gradient (ZeRO-3)
+
+Modules know nothing of this. A parameter that no row of the table names is an error: a forgotten one would silently be
+whole on every device.
+"""
+
+import dataclasses
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+from openpi_ar.training import freeze
+
+MESH_AXES: dict[str, tuple[str, ...] | None] = {"rows": ("data", "fsdp"), "cut": ("fsdp",), "-": None}
+"""Logical axes -> mesh axes."""
+
+TABLE: tuple[tuple[str, str], ...] = (
+    # Norms, biases and gates: too small to be worth the communication.
+    ("*scale", "whole"),
+    ("*bias", "whole"),
+    # [L in hidden out] and the like: the model's width is what every matrix has and is a multiple of any device count.
+    ("*/layers/q/w", "- - cut -"),
+    ("*/layers/kv/w", "- - - cut -"),
+    ("*/layers/out/w", "- - - cut"),
+    ("*/layers/mlp/gate_up", "- - cut -"),
+    ("*/layers/mlp/down", "- - cut"),
+    ("*lora_a", "whole"),
+    ("*lora_b", "whole"),
+    ("*/layers/*/modulation/kernel", "- cut -"),
+    ("*/norm/modulation/kernel", "cut -"),
+    ("*embedder/table", "- cut"),
+    ("*img/patch_kernel", "- - - cut"),
+    ("*img/pos_embedding", "- cut"),
+    ("*img/*/attn/[qkv]/w", "- cut - -"),
+    ("*img/*/attn/out/w", "- - - cut"),
+    ("*img/*/fc[12]/kernel", "- cut -"),
+    ("*img/head/kernel", "cut -"),
+    ("*action_in/kernel", "- cut"),
+    ("*action_out/kernel", "cut -"),
+    ("*state_in/kernel", "- cut"),
+    ("*_mlp_in/kernel", "cut -"),
+    ("*_mlp_out/kernel", "cut -"),
+)
+"""(pattern of parameter paths, logical axis of each array axis, or `whole`); the first row that matches decides.
+Patterns begin with `*`: a moment's path is that of its parameter behind a prefix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the two shardings that everything but parameters has."""
+
+    mesh: Mesh
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Rows over all devices."""
+        return NamedSharding(self.mesh, PartitionSpec(MESH_AXES["rows"]))
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    @property
+    def fsdp(self) -> int:
+        """Pieces that parameters are cut into."""
+        return self.mesh.shape["fsdp"]
+
+
+def make_placement(cfg: TrainConfig) -> Placement:
+    """Placement over all devices of all processes; `cfg.fsdp_devices` of them share one copy of the parameters.
+
+    Raises UserError if devices do not divide into such groups, or the batch among devices.
+    """
+    devices, fsdp = jax.device_count(), cfg.fsdp_devices
+    if fsdp < 1 or devices % fsdp:
+        raise UserError(
+            f"fsdp_devices {fsdp} does not divide the {devices} devices: use one of "
+            f"{', '.join(str(n) for n in range(1, devices + 1) if devices % n == 0)}"
+        )
+    slices = cfg.optimizer.accumulate
+    if cfg.batch_size % (devices * slices):
+        raise UserError(
+            f"batch_size {cfg.batch_size} does not divide among {devices} devices"
+            + (f" in {slices} slices" if slices > 1 else "")
+            + ": use a multiple of it"
+        )
+    return Placement(jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2))
+
+
+def spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec | None:
+    """Of a parameter; None if no row names its path. What does not divide into `fsdp` pieces stays whole."""
+    for pattern, axes in TABLE:
+        if not fnmatchcase(path, pattern):
+            continue
+        names = axes.split()
+        if axes == "whole" or len(names) != len(shape):
+            return PartitionSpec() if axes == "whole" else None
+        fits = fsdp > 1 and all(name == "-" or size % fsdp == 0 for name, size in zip(names, shape, strict=True))
+        return PartitionSpec(*(MESH_AXES[name] for name in names)) if fits else PartitionSpec()
+    return None
+
+
+def shardings(tree: Any, placement: Placement) -> Any:
+    """A sharding for each leaf of a model or train state (abstract or concrete); scalars are replicated.
+
+    Moments and averages are named by the parameter they belong to. Raises UserError listing every leaf that no row names,
+    or whose row has another number of axes.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    found, unnamed = [], []
+    for path, leaf in zip(freeze.leaf_paths(tree), leaves, strict=True):
+        where = PartitionSpec() if leaf.ndim == 0 else spec(path, leaf.shape, placement.fsdp)
+        if where is None:
+            unnamed.append(f"{path} {list(leaf.shape)}")
+        found.append(NamedSharding(placement.mesh, PartitionSpec() if where is None else where))
+    if unnamed:
+        raise UserError(
+            f"no row of openpi_ar/training/sharding.py names {', '.join(unnamed)}: add one that says which axis is cut"
+        )
+    return jax.tree.unflatten(structure, found)
+
+
+def nbytes(tree: Any, fsdp: int = 1) -> int:
+    """Bytes that one device holds of a model, train state or part of one (abstract or concrete)."""
+    total = 0
+    for path, leaf in zip(freeze.leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+        where = spec(path, leaf.shape, fsdp) if leaf.ndim else None
+        total += leaf.size * leaf.dtype.itemsize // (fsdp if where else 1)
+    return total
