@@ -44,7 +44,7 @@ def figures(stage: str, p: Program, size: Size, device: Device) -> dict[str, flo
     """All numbers of one row. The bound is left out where the program has several loops: it is its parts' sum."""
     loops, share = repeats(stage, size)
     flops = None if p.flops is None else p.flops * loops
-    known = flops is not None and not stage.startswith("text_and_actions")
+    known = flops is not None and stage != "text_and_actions"
     bound = device.bound(flops, p.compulsory * loops) if known and flops is not None else None
     return {
         "median_ms": 1e3 * p.median / share,
@@ -66,12 +66,10 @@ def add_whole_bound(rows: dict[str, dict[str, dict[str, Any]]], size: Size) -> N
     parts = {s: rows[s]["ours"]["bound_ms"] for s in ("vision", "prefill", "token", "denoise")}
     if any(b is None for b in parts.values()):
         return
-    for stage, tokens in (("text_and_actions", size.tokens), ("text_and_actions_draft", 0)):
-        for row in rows.get(stage, {}).values():
-            drafted = stage.endswith("draft")
-            row["bound_ms"] = parts["vision"] + parts["prefill"] + parts["denoise"]
-            row["bound_ms"] += parts["token"] * (0 if drafted else tokens)
-            row["times_bound"] = row["median_ms"] / row["bound_ms"]
+    for path, row in rows["text_and_actions"].items():
+        tokens = 0 if path.endswith("draft") else size.tokens
+        row["bound_ms"] = parts["vision"] + parts["prefill"] + parts["denoise"] + parts["token"] * tokens
+        row["times_bound"] = row["median_ms"] / row["bound_ms"]
 
 
 def show(rows: dict[str, dict[str, dict[str, Any]]], ratios: dict[str, float], console: Console) -> None:

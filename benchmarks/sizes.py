@@ -59,13 +59,16 @@ SIZES = {
 def make_model(cfg: ModelConfig, dtype: str) -> Pi0:
     """A model whose every parameter is random (norms and gates too: nothing is hidden by a zero), in this dtype."""
 
-    def make() -> Pi0:
-        leaves, tree = jax.tree.flatten(Pi0(dataclasses.replace(cfg, dtype=dtype), rngs=nnx.Rngs(0)))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noisy = [(a + 0.02 * jax.random.normal(k, a.shape)).astype(dtype) for a, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, noisy)
+    abstract = nnx.eval_shape(lambda: Pi0(dataclasses.replace(cfg, dtype=dtype), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    # One block of noise, repeated: random numbers for billions of values take minutes, and so does compiling the init.
+    block = rng.standard_normal(1_000_003, np.float32)
 
-    return jax.jit(make)()
+    def fill(a: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = 0.02 if len(a.shape) < 2 else a.shape[-2] ** -0.5
+        return jnp.asarray(np.resize(np.roll(block, rng.integers(1_000_003)), a.shape) * scale, dtype)
+
+    return jax.tree.map(fill, abstract)
 
 
 def text_run(ids: np.ndarray, *, target: bool) -> Text:
