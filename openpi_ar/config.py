@@ -130,6 +130,12 @@ class DecodeConfig:
     """0 is greedy."""
     denoise_steps: int = 10
     """Euler steps from noise (t = 1) to actions (t = 0)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and matmuls in the policy; auto: float32 on CPU, bfloat16 elsewhere."""
+    prompt_buckets: tuple[int, ...] = (48, 96)
+    """Prompt lengths that have a program of their own besides `text.max_prompt_tokens`: short prompts cost less."""
+    draft: bool = True
+    """Greedy text only: check what was said last time instead of decoding it again. The text stays the same."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,14 +23,21 @@ from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robots import RobotSpec
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.programs import Draft, Programs
+from openpi_ar.runtime import (
+    Stopwatch,
+    blank_observation,
+    inference_dtype,
+    keep_compiled_programs,
+    milliseconds,
+    shrink,
+)
 from openpi_ar.text import prompts
+from openpi_ar.text.prompts import text_status
 from openpi_ar.text.tokenizer import Tokenizer
-from openpi_ar.types import Array, Observation, Text
+from openpi_ar.types import Observation, Text
 
 STAGES = ("images", "prefill", "text", "flow")
-LOOP = 8
-"""A token said this many times in a row is a loop, not language."""
-
 Raw = Mapping[str, Any]
 Result = dict[str, Any]
 
@@ -40,7 +47,7 @@ class Policy:
 
     Args:
         cfg: the run's configuration.
-        model: its parameters, layers stacked; unstacked here, once.
+        model: its parameters, layers stacked; brought into the inference form here, once.
         tokenizer: the checkpoint's.
         stats: normalisation statistics of "state" and "actions".
         robot: takes this robot's observations as it sends them and gives actions that it can execute.
@@ -68,22 +75,24 @@ class Policy:
         self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
         self.transform = InputTransform(cfg, tokenizer, stats, robot)
         self._question = InputTransform(_with_template(cfg, "vqa"), tokenizer, stats, robot)
-        self._model = model.unstacked()
+        dtype = inference_dtype(cfg.decode.dtype)
+        self._model = jax.jit(lambda m: m.prepared(dtype))(model)
+        self._table = jax.jit(lambda m: decode.flow_table(m, cfg.decode.denoise_steps))(self._model)
         self._budget = cfg.text.max_target_tokens if self.transform.says_text else 0
         allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
-        self._speech = {
-            "max_tokens": cfg.text.max_target_tokens,
-            "eos_id": tokenizer.eos_id,
-            "allowed": jnp.asarray(allowed),
-            "temperature": cfg.decode.temperature,
-        }
-        self._act = jax.jit(self._act_in_one)
-        self._images = jax.jit(lambda model, obs: model.embed_images(obs))
-        self._prefill = jax.jit(lambda model, obs, text, tokens: decode.prefill(model, obs, text, image_tokens=tokens))
-        self._generate = jax.jit(
-            lambda model, cache, last, key: decode.generate(model, cache, last, key, **self._speech)
+        programs = Programs(
+            cfg,
+            budget=self._budget,
+            speech={
+                "max_tokens": cfg.text.max_target_tokens,
+                "eos_id": tokenizer.eos_id,
+                "allowed": jnp.asarray(allowed),
+                "temperature": cfg.decode.temperature,
+            },
         )
-        self._flow = jax.jit(self._denoise_from)
+        self._act, self._images, self._prefill = programs.act, programs.images, programs.prefill
+        self._generate, self._flow = programs.generate, programs.flow
+        self._draft = programs.draft
         self.reseed(seed)
 
     @classmethod
@@ -100,16 +109,38 @@ class Policy:
 
         Arguments as of `load_policy_parts`. Raises UserError if it is not whole or the arguments do not fit it.
         """
+        keep_compiled_programs()
         return cls(*load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon), seed=seed)
 
     def reseed(self, seed: int) -> None:
-        """Start the sequence of noises anew: the same calls then give the same results."""
+        """Start the sequence of noises anew and forget what was said: the same calls then give the same results."""
         self._key = jax.random.key(seed)
+        self.forget()
+
+    def forget(self) -> None:
+        """Check no earlier text in the next call. What is said does not depend on it, only the time that takes."""
+        self._said: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def cameras(self) -> tuple[str, ...]:
         """Cameras of the model, in its order: the images of an observation, unless a robot has names of its own."""
         return self.cfg.model.cameras
+
+    def warmup(self, batch_size: int = 1, cameras: int | None = None) -> dict[int, float]:
+        """Compiles (and runs once) the program of every prompt bucket, so that no later call has to.
+
+        `batch_size` is that of the calls to come, `cameras` how many they show (None: all). Returns seconds by prompt length.
+        """
+        cfg, took = self.cfg.model, {}
+        longest = self.cfg.text.max_prompt_tokens
+        count = len(cfg.cameras) if cameras is None else cameras
+        for size in sorted({longest, *(b for b in self.cfg.decode.prompt_buckets if b < longest)}):
+            obs = blank_observation(cfg, batch_size, count, size)
+            start = time.perf_counter()
+            none = self._draft(batch_size, None)
+            jax.block_until_ready(self._act(self._model, obs, jax.random.key(0), None, none, self._table))
+            took[size] = time.perf_counter() - start
+        return took
 
     def infer(self, raw: Raw, *, subtask: str | None = None, timing: bool = False) -> Result:
         """What to say and do now.
@@ -149,15 +180,18 @@ class Policy:
         start = time.perf_counter()
         rows = [self.transform.observation(raw) for raw in raws]
         obs, text = self._stack(rows, batch_size), self._forced_text(subtasks, len(rows), batch_size)
+        draft = None if text is not None else self._draft(obs.images.shape[0], self._said)
         prepared = time.perf_counter()
         if timing:
-            out, ms = self._staged(obs, text)
+            out, ms = self._staged(obs, text, draft)
         else:
-            out = jax.block_until_ready(self._act(self._model, obs, self._next_key(), text))
-            ms = {"prepare": _ms(prepared - start), "model": _ms(time.perf_counter() - prepared)}
+            out = jax.block_until_ready(self._act(self._model, obs, self._next_key(), text, draft, self._table))
+            ms = {"prepare": milliseconds(prepared - start), "model": milliseconds(time.perf_counter() - prepared)}
         actions = self.transform.actions_to_real(np.asarray(out.actions)[: len(rows)], raws)
         ids, valid = np.asarray(out.ids), np.asarray(out.valid)
-        ms["total"] = _ms(time.perf_counter() - start)
+        if text is None:
+            self._said = ids, valid
+        ms["total"] = milliseconds(time.perf_counter() - start)
         results = []
         for row in range(len(rows)):
             said, status = self._read(self.cfg.text.template, ids[row][valid[row]].tolist())
@@ -176,8 +210,8 @@ class Policy:
         """
         start = time.perf_counter()
         row = self._question.observation({**raw, "prompt": question}, needs_state=False)
-        out, ms = self._staged(self._stack([row], None), None, act=False)
-        ms["total"] = _ms(time.perf_counter() - start)
+        out, ms = self._staged(self._stack([row], None), None, None, act=False)
+        ms["total"] = milliseconds(time.perf_counter() - start)
         said, status = self._read("vqa", np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist())
         return {"answer": said, "text_status": status, "timing": ms}
 
@@ -186,48 +220,46 @@ class Policy:
 
         `timing` in ms, on warm programs, medians of `repeats` calls: each stage, and `total` from the raw observation to
         real units (for `infer` as one program, so less than the sum of its stages). `first_call` is the first call's
-        total, compilation included if this shape was new.
+        total, compilation included if this shape was new. The text is decoded in every call, not checked.
         """
         if question is not None:
             calls = [self.answer(raw, question) for _ in range(1 + repeats)]
             result, warm, staged = calls[0], calls[1:], calls[1:]
         else:
-            calls = [self.infer(raw, subtask=subtask) for _ in range(1 + repeats)]
+
+            def fresh(timing: bool) -> Result:
+                self.forget()
+                return self.infer(raw, subtask=subtask, timing=timing)
+
+            calls = [fresh(timing=False) for _ in range(1 + repeats)]
             result, warm = calls[0], calls[1:]
-            staged = [self.infer(raw, subtask=subtask, timing=True) for _ in range(1 + repeats)][1:]
+            staged = [fresh(timing=True) for _ in range(1 + repeats)][1:]
         first = result["timing"]["total"]
         names = [name for name in STAGES if name in staged[0]["timing"]]
         medians = {name: float(np.median([r["timing"][name] for r in staged])) for name in names}
         medians["total"] = float(np.median([r["timing"]["total"] for r in warm]))
         return {**result, "timing": {**medians, "first_call": first}}
 
-    def _act_in_one(self, model: Pi0, obs: Observation, key: jax.Array, text: Text | None) -> decode.Act:
-        speech = {**self._speech, "max_tokens": self._budget}
-        return decode.act(model, obs, key, num_steps=self.cfg.decode.denoise_steps, text=text, **speech)
-
-    def _denoise_from(self, model: Pi0, obs: Observation, cache: decode.KVCache, key: Array) -> Array:
-        shape = (obs.images.shape[0], self.cfg.model.action_horizon, self.cfg.model.action_dim)
-        noise = jax.random.normal(key, shape)
-        return decode.denoise(model, obs, cache, noise, num_steps=self.cfg.decode.denoise_steps)
-
-    def _staged(self, obs: Observation, text: Text | None, *, act: bool = True) -> tuple[decode.Act, dict[str, float]]:
+    def _staged(
+        self, obs: Observation, text: Text | None, draft: Draft | None, *, act: bool = True
+    ) -> tuple[decode.Act, dict[str, float]]:
         """`_act_in_one` as separate programs; the keys are split as in `decode.act`. `act=False`: text only."""
         text_key, noise_key = jax.random.split(self._next_key())
-        clock = _Stopwatch()
+        clock = Stopwatch()
         tokens = clock.lap("images", self._images(self._model, obs))
-        out, cache = clock.lap("prefill", self._prefill(self._model, obs, text, tokens))
+        out, cache = clock.lap("prefill", self._prefill(self._model, obs, text, tokens, draft))
         batch = obs.images.shape[0]
-        said = decode.Generated(ids=jnp.zeros((batch, 0), jnp.int32), valid=jnp.zeros((batch, 0), bool))
+        said = decode.Generated.known(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
         if text is not None:
-            said = decode.Generated(ids=text.ids, valid=text.valid)
+            said = decode.Generated.known(text.ids, text.valid)
         elif self._budget or not act:
-            said, cache = self._generate(self._model, cache, out.prompt_last, text_key)
+            said, cache = self._generate(self._model, cache, out, text_key, draft)
         clock.lap("text", (said, cache))
         shape = (batch, self.cfg.model.action_horizon, self.cfg.model.action_dim)
         if not act:
-            return decode.Act(ids=said.ids, valid=said.valid, actions=jnp.zeros(shape)), clock.ms
-        actions = clock.lap("flow", self._flow(self._model, obs, cache, noise_key))
-        return decode.Act(ids=said.ids, valid=said.valid, actions=actions), clock.ms
+            return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=jnp.zeros(shape)), clock.ms
+        actions = clock.lap("flow", self._flow(self._model, obs, cache, noise_key, self._table))
+        return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=actions), clock.ms
 
     def _next_key(self) -> jax.Array:
         self._key, now = jax.random.split(self._key)
@@ -237,7 +269,7 @@ class Policy:
         missing = _missing(len(rows), batch_size)
         obs = collate([*rows, *rows[:1] * missing])
         assert isinstance(obs, Observation)
-        return obs
+        return shrink(obs, self.cfg.decode.prompt_buckets)
 
     def _forced_text(self, subtasks: Sequence[str | None] | None, rows: int, batch_size: int | None) -> Text | None:
         if subtasks is None or all(s is None for s in subtasks):
@@ -255,32 +287,6 @@ class Policy:
     def _read(self, template: str, ids: list[int]) -> tuple[str, str]:
         said = prompts.parse_target(self.tokenizer, template, ids)
         return said, text_status(ids, self.tokenizer.eos_id)
-
-
-def text_status(ids: Sequence[int], eos_id: int) -> str:
-    """ "loop", "truncated" or "ok" for generated ids; no ids at all (a model that says nothing) is "ok"."""
-    if any(len(set(ids[i : i + LOOP])) == 1 for i in range(len(ids) - LOOP + 1)):
-        return "loop"
-    return "truncated" if len(ids) and eos_id not in ids else "ok"
-
-
-class _Stopwatch:
-    """Times of consecutive stages in ms, each waited for."""
-
-    def __init__(self):
-        self.ms: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str, value: Any) -> Any:
-        jax.block_until_ready(value)
-        now = time.perf_counter()
-        self.ms[name] = _ms(now - self._last)
-        self._last = now
-        return value
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)
 
 
 def _missing(rows: int, batch_size: int | None) -> int:

@@ -17,6 +17,9 @@ from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import init_state
 
+# Tests leave nothing in the user's cache of compiled programs, and measure nothing that comes from it.
+jax.config.update("jax_enable_compilation_cache", False)
+
 # The tabletop's ranges: tool x, y, z in metres, then finger opening (state) or grip (action).
 _LOW, _HIGH = np.float32([-0.16, -0.18, 0.022, 0.0]), np.float32([0.16, 0.2, 0.2, 0.09])
 

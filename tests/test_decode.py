@@ -55,12 +55,12 @@ def as_text(said) -> Text:
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+@pytest.mark.parametrize("form", ["stacked", "unstacked", "prepared"])
 def test_teacher_forced_equals_decoded(pi05, form):
     """Forcing the generated text through one prefill gives the same next-token choices, cache and velocity."""
     _, model, obs = settings(pi05)
-    if form == "unstacked":
-        model = model.unstacked()
+    if form != "stacked":
+        model = getattr(model, form)()
     said, cache = say(model, obs)
     out, forced_cache = prefill(model, obs, as_text(said))
     predicts = jnp.concatenate([out.prompt_last[:, None], out.text[:, :-1]], axis=1)

@@ -8,15 +8,16 @@ The K/V of what was just said is already in the cache when the actions are denoi
 extra prefill.
 """
 
-import dataclasses
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from openpi_ar.models.cache import KVCache, action_mask, decode_mask, positions, prefix_lm_mask
+from openpi_ar.algorithms.generate import Generated, as_draft, generate
+from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
+from openpi_ar.models.fast import FastTower
+from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Observation, Text
 
@@ -25,40 +26,39 @@ from openpi_ar.types import Array, Observation, Text
 class Prefill(nnx.Pytree):
     """Hidden states of tower 1 after the final norm. Rows of padding hold finite nonsense.
 
-    hidden       every token: images, prompt, text.
+    hidden       every token: images, prompt, text; None if they were not asked for.
     prompt_last  the last valid prompt token, whose logits predict the first text token.
     text         the known text's tokens, if any.
     """
 
-    hidden: Float[Array, "B T D"] = nnx.data()
+    hidden: Float[Array, "B T D"] | None = nnx.data()
     prompt_last: Float[Array, "B D"] = nnx.data()
     text: Float[Array, "B _ D"] | None = nnx.data()
 
 
 @nnx.dataclass
-class Generated(nnx.Pytree):
-    """Decoded tokens. A row is valid up to and including its EOS; after it come zeros."""
-
-    ids: Int[Array, "B M"] = nnx.data()
-    valid: Bool[Array, "B M"] = nnx.data()
-
-
-@nnx.dataclass
 class Act(nnx.Pytree):
-    """What was said and what is to be done (normalised actions)."""
+    """What was said, in how many decoding steps, and what is to be done (normalised actions)."""
 
     ids: Int[Array, "B M"] = nnx.data()
     valid: Bool[Array, "B M"] = nnx.data()
+    steps: Int[Array, ""] = nnx.data()
     actions: Float[Array, "B A X"] = nnx.data()
 
 
 def prefill(
-    model: Pi0, obs: Observation, text: Text | None = None, *, image_tokens: Float[Array, "B _ D"] | None = None
+    model: Pi0,
+    obs: Observation,
+    text: Text | None = None,
+    *,
+    image_tokens: Float[Array, "B _ D"] | None = None,
+    lean: bool = False,
 ) -> tuple[Prefill, KVCache]:
     """Runs images, prompt and, if given, known text through tower 1 in one pass.
 
     `image_tokens` (from `model.embed_images`) lets the vision tower be timed or reused apart. The prompt must have at
-    least one valid token per row.
+    least one valid token per row. `lean` leaves out `hidden`: an inference form then computes the last layer for the few
+    tokens that predict text, and only writes keys and values for the others.
     """
     images = model.embed_images(obs) if image_tokens is None else image_tokens
     per_camera = images.shape[1] // obs.image_mask.shape[1]
@@ -70,88 +70,18 @@ def prefill(
     causal = jnp.concatenate([no, *(run.causal for run in runs)], axis=1)
     hidden_bit = jnp.concatenate([no, *(run.hidden for run in runs)], axis=1)
 
-    hidden, (k, v) = model.vlm(x, positions(valid), prefix_lm_mask(valid, causal), remat=model.cfg.remat)
-    cache = KVCache.empty(k, slots=k.shape[2]).append(k, v, valid, hidden_bit)
-
     start, stop = images.shape[1], images.shape[1] + obs.prompt.ids.shape[1]
     last = stop - 1 - jnp.argmax(valid[:, start:stop][:, ::-1], axis=1)  # padding may be anywhere: search from the end
-    prompt_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return Prefill(hidden=hidden, prompt_last=prompt_last, text=None if text is None else hidden[:, stop:]), cache
-
-
-@nnx.dataclass
-class _State(nnx.Pytree):
-    """State of the decode loop: `step` tokens have been chosen; `last` of them is not in the cache yet."""
-
-    step: Int[Array, ""] = nnx.data()
-    last: Int[Array, " B"] = nnx.data()
-    done: Bool[Array, " B"] = nnx.data()
-    ids: Int[Array, "B M"] = nnx.data()
-    valid: Bool[Array, "B M"] = nnx.data()
-    cache: KVCache = nnx.data()
-    key: Array = nnx.data()
-
-
-def generate(
-    model: Pi0,
-    cache: KVCache,
-    last_hidden: Float[Array, "B D"],
-    key: Array,
-    *,
-    max_tokens: int,
-    eos_id: int,
-    allowed: Bool[Array, " V"],
-    temperature: float = 0.0,
-) -> tuple[Generated, KVCache]:
-    """Decodes until every row has said EOS or `max_tokens` tokens are out. `last_hidden` predicts the first token.
-
-    `allowed` masks the vocabulary (no special, location or action ids in text); it must allow EOS. Temperature 0 is
-    greedy. EOS ends the text but is not written to the cache: nothing ever attends to it, so the loop stops on the step
-    that emits it. (Training marks it `hidden` for the same reason.)
-    """
-    batch = last_hidden.shape[0]
-
-    def choose(hidden: Array, key: Array) -> Array:
-        logits = jnp.where(allowed, model.logits(hidden), -jnp.inf)
-        if temperature == 0.0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-
-    def record(state: _State, token: Array) -> _State:
-        """Writes the chosen token at `step` in rows that are not done."""
-        token = jnp.where(state.done, 0, token)
-        return dataclasses.replace(
-            state,
-            step=state.step + 1,
-            last=token,
-            done=state.done | (token == eos_id),
-            ids=jnp.asarray(state.ids).at[:, state.step].set(token, mode="drop"),
-            valid=jnp.asarray(state.valid).at[:, state.step].set(~state.done, mode="drop"),
-        )
-
-    def body(state: _State) -> _State:
-        live = ~state.done[:, None]
-        x = model.embed_text(state.last[:, None])
-        pos = state.cache.next_pos[:, None]
-        hidden, (k, v) = model.vlm(x, pos, decode_mask(state.cache), state.cache)
-        key, now = jax.random.split(state.key)
-        cache = state.cache.append(k, v, live, jnp.zeros_like(live))
-        return record(dataclasses.replace(state, cache=cache, key=key), choose(hidden[:, 0], now))
-
-    key, now = jax.random.split(key)
-    start = _State(
-        step=jnp.zeros((), jnp.int32),
-        last=jnp.zeros((batch,), jnp.int32),
-        done=jnp.zeros((batch,), bool),
-        ids=jnp.zeros((batch, max_tokens), jnp.int32),
-        valid=jnp.zeros((batch, max_tokens), bool),
-        cache=cache.grow(max_tokens),
-        key=key,
-    )
-    start = record(start, choose(last_hidden, now))
-    # A text cut off at max_tokens takes one step more, which writes its last token to the cache and drops the next.
-    end = jax.lax.while_loop(lambda s: (s.step <= max_tokens) & ~s.done.all(), body, start)
-    return Generated(ids=end.ids, valid=end.valid), end.cache
+    rows = None
+    if lean:
+        tail = jnp.broadcast_to(jnp.arange(stop, x.shape[1]), (x.shape[0], x.shape[1] - stop))
+        rows = jnp.concatenate([last[:, None], tail], axis=1)
+    hidden, (k, v) = model.vlm(x, positions(valid), prefix_lm_mask(valid, causal), remat=model.cfg.remat, rows=rows)
+    cache = KVCache.full(k, v, valid, hidden_bit)
+    known = hidden[:, 1:] if lean else hidden[:, stop:]
+    prompt_last = hidden[:, 0] if lean else jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    out = Prefill(hidden=None if lean else hidden, prompt_last=prompt_last, text=None if text is None else known)
+    return out, cache
 
 
 def velocity(
@@ -183,15 +113,48 @@ def suffix_hidden(
     return hidden.reshape(batch, draws, count, width)
 
 
+def flow_table(model: Pi0, num_steps: int) -> Float[Array, "n m W"] | None:
+    """Modulation of every norm of the action tower at each Euler step: all of pi0.5's computation that depends on time only.
+
+    A constant of the checkpoint, for `denoise`. None if the model is no inference form of a pi0.5.
+    """
+    if not (isinstance(model.expert, FastTower) and model.cfg.pi05):
+        return None
+    return model.expert.modulations(model.time_condition(jnp.asarray(flow_times(num_steps))))
+
+
 def denoise(
-    model: Pi0, obs: Observation, cache: KVCache, noise: Float[Array, "B A X"], *, num_steps: int
+    model: Pi0,
+    obs: Observation,
+    cache: KVCache,
+    noise: Float[Array, "B A X"],
+    *,
+    num_steps: int,
+    table: Float[Array, "n m W"] | None = None,
 ) -> Float[Array, "B A X"]:
-    """Euler integration of the flow from noise (t = 1) to actions (t = 0) in a fixed number of equal steps."""
-    batch = noise.shape[0]
-    times = jnp.asarray(flow_times(num_steps))
+    """Euler integration of the flow from noise (t = 1) to actions (t = 0) in a fixed number of equal steps.
+
+    `table` (of `flow_table`, for the same number of steps) saves computing it here.
+    """
+    batch, times = noise.shape[0], jnp.asarray(flow_times(num_steps))
+    expert = model.expert
+    if isinstance(expert, FastTower):
+        # Nothing of this depends on the step, so it is computed before the loop.
+        table = flow_table(model, num_steps) if table is None else table
+        causal = model.suffix_causal
+        rope = rotary(cache.action_pos[:, None] + jnp.arange(causal.shape[0]), expert.head_dim)
+        mask = action_mask(cache, causal, 1)
+
+    def velocity_at(i: Array, x: Array) -> Array:
+        t = jnp.full((batch,), times[i])
+        if not isinstance(expert, FastTower):
+            return velocity(model, obs, cache, x, t)
+        tokens, _ = model.embed_suffix(obs, x[:, None], t[:, None])
+        hidden, _ = expert.run(tokens[:, 0], rope, mask, cache, None if table is None else table[i])
+        return model.project_velocity(hidden[:, None])[:, 0]
 
     def step(i: Array, x: Array) -> Array:
-        return x - velocity(model, obs, cache, x, jnp.full((batch,), times[i])) * np.float32(1 / num_steps)
+        return x - velocity_at(i, x) * np.float32(1 / num_steps)
 
     return jax.lax.fori_loop(0, num_steps, step, noise.astype(jnp.float32))
 
@@ -219,19 +182,25 @@ def act(
     num_steps: int,
     temperature: float = 0.0,
     text: Text | None = None,
+    draft: tuple[Int[Array, "B _"], Bool[Array, "B _"]] | None = None,
+    table: Float[Array, "n m W"] | None = None,
 ) -> Act:
     """Says what comes next, then acts on it: prefill, generate, denoise.
 
     With `text` the model is told what it says (nothing is decoded). `max_tokens=0` leaves the text out (action-only
-    models).
+    models). `draft` is a guess (ids, valid) of the text, any guess: the right part of it is not decoded again, the result
+    is the same. `table` is `flow_table`'s.
     """
     text_key, noise_key = jax.random.split(key)
-    out, cache = prefill(model, obs, text)
+    guess = None
+    if text is None and draft is not None and max_tokens:
+        guess = as_draft(*draft, max_tokens=max_tokens, eos_id=eos_id)
+    out, cache = prefill(model, obs, guess if text is None else text, lean=True)
     batch = out.prompt_last.shape[0]
     if text is not None:
-        said = Generated(ids=jnp.asarray(text.ids), valid=jnp.asarray(text.valid))
+        said = Generated.known(text.ids, text.valid)
     elif max_tokens == 0:
-        said = Generated(ids=jnp.zeros((batch, 0), jnp.int32), valid=jnp.zeros((batch, 0), bool))
+        said = Generated.known(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
     else:
         said, cache = generate(
             model,
@@ -242,7 +211,9 @@ def act(
             eos_id=eos_id,
             allowed=allowed,
             temperature=temperature,
+            draft=guess,
+            draft_hidden=out.text,
         )
     noise = jax.random.normal(noise_key, (batch, model.cfg.action_horizon, model.cfg.action_dim))
-    actions = denoise(model, obs, cache, noise, num_steps=num_steps)
-    return Act(ids=said.ids, valid=said.valid, actions=actions)
+    actions = denoise(model, obs, cache, noise, num_steps=num_steps, table=table)
+    return Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=actions)

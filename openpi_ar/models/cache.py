@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from openpi_ar.types import Array
 
+Layers = Float[Array, "L B S K H"] | tuple[Float[Array, "B S K H"], ...]
+
 
 @nnx.dataclass
 class KVCache(nnx.Pytree):
@@ -17,14 +19,15 @@ class KVCache(nnx.Pytree):
     Slot is not position: padding leaves holes that `valid` masks, and positions count valid tokens only, so rows of
     different lengths need no alignment.
 
-    k, v    one entry per layer and slot.
+    k, v    one entry per layer and slot: stacked as the layers of a scanned tower are, or a tuple over the layers of an
+            unrolled one, each of which a decode loop can then update in place.
     valid   slot may be attended to.
     hidden  slot is invisible to the action tower.
     fill    next slot to write, the same for all rows.
     """
 
-    k: Float[Array, "L B S K H"] = nnx.data()
-    v: Float[Array, "L B S K H"] = nnx.data()
+    k: Layers = nnx.data()
+    v: Layers = nnx.data()
     valid: Bool[Array, "B S"] = nnx.data()
     hidden: Bool[Array, "B S"] = nnx.data()
     fill: Int[Array, ""] = nnx.data()
@@ -36,6 +39,11 @@ class KVCache(nnx.Pytree):
         blank = jnp.zeros((layers, batch, slots, heads, dim), k.dtype)
         none = jnp.zeros((batch, slots), bool)
         return cls(k=blank, v=blank, valid=none, hidden=none, fill=jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def full(cls, k: Layers, v: Layers, valid: Bool[Array, "B S"], hidden: Bool[Array, "B S"]) -> "KVCache":
+        """A cache of just these tokens, with no room left."""
+        return cls(k=k, v=v, valid=valid, hidden=hidden, fill=jnp.asarray(valid.shape[1], jnp.int32))
 
     @property
     def next_pos(self) -> Int[Array, " B"]:
@@ -54,30 +62,41 @@ class KVCache(nnx.Pytree):
 
     def grow(self, slots: int) -> "KVCache":
         """The same cache with room for `slots` more tokens."""
-        pad = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
+        ends = [(0, 0), (0, slots)]
+
+        def widen(x: Array) -> Array:
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)])
+
         return dataclasses.replace(
             self,
-            k=jnp.pad(self.k, pad),
-            v=jnp.pad(self.v, pad),
-            valid=jnp.pad(self.valid, pad[1:3]),
-            hidden=jnp.pad(self.hidden, pad[1:3]),
+            k=jax.tree.map(widen, self.k),
+            v=jax.tree.map(widen, self.v),
+            valid=jnp.pad(self.valid, ends),
+            hidden=jnp.pad(self.hidden, ends),
         )
 
-    def append(
-        self,
-        k: Float[Array, "L B T K H"],
-        v: Float[Array, "L B T K H"],
-        valid: Bool[Array, "B T"],
-        hidden: Bool[Array, "B T"],
-    ) -> "KVCache":
+    def forget(self, keep: Bool[Array, "B T"]) -> "KVCache":
+        """The cache without those of the last T slots of a full cache that are not kept: they become holes."""
+        start = self.valid.shape[1] - keep.shape[1]
+        return dataclasses.replace(
+            self, valid=jnp.concatenate([self.valid[:, :start], self.valid[:, start:] & keep], axis=1)
+        )
+
+    def append(self, k: Layers, v: Layers, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
         """The cache with T more tokens in the slots from `fill` on. There must be room: see `grow`."""
-        write = jax.lax.dynamic_update_slice_in_dim
+
+        def write(old: Array, new: Array, axis: int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=axis)
+
+        def write_layer(old: Array, new: Array) -> Array:
+            return write(old, new, old.ndim - 3)
+
         return KVCache(
-            k=write(self.k, k, self.fill, axis=2),
-            v=write(self.v, v, self.fill, axis=2),
-            valid=write(self.valid, valid, self.fill, axis=1),
-            hidden=write(self.hidden, hidden, self.fill, axis=1),
-            fill=self.fill + k.shape[2],
+            k=jax.tree.map(write_layer, self.k, k),
+            v=jax.tree.map(write_layer, self.v, v),
+            valid=write(self.valid, valid, 1),
+            hidden=write(self.hidden, hidden, 1),
+            fill=self.fill + valid.shape[1],
         )
 
 

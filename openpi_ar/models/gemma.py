@@ -76,8 +76,9 @@ class Tower(nnx.Module):
         cond: Float[Array, "B n D"] | None = None,
         *,
         remat: bool = False,
-    ) -> tuple[Float[Array, "B T D"], KV]:
-        """Hidden states after the final norm, and the keys and values [L B T K H] of these tokens.
+        rows: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], KV]:
+        """Hidden states after the final norm (of all tokens, or of those in `rows`), and the keys and values [L B T K H].
 
         `cache` is only read; its slots come first along S. `cond` conditions AdaRMS, one for each of n equal groups of
         tokens.
@@ -88,7 +89,8 @@ class Tower(nnx.Module):
             return block(x, sin, cos, mask, cached, cond)
 
         x, kv = self.blocks(step, x, None if cache is None else (cache.k, cache.v), remat=remat)
-        return self.norm(x, cond)[0], kv
+        x = self.norm(x, cond)[0]
+        return x if rows is None else jnp.take_along_axis(x, rows[..., None], axis=1), kv
 
 
 class Embedder(nnx.Module):

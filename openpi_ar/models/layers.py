@@ -53,6 +53,14 @@ def lora_init(rngs: nnx.Rngs, shape: tuple[int, ...], rank: int) -> tuple[nnx.Pa
     return nnx.Param(a), nnx.Param(jnp.zeros((*shape[:-2], rank, shape[-1])))
 
 
+def merge_lora(
+    w: Float[Array, "*d i o"], a: Float[Array, "*d i r"], b: Float[Array, "*#d r o"]
+) -> Float[Array, "*d i o"]:
+    """The weight that does what `w` and its adapters do together, in the dtype of `w`, added in float32."""
+    delta = jnp.einsum("...ir,...ro->...io", a.astype(jnp.float32), b.astype(jnp.float32))
+    return (w.astype(jnp.float32) + delta).astype(w.dtype)
+
+
 class Einsum(nnx.Module):
     """`einsum(spec, x, w)` in the dtype of x, plus the low-rank adapters' output if there are any."""
 
@@ -132,8 +140,15 @@ class AdaRMSNorm(nnx.Module):
         """
         assert cond is not None, "this tower is conditioned: it needs a condition"
         modulation = jnp.repeat(self.modulation(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
-        scale, shift, gate = jnp.split(modulation, 3, axis=-1)
-        return (_rms(x) * (1.0 + scale) + shift).astype(x.dtype), gate
+        return modulated(x, modulation)
+
+
+def modulated(
+    x: Float[Array, "B T D"], modulation: Float[Array, "... W"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "... D"]]:
+    """The RMS norm of x with a modulation's scale and shift, and its gate. One modulation may serve all tokens."""
+    scale, shift, gate = jnp.split(modulation, 3, axis=-1)
+    return (_rms(x) * (1.0 + scale) + shift).astype(x.dtype), gate
 
 
 class GatedMLP(nnx.Module):

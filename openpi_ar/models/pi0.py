@@ -3,12 +3,15 @@
 This module embeds and projects; `openpi_ar.algorithms` composes the calls into training, decoding and denoising.
 """
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.config import ModelConfig
+from openpi_ar.models.fast import FastTower, cast_matrices
 from openpi_ar.models.gemma import Embedder, Tower
 from openpi_ar.models.layers import Linear, sincos_embedding
 from openpi_ar.models.siglip import SigLIP
@@ -26,8 +29,8 @@ class Pi0(nnx.Module):
         policy = cfg.remat_policy
         self.img = SigLIP(cfg.siglip, cfg.vlm.width, rngs=rngs, policy=policy)
         self.embedder = Embedder(cfg.vocab_size, cfg.vlm.width, rngs=rngs)
-        self.vlm = Tower(cfg.vlm, adaptive=False, rngs=rngs, policy=policy)
-        self.expert = Tower(cfg.expert, adaptive=cfg.pi05, rngs=rngs, policy=policy)
+        self.vlm: Tower | FastTower = Tower(cfg.vlm, adaptive=False, rngs=rngs, policy=policy)
+        self.expert: Tower | FastTower = Tower(cfg.expert, adaptive=cfg.pi05, rngs=rngs, policy=policy)
         self.action_in = Linear(cfg.action_dim, width, rngs=rngs)
         self.action_out = Linear(width, cfg.action_dim, rngs=rngs)
         if cfg.pi05:
@@ -44,11 +47,28 @@ class Pi0(nnx.Module):
         return jnp.dtype(self.cfg.dtype)
 
     def unstacked(self) -> "Pi0":
-        """The same model with its layers as lists: unrolled programs, for inference (see `models.stack`)."""
+        """The same model with its layers as lists: unrolled programs (see `models.stack`)."""
         new = nnx.clone(self)
+        assert isinstance(self.vlm, Tower) and isinstance(self.expert, Tower), "this is an inference form already"
+        assert isinstance(new.vlm, Tower) and isinstance(new.expert, Tower)
         new.img.blocks = self.img.blocks.unstacked()
         new.vlm.blocks = self.vlm.blocks.unstacked()
         new.expert.blocks = self.expert.blocks.unstacked()
+        return new
+
+    def prepared(self, dtype: str | None = None) -> "Pi0":
+        """The inference form (see `models.fast`), computing in `dtype` (None: as configured) with weights kept in it.
+
+        What is computed in float32 in any case (norms, patches, action and time projections) stays float32.
+        """
+        dtype = dtype or self.cfg.dtype
+        new = nnx.clone(self)
+        assert isinstance(self.vlm, Tower) and isinstance(self.expert, Tower), "this is an inference form already"
+        new.cfg = dataclasses.replace(self.cfg, dtype=dtype, remat=False)
+        new.img.blocks = cast_matrices(self.img.blocks.unstacked(), jnp.dtype(dtype))
+        new.embedder.table = nnx.Param(self.embedder.table[...].astype(dtype))
+        new.vlm = FastTower(self.vlm, jnp.dtype(dtype))
+        new.expert = FastTower(self.expert, jnp.dtype(dtype))
         return new
 
     def embed_images(self, obs: Observation) -> Float[Array, "B T D"]:
@@ -74,6 +94,11 @@ class Pi0(nnx.Module):
         opens = [True] if self.cfg.pi05 else [True, True]
         return jnp.array(opens + [False] * (self.cfg.action_horizon - 1))
 
+    def time_condition(self, t: Float[Array, "*b"]) -> Float[Array, "*b E"]:
+        """AdaRMS condition of flow times (pi0.5), in the compute dtype; the MLP is float32, as openpi's."""
+        emb = sincos_embedding(t, self.cfg.expert.width, exact=self.cfg.exact_time)
+        return jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(emb)))).astype(self.dtype)
+
     def embed_suffix(
         self, obs: Observation, x_t: Float[Array, "B n A X"], t: Float[Array, "B n"]
     ) -> tuple[Float[Array, "B n T E"], Float[Array, "B n E"] | None]:
@@ -81,11 +106,10 @@ class Pi0(nnx.Module):
 
         The projections are float32, as openpi's.
         """
-        emb = sincos_embedding(t, self.cfg.expert.width, exact=self.cfg.exact_time)
         actions = self.action_in(x_t.astype(jnp.float32))
         if self.cfg.pi05:
-            cond = jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(emb))))
-            return actions.astype(self.dtype), cond.astype(self.dtype)
+            return actions.astype(self.dtype), self.time_condition(t)
+        emb = sincos_embedding(t, self.cfg.expert.width, exact=self.cfg.exact_time)
         state = self.state_in(jnp.asarray(obs.state, jnp.float32))[:, None, None]
         state = jnp.broadcast_to(state, (*actions.shape[:2], 1, state.shape[-1]))
         emb = jnp.broadcast_to(emb[:, :, None], actions.shape)

@@ -4,6 +4,7 @@ Only the target is causal and supervised: a bidirectional target would be learnt
 nothing reads it at inference, where decoding stops as it is chosen, so the action tower must not see it in training.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import string
 
@@ -148,6 +149,17 @@ def parse_target(tok: Tokenizer, template: str, ids: list[int]) -> str:
                 said = said[:-n]
                 break
     return said.strip()
+
+
+LOOP = 8
+"""A token said this many times in a row is a loop, not language."""
+
+
+def text_status(ids: Sequence[int], eos_id: int) -> str:
+    """ "loop", "truncated" or "ok" for generated ids; no ids at all (a model that says nothing) is "ok"."""
+    if any(len(set(ids[i : i + LOOP])) == 1 for i in range(len(ids) - LOOP + 1)):
+        return "loop"
+    return "truncated" if len(ids) and eos_id not in ids else "ok"
 
 
 def _template(name: str) -> Template:

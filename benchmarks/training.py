@@ -1,0 +1,88 @@
+"""Training: the gradient of the text's cross-entropy, and one update."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import baseline
+from benchmarks.inference import Programs, close
+from benchmarks.sizes import Size, make_batch, make_model
+from benchmarks.timing import compile_program, run_in_turns
+from openpi_ar.algorithms.losses import text_loss
+from openpi_ar.config import LossConfig, OptimizerConfig, TrainConfig
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.training.state import TrainState
+from openpi_ar.training.step import train_step
+from openpi_ar.types import Array, Batch
+
+
+def programs(size: Size) -> tuple[Programs, dict[str, float]]:
+    """Both rows compiled for both ways in float32, and how far their results are apart."""
+    model, batch = make_model(size.model, "float32"), make_batch(size)
+    cfg = dataclasses.replace(size.model, dtype="float32")
+    found: Programs = {}
+    prompt = size.prompt
+    hidden = jax.random.normal(jax.random.key(3), (size.train_batch, prompt + size.tokens, cfg.vlm.width))
+
+    def our_ce(m: Pi0, x: Array, b: Batch) -> Array:
+        return text_loss(m, x[:, prompt - 1], x[:, prompt:], b.target)[0]
+
+    def their_ce(m: Pi0, x: Array, b: Batch) -> Array:
+        return baseline.text_ce(m, x, b.observation.prompt, b.target)
+
+    def gradient(fn: Any) -> Any:
+        """By the hidden states and the embedding, the only parameter that counts here."""
+
+        def run(m: Pi0, x: Array, b: Batch) -> Any:
+            value, (grads, dx) = jax.value_and_grad(fn, argnums=(0, 1))(m, x, b)
+            return value, grads.embedder, dx
+
+        return run
+
+    found["ce_grad"] = {
+        name: compile_program(gradient(fn), model, hidden, batch)
+        for name, fn in (("ours", our_ce), ("baseline", their_ce))
+    }
+    a, b = (jax.tree.leaves(p.call()) for p in found["ce_grad"].values())
+    gaps = {"ce_grad": max(close(x, y, "float32") for x, y in zip(a, b, strict=True))}
+    del a, b
+
+    train = TrainConfig(
+        name="benchmark",
+        model=cfg,
+        loss=LossConfig(flow_draws=1),
+        optimizer=OptimizerConfig(ema_decay=None),
+        batch_size=size.train_batch,
+    )
+    tx: Any = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    state = TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=jax.jit(tx.init)(model), ema=None)
+    key = jax.random.key(4)
+    step_key = jax.random.fold_in(key, 0)
+    weights = (train.loss.flow_weight, train.loss.text_weight)
+    more = dataclasses.replace(train, loss=dataclasses.replace(train.loss, flow_draws=4))
+    found["train_step"] = {
+        "ours": compile_program(lambda s, b, k: train_step(s, b, k, cfg=train, tx=tx), state, batch, key),
+        "ours, 4 draws": compile_program(lambda s, b, k: train_step(s, b, k, cfg=more, tx=tx), state, batch, key),
+        "baseline": compile_program(
+            lambda m, o, b, k: baseline.train_step(m, o, b, k, weights, tx), model, state.opt_state, batch, step_key
+        ),
+    }
+    metrics = found["train_step"]["ours"].call()[1]
+    gaps["train_step"] = close(metrics["loss"], found["train_step"]["baseline"].call()[2], "float32")
+    return found, gaps
+
+
+def run(size: Size, seconds: float) -> tuple[Programs, dict[str, float], dict[str, float]]:
+    """(programs with their times, ratios, gaps). `four_draws` is the cost of 4 flow draws in steps of 1 draw."""
+    found, gaps = programs(size)
+    for group in found.values():
+        run_in_turns(group, seconds=seconds)
+    ratios = {stage: group["baseline"].median / group["ours"].median for stage, group in found.items()}
+    steps = found["train_step"]
+    ratios["four_draws"] = steps["ours, 4 draws"].median / steps["ours"].median
+    ce = found["ce_grad"]
+    ratios["ce_grad_memory"] = ce["baseline"].peak / ce["ours"].peak
+    return found, ratios, gaps

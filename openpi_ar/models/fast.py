@@ -1,0 +1,151 @@
+"""The inference form of a Gemma tower: made once at load, same numbers, fewer and larger matmuls.
+
+Layers are a list and the program is unrolled, so no slice of a stack is copied per step; queries, keys and values come from
+one matmul, gate and up from another; low-rank adapters are added into their weights. Keys and values stay one array per
+layer, which a decode loop updates in place. Nothing here is trained.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from openpi_ar.models.cache import KVCache
+from openpi_ar.models.gemma import Block, Tower
+from openpi_ar.models.layers import AdaRMSNorm, Einsum, RMSNorm, attend, matmul, merge_lora, modulated, rotary, rotate
+from openpi_ar.models.stack import Stack
+from openpi_ar.types import Array
+
+Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+
+
+def _merged(layer: Einsum) -> Array:
+    """The weight with its adapters. The output projection's sum over heads, each of them on its own (see `lora_specs`)."""
+    w, a, b = layer.w[...], layer.lora_a, layer.lora_b
+    if a is None or b is None:
+        return w
+    summed = "N" in layer.spec.split("->")[0].split(",")[0]  # heads come in and do not go out
+    return merge_lora(w, a[...], b[...].sum(0, keepdims=True) if summed else b[...])
+
+
+def _norm(layer: RMSNorm | AdaRMSNorm, x: Array, modulation: Array | None) -> tuple[Array, Array | None]:
+    if isinstance(layer, RMSNorm):
+        return layer(x)
+    assert modulation is not None, "this tower is conditioned: it needs a modulation"
+    return modulated(x, modulation)
+
+
+class FastBlock(nnx.Module):
+    """One layer of `gemma.Block`, weights fused and cast to `dtype`."""
+
+    def __init__(self, block: Block, dtype: jnp.dtype):
+        q, kv = _merged(block.q), _merged(block.kv)
+        heads, width, dim = q.shape
+        self.heads, self.kv_heads, self.dim = heads, kv.shape[1], dim
+        flat = [jnp.moveaxis(w, 0, 1).reshape(width, -1) for w in (q, kv[0], kv[1])]
+        mlp = block.mlp
+        gate_up, down = mlp.gate_up[...], mlp.down[...]
+        if mlp.gate_up_lora_a is not None and mlp.gate_up_lora_b is not None:
+            gate_up = merge_lora(gate_up, mlp.gate_up_lora_a[...], mlp.gate_up_lora_b[...])
+        if mlp.down_lora_a is not None and mlp.down_lora_b is not None:
+            down = merge_lora(down, mlp.down_lora_a[...], mlp.down_lora_b[...])
+        self.qkv = nnx.Param(jnp.concatenate(flat, axis=1).astype(dtype))
+        self.out = nnx.Param(_merged(block.out).reshape(heads * dim, width).astype(dtype))
+        self.gate_up = nnx.Param(jnp.concatenate([gate_up[0], gate_up[1]], axis=1).astype(dtype))
+        self.down = nnx.Param(down.astype(dtype))
+        self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Bool[Array, "B T S"],
+        cached: tuple[Array, Array] | None,
+        modulation: tuple[Array, Array] | None,
+        rows: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], tuple[Array, Array]]:
+        """As `Block`; with `rows` only these tokens are computed on, though all of them write keys and values."""
+        y, gate = _norm(self.attn_norm, x, None if modulation is None else modulation[0])
+        weights, n, h = self.qkv[...].astype(y.dtype), self.heads * self.dim, self.dim
+        if rows is None:
+            qkv = matmul(y, weights)
+            q, kv, own = qkv[..., :n], qkv[..., n:], rope
+        else:
+            kv, own = matmul(y, weights[:, n:]), (_take(rope[0], rows), _take(rope[1], rows))
+            q = matmul(_take(y, rows), weights[:, :n])
+            x, mask = _take(x, rows), _take(mask, rows)
+        q = rotate(q.reshape(*q.shape[:-1], self.heads, h), *own)
+        k, v = jnp.split(kv.reshape(*kv.shape[:-1], 2 * self.kv_heads, h), 2, axis=-2)
+        k = rotate(k, *rope)
+        runs = [(k, v)] if cached is None else [cached, (k, v)]
+        y = attend(q * h**-0.5, runs, mask)
+        y = matmul(y.reshape(*y.shape[:-2], n), self.out[...].astype(y.dtype))
+        x = x + (y if gate is None else gate * y)
+        y, gate = _norm(self.mlp_norm, x, None if modulation is None else modulation[1])
+        a, b = jnp.split(matmul(y, self.gate_up[...].astype(y.dtype)), 2, axis=-1)
+        y = matmul(jax.nn.gelu(a, approximate=True) * b, self.down[...].astype(y.dtype))
+        return x + (y if gate is None else gate * y), (k, v)
+
+
+def _take(x: Float[Array, "B T *d"] | Bool[Array, "B T *d"], rows: Int[Array, "B R"]) -> Array:
+    return jnp.take_along_axis(x, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+class FastTower(nnx.Module):
+    """`gemma.Tower` for inference."""
+
+    def __init__(self, tower: Tower, dtype: jnp.dtype):
+        self.head_dim = tower.head_dim
+        layers = tower.blocks.unstacked().layers
+        assert isinstance(layers, nnx.List)
+        self.blocks = nnx.List([FastBlock(block, dtype) for block in layers])
+        self.norm = tower.norm
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: KVCache | None = None,
+        cond: Float[Array, "B n D"] | None = None,
+        *,
+        remat: bool = False,
+        rows: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
+        """As `Tower`; keys and values are tuples over layers. `remat` is accepted and ignored."""
+        table = None
+        if cond is not None:
+            table = jnp.repeat(self.modulations(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
+        return self.run(x, rotary(positions, self.head_dim), mask, cache, table, rows)
+
+    def modulations(self, cond: Float[Array, "*b D"]) -> Float[Array, "*b m W"]:
+        """What the condition makes of every norm: two per layer, then the final one (m = 2 L + 1)."""
+        norms = [n for block in self.blocks for n in (block.attn_norm, block.mlp_norm)] + [self.norm]
+        return jnp.stack([n.modulation(cond) for n in norms if isinstance(n, AdaRMSNorm)], axis=-2)
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Bool[Array, "B T S"],
+        cache: KVCache | None,
+        table: Float[Array, "... m W"] | None,
+        rows: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
+        """`__call__` with RoPE and modulations ([m W] for all tokens alike, or [B T m W], W = 3 D) computed beforehand.
+
+        With `rows`, only these tokens come out: the last layer computes no others.
+        """
+        keys, values, last = [], [], len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            cached = None if cache is None else (cache.k[i], cache.v[i])
+            pair = None if table is None else (table[..., 2 * i, :], table[..., 2 * i + 1, :])
+            x, (k, v) = block(x, rope, mask, cached, pair, rows if i == last else None)
+            keys.append(k)
+            values.append(v)
+        return _norm(self.norm, x, None if table is None else table[..., -1, :])[0], (tuple(keys), tuple(values))
+
+
+def cast_matrices(tree: Stack, dtype: jnp.dtype) -> Stack:
+    """Arrays of two axes or more in `dtype`; norms and one-axis biases stay as they are."""
+    return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 1 else a, tree)

@@ -1,0 +1,152 @@
+"""If this fails, guessing what the model will say changes what it says, or does not save the decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openpi_ar.algorithms import decode
+from openpi_ar.algorithms.generate import as_draft, generate
+from openpi_ar.types import Observation
+from tests.model_fixtures import EOS, VOCAB, act, max_diff, ragged_observation, rows, text_run, tiny_config, tiny_model
+
+ROWS, MOST = 192, 6
+OPTIONS = {"eos_id": EOS, "allowed": np.ones(VOCAB, bool), "max_tokens": MOST, "num_steps": 2}
+
+
+def many_observations(cfg) -> Observation:
+    """Rows that differ in images and prompts, prompts of different lengths, a camera masked here and there."""
+    rng = np.random.default_rng(0)
+    one = ragged_observation(cfg)
+    shape = (ROWS, *one.images.shape[1:])
+    masks = np.ones((ROWS, 2), bool)
+    masks[::5, 0] = False
+    return Observation(
+        images=rng.uniform(-1, 1, shape).astype(np.float32),
+        image_mask=masks,
+        prompt=text_run(rng.integers(2, VOCAB, (ROWS, 7)), rng.integers(1, 8, ROWS).tolist(), causal=False),
+        state=rng.normal(size=(ROWS, cfg.state_dim)).astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """(model, observations, what greedy decoding says and does)."""
+    cfg = tiny_config()
+    model = tiny_model(cfg)
+    # EOS is said in some rows only: it takes the direction of a token that is said in many.
+    obs = many_observations(cfg)
+    free = act(model, obs, jax.random.key(0), **OPTIONS)
+    common = np.bincount(np.asarray(free.ids)[:, 2:].ravel(), minlength=VOCAB).argmax()
+    table = model.embedder.table[...]
+    model.embedder.table[...] = table.at[EOS].set(table[common] * 1.0001)
+    model = model.prepared()
+    out = act(model, obs, jax.random.key(0), **OPTIONS)
+    lengths = np.asarray(out.valid).sum(-1)
+    assert len(set(lengths.tolist())) > 3 and len({tuple(r) for r in np.asarray(out.ids).tolist()}) > 20
+    return model, obs, out
+
+
+def drafts(kind: str, ids: np.ndarray, valid: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A guess of each row's text, as long as three more than the budget."""
+    ids, valid = np.pad(ids, [(0, 0), (0, 3)]), np.pad(valid, [(0, 0), (0, 3)])
+    lengths = valid.sum(-1)
+    other = rng.integers(2, VOCAB, ids.shape).astype(np.int32)
+    if kind == "empty":
+        return ids, np.zeros_like(valid)
+    if kind == "wrong somewhere":
+        at = rng.integers(0, lengths)
+        ids[np.arange(len(ids)), at] = (ids[np.arange(len(ids)), at] + rng.integers(1, VOCAB, len(ids))) % VOCAB
+    if kind == "too long":
+        ids, valid = np.where(valid, ids, other), np.ones_like(valid)
+        ids[np.arange(len(ids)), lengths - 1] = np.where(lengths < MOST, other[:, 0], ids[:, MOST - 1])
+    if kind == "too short":
+        valid &= np.arange(ids.shape[1]) < rng.integers(0, lengths + 1)[:, None]
+    if kind == "another row's":
+        turn = rng.permutation(len(ids))
+        ids, valid = ids[turn], valid[turn]
+    if kind == "noise":
+        ids, valid = other, rng.random(valid.shape) < 0.8
+    if kind == "mixed":
+        pick = rng.integers(0, 5, len(ids))[:, None]
+        true = ids[:, :MOST].copy(), valid[:, :MOST].copy()
+        for i, k in enumerate(("empty", "wrong somewhere", "too long", "too short")):
+            a, b = drafts(k, true[0].copy(), true[1].copy(), rng)
+            ids, valid = np.where(pick == i, a, ids), np.where(pick == i, b, valid)
+    return ids, valid
+
+
+def agreed(guess, valid, ids, said) -> np.ndarray:
+    """How many tokens before EOS the guess has right, per row; by a loop."""
+    counts = []
+    for g, v, i, s in zip(guess, valid, ids, said, strict=True):
+        n = 0
+        while n < MOST and v[n] and s[n] and g[n] == i[n] != EOS:
+            n += 1
+        counts.append(n)
+    return np.array(counts)
+
+
+KINDS = ("right", "wrong somewhere", "too long", "too short", "empty", "another row's", "noise", "mixed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_draft_gives_the_greedy_text(plain, kind):
+    """3 x 192 drafts of each kind: 4,608 in all. The number of steps is what the least lucky row needs."""
+    model, obs, out = plain
+    ids, valid = np.asarray(out.ids), np.asarray(out.valid)
+    ended = (ids == EOS).any(-1)
+    for seed in range(3):
+        guess = drafts(kind, ids.copy(), valid.copy(), np.random.default_rng(seed))
+        got = act(model, obs, jax.random.key(0), draft=guess, **OPTIONS)
+        np.testing.assert_array_equal(got.ids, ids)
+        np.testing.assert_array_equal(got.valid, valid)
+        assert max_diff(got.actions, out.actions) < 1e-4
+        right = agreed(*guess, ids, valid)
+        needed = np.where(ended, valid.sum(-1) - 1, MOST) - right
+        assert int(got.steps) == needed.max()
+    if kind == "right":
+        assert int(got.steps) == 0
+    if kind == "empty":
+        assert int(got.steps) == int(out.steps) == MOST
+    if kind == "wrong somewhere":
+        assert set(right.tolist()) >= set(range(4))  # every position had its turn
+
+
+def test_the_cache_holds_what_was_said_and_nothing_else(plain):
+    """After a wrong draft: as many positions, the same visible keys; a rejected token is a hole."""
+    model, obs, out = plain
+    few = rows(obs, slice(0, 16))
+    ids, valid = np.asarray(out.ids)[:16], np.asarray(out.valid)[:16]
+    guess = drafts("wrong somewhere", ids.copy(), valid.copy(), np.random.default_rng(0))
+
+    def run(model, obs, guess):
+        draft = None if guess is None else as_draft(*guess, max_tokens=MOST, eos_id=EOS)
+        first, cache = decode.prefill(model, obs, draft, lean=True)
+        speech = {k: OPTIONS[k] for k in ("eos_id", "allowed", "max_tokens")}
+        return generate(
+            model, cache, first.prompt_last, jax.random.key(0), draft=draft, draft_hidden=first.text, **speech
+        )[1]
+
+    a, b = jax.jit(run)(model, few, None), jax.jit(run)(model, few, guess)
+    assert jnp.array_equal(a.next_pos, b.next_pos)
+    for row in range(16):
+        for x, y in zip((*a.k, *a.v), (*b.k, *b.v), strict=True):
+            assert max_diff(x[row][np.asarray(a.valid)[row]], y[row][np.asarray(b.valid)[row]]) < 1e-4
+
+
+def test_a_draft_needs_greedy_decoding(plain):
+    model, obs, out = plain
+    with pytest.raises(ValueError, match="greedy"):
+        decode.act(model, obs, jax.random.key(0), draft=(out.ids, out.valid), temperature=0.5, **OPTIONS)
+
+
+def test_plain_layers_take_drafts_too(plain):
+    """The stacked form (used between training steps) checks drafts by the same code."""
+    cfg = tiny_config()
+    model, obs = tiny_model(cfg), ragged_observation(cfg)
+    out = act(model, obs, jax.random.key(0), **OPTIONS)
+    got = act(model, obs, jax.random.key(0), draft=(out.ids, out.valid), **OPTIONS)
+    assert int(got.steps) == 0
+    assert jnp.array_equal(got.ids, out.ids)
+    assert max_diff(got.actions, out.actions) < 1e-4
