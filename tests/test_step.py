@@ -1,0 +1,158 @@
+"""If this fails, an option that should only save time or memory changes what is learnt, or an augmentation does damage."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import PRESETS
+from openpi_ar.config import AugmentConfig, OptimizerConfig
+from openpi_ar.data.augment import augment
+from openpi_ar.errors import UserError
+from openpi_ar.training import experiment, memory
+from openpi_ar.training import step as steps
+from openpi_ar.training.optimizer import make_optimizer, stored_as
+from openpi_ar.training.state import train_key
+from openpi_ar.training.step import accumulated_gradients, make_train_step
+from openpi_ar.types import Batch
+from tests.model_fixtures import compute_loss, ragged_batch, rows, tiny_config, tiny_model
+
+DEBUG = PRESETS["debug"]
+CFG = dataclasses.replace(DEBUG, model=tiny_config(), batch_size=6)
+
+
+def with_optimizer(**changes):
+    return dataclasses.replace(CFG, optimizer=dataclasses.replace(CFG.optimizer, **changes))
+
+
+def six_rows() -> Batch:
+    """Rows whose supervised tokens and action entries differ in number, so that a mean of means would be wrong."""
+    a, b = ragged_batch(CFG.model, 0), ragged_batch(CFG.model, 1)
+    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+    assert isinstance(both, Batch)
+    silent = jnp.arange(6)[:, None] != 4
+    return dataclasses.replace(both, target=dataclasses.replace(both.target, loss=both.target.loss & silent))
+
+
+def test_accumulated_slices_weigh_every_token_and_entry_alike():
+    cfg, model, batch, key = with_optimizer(accumulate=3), tiny_model(CFG.model), six_rows(), jax.random.key(7)
+    grads, metrics = jax.jit(accumulated_gradients, static_argnames="cfg")(model, model, batch, key, cfg=cfg)
+    # By hand: sums over slices divided by the counts of the whole.
+    tokens, entries, text, flow, counts = 0.0, 0.0, 0.0, 0.0, []
+    for i, k in enumerate(jax.random.split(key, 3)):
+        part = rows(batch, np.arange(i, 6, 3))
+        scored, acted = float((part.target.loss & part.target.valid).sum()), float(part.action_mask.sum())
+        _, m = compute_loss(model, part, k, cfg.loss)
+        tokens, entries = tokens + scored, entries + acted
+        text, flow = text + scored * float(m["text_ce"]), flow + acted * float(m["flow"])
+        counts.append(scored)
+    np.testing.assert_allclose(float(metrics["text_ce"]), text / tokens, rtol=1e-5)
+    np.testing.assert_allclose(float(metrics["flow"]), flow / entries, rtol=1e-5)
+    assert len(set(counts)) > 1
+    # One slice of everything is a plain gradient: the text part does not depend on noise.
+    textual = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, flow_weight=0.0))
+    whole = dataclasses.replace(textual, optimizer=CFG.optimizer)
+    run = jax.jit(accumulated_gradients, static_argnames="cfg")
+    a, b = (run(model, model, batch, key, cfg=c)[0] for c in (textual, whole))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), a, b)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(a)) > 1e-2
+
+
+def test_slices_hold_a_part_of_the_activations():
+    def temporaries(accumulate: int) -> int:
+        cfg = dataclasses.replace(
+            DEBUG, batch_size=64, optimizer=dataclasses.replace(DEBUG.optimizer, accumulate=accumulate)
+        )
+        step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
+        args = memory.abstract_state(cfg), memory.abstract_batch(cfg), train_key(cfg)
+        return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8) < 0.4 * temporaries(1)
+
+
+def test_state_is_donated():
+    cfg = DEBUG
+    step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
+    state, batch = memory.abstract_state(cfg), memory.abstract_batch(cfg)
+    analysis = step.lower(state, batch, train_key(cfg)).compile().memory_analysis()
+    assert analysis.alias_size_in_bytes == memory.nbytes(state)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "changes", "words"),
+    [
+        (6, {"accumulate": 4}, "batch_size 6 does not divide into optimizer.accumulate 4"),
+        (6, {"accumulate": 0}, "accumulate 0"),
+        (6, {"moment_dtype": "bfloat16", "b2": 0.999}, "b2 0.99 or less"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(batch_size, changes, words):
+    cfg = with_optimizer(**changes)
+    with pytest.raises(UserError, match=words):
+        experiment.check_config(dataclasses.replace(cfg, batch_size=batch_size))
+
+
+def test_bfloat16_moments_follow_float32_ones():
+    """On a noisy quadratic: the same path within a few percent, and a second moment that comes down again."""
+    cfg = OptimizerConfig(peak_lr=3e-2, final_lr=3e-3, warmup_steps=10, b2=0.99, weight_decay=0.0)
+    noise = jax.random.normal(jax.random.key(0), (400, 64))
+
+    def run(dtype: str):
+        tx = make_optimizer(dataclasses.replace(cfg, moment_dtype=dtype), 400)
+        target = jnp.linspace(-1.0, 1.0, 64)
+
+        def one(carry, e):
+            x, state = carry
+            updates, state = tx.update(x - target + 0.1 * e, state, x)
+            x = optax.apply_updates(x, updates)
+            return (x, state), jnp.abs(x - target).mean()
+
+        (_, state), errors = jax.lax.scan(one, (jnp.zeros(64), tx.init(jnp.zeros(64))), noise)
+        adam = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu"))
+        return np.asarray(errors), adam
+
+    (a, wide), (b, narrow) = run("float32"), run("bfloat16")
+    assert (narrow.mu.dtype, narrow.nu.dtype, narrow.count.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.int32)
+    assert a[-1] < 0.1 * a[0]
+    np.testing.assert_allclose(b[-50:].mean(), a[-50:].mean(), rtol=0.15)
+    np.testing.assert_allclose(narrow.nu.astype(jnp.float32).mean(), wide.nu.mean(), rtol=0.2)
+    # Negative control: with b2 0.999, which the config refuses, the moment gets stuck at what it was.
+    stuck = stored_as(optax.scale_by_adam(b2=0.999), "bfloat16")
+    state = stuck.init(jnp.ones(1))
+    for scale in [1.0] * 3 + [0.0] * 50:
+        _, state = stuck.update(jnp.full(1, scale), state)
+    assert float(state.nu[0]) == float(stuck.update(jnp.zeros(1), state)[1].nu[0]) > 0
+
+
+# ---- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def observation(size: int = 24):
+    """A grey ramp from left to right in both cameras, uint8."""
+    obs = six_rows().observation
+    ramp = np.broadcast_to(np.linspace(0, 255, size).astype(np.uint8)[:, None], (size, size, 3))
+    return dataclasses.replace(obs, images=np.broadcast_to(ramp, (6, 2, size, size, 3)).copy())
+
+
+CAMERAS = ("front", "wrist")
+
+
+def test_no_augmentation_is_the_same_object():
+    obs = observation()
+    assert augment(obs, jax.random.key(0), AugmentConfig(), CAMERAS) is obs
+
+
+def test_training_sees_augmented_images_and_each_step_others(monkeypatch):
+    seen = []
+    real = steps.augment
+    monkeypatch.setattr(steps, "augment", lambda obs, key, *a: seen.append(key) or real(obs, key, *a))
+    cfg = dataclasses.replace(CFG, augment=AugmentConfig(crop=0.1, brightness=0.3))
+    model, batch = tiny_model(cfg.model), six_rows()
+    run = jax.jit(accumulated_gradients, static_argnames="cfg")
+    losses = [float(run(model, model, batch, jax.random.key(k), cfg=cfg)[1]["text_ce"]) for k in (0, 1)]
+    plain = [float(run(model, model, batch, jax.random.key(k), cfg=CFG)[1]["text_ce"]) for k in (0, 1)]
+    assert plain[0] == pytest.approx(plain[1], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0]) and len(seen) == 2
