@@ -33,7 +33,8 @@ def test_every_preset_initialises_abstractly_at_full_size(name):
     assert cfg.text.template in TEMPLATES
     if isinstance(cfg.data, LeRobotData):
         # PaliGemma 3B, Gemma 300M and their joints.
-        assert 3.2e9 < parameters < 3.4e9
+        adapters = 0.1e9 if "lora" in name else 0
+        assert 3.2e9 < parameters < 3.4e9 + adapters
     else:
         assert parameters < 4e6
 
