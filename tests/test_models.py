@@ -1,6 +1,7 @@
 """If this fails, the towers no longer compute what openpi's compute, or no longer build at every size."""
 
 import dataclasses
+import gzip
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.siglip import SigLIP
 from tests.model_fixtures import max_diff, tiny_config, tiny_model
 
-REFERENCE = Path(__file__).parents[2] / "shared/reference/checkpoints"
+KEYS = Path(__file__).parent / "golden" / "keys" / "public_checkpoints.json.gz"
 
 
 @pytest.mark.parametrize(("pi05", "horizon", "count"), [(True, 10, 3_353_433_872), (False, 50, 3_238_048_528)])
@@ -31,10 +32,8 @@ def test_full_size_parameter_count_is_openpis(pi05, horizon, count):
 @pytest.mark.parametrize("name", ["pi05", "pi0"])
 def test_full_size_shapes_are_openpis(name):
     """Every array of openpi's full-size tree has a counterpart of the same shape here, and nothing is left over."""
-    path = REFERENCE / f"openpi_jax_{name}.json"
-    if not path.exists():
-        pytest.skip("reference key lists are not beside this checkout")
-    theirs = [tuple(shape) for shape, _ in json.loads(path.read_text())["params"].values()]
+    public = json.loads(gzip.decompress(KEYS.read_bytes()))
+    theirs = [tuple(shape) for shape, _ in public[f"openpi_jax_{name}"].values()]
     model = jax.eval_shape(lambda: Pi0(ModelConfig(pi05=name == "pi05"), rngs=nnx.Rngs(0)))
     ours = [leaf.shape for leaf in jax.tree.leaves(model)]
     # The one difference in form: openpi keeps a leading 1 on the position embedding.

@@ -64,7 +64,8 @@ class _AssetsHandler(ocp.CheckpointHandler):
         save_norm_stats(folder, args.assets.stats)
 
     def restore(self, directory: epath.Path, args: Any = None) -> None:
-        raise NotImplementedError("assets are plain files: read them with load_assets")
+        # orbax's interface asks for the method; nothing calls it, since no orbax is needed to read plain files.
+        raise TypeError(f"{directory} holds plain files: read them with store.load_assets")
 
 
 # orbax accepts a handler only with a type of arguments for each direction.
