@@ -1,10 +1,15 @@
 """If this fails, a run on several devices learns something else than on one, or saves no memory by it."""
 
 import dataclasses
+import json
+import os
 from pathlib import Path
+import subprocess
+import sys
 
 import jax
 from jax.sharding import PartitionSpec
+import numpy as np
 import pytest
 
 from configs import PRESETS
@@ -13,6 +18,62 @@ from openpi_ar.training import memory, sharding
 
 ROOT = Path(__file__).parents[1]
 DEBUG, FULL, LORA = PRESETS["debug"], PRESETS["pi05_subtask"], PRESETS["pi05_subtask_lora"]
+
+# Ten steps on the same batch, on one device, and on 8 that hold two copies in 4 pieces each.
+RUN = """
+import dataclasses, json
+import jax, numpy as np
+from configs import PRESETS
+from openpi_ar.data.inputs import stack_rows, to_device
+from openpi_ar.training import memory, sharding
+from openpi_ar.training.optimizer import make_optimizer
+from openpi_ar.training.state import train_key
+from openpi_ar.training.step import make_train_step
+from tests.data_fixtures import sources, transform
+
+cfg = dataclasses.replace(PRESETS["debug"], batch_size=8)
+cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, peak_lr=1e-3))
+tx = make_optimizer(cfg.optimizer, cfg.num_steps)
+t, data = transform(), sources()[0]
+rows = stack_rows([t.sample(data[i]) for i in range(8)])
+abstract = memory.abstract_state(cfg)
+# Filled on the host: initialising for real would compile a large program for each mesh.
+rng = np.random.default_rng(0)
+start = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+model = jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(x.dtype), abstract.model)
+start = start._replace(model=model, ema=model)
+out = {}
+for name, count, pieces in (("one", 1, 1), ("pieces", 8, 4)):
+    mesh = jax.make_mesh((count // pieces, pieces), ("data", "fsdp"), devices=jax.devices()[:count],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placement = sharding.Placement(mesh)
+    where = sharding.shardings(abstract, placement)
+    state = jax.tree.map(jax.device_put, start, where)
+    step, batch, losses = make_train_step(cfg, tx, where), to_device(rows, placement.batch), []
+    for _ in range(10):
+        state, metrics = step(state, batch, train_key(cfg))
+        losses.append(float(metrics["loss"]))
+    first = jax.devices()[0]
+    held = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards if s.device == first)
+    out[name] = {"losses": losses, "held": held, "expected": sharding.nbytes(abstract, pieces), "same": all(
+        x.sharding == s for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True))}
+print("RESULT " + json.dumps(out))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_eight_devices_learn_what_one_does_and_hold_their_share():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, env=env, capture_output=True, text=True, timeout=570)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = json.loads(done.stdout.split("RESULT ")[1])
+    one, pieces = out["one"], out["pieces"]
+    assert one["losses"][-1] < 0.9 * one["losses"][0]  # it is a run, not a standstill
+    np.testing.assert_allclose(pieces["losses"], one["losses"], rtol=1e-5)
+    assert one["held"] == one["expected"]
+    assert pieces["held"] == pieces["expected"] < 0.5 * one["held"]
+    assert all(o["same"] for o in out.values())  # what is cut stays cut
 
 
 @pytest.mark.parametrize("name", PRESETS)

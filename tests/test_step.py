@@ -15,7 +15,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.training import experiment, memory
 from openpi_ar.training import step as steps
 from openpi_ar.training.optimizer import make_optimizer, stored_as
-from openpi_ar.training.state import train_key
+from openpi_ar.training.state import init_model, train_key
 from openpi_ar.training.step import accumulated_gradients, make_train_step
 from openpi_ar.types import Batch
 from tests.model_fixtures import compute_loss, ragged_batch, rows, tiny_config, tiny_model
@@ -127,6 +127,29 @@ def test_bfloat16_moments_follow_float32_ones():
     assert float(state.nu[0]) == float(stuck.update(jnp.zeros(1), state)[1].nu[0]) > 0
 
 
+def test_what_is_recomputed_changes_the_memory_and_no_gradient():
+    rng = np.random.default_rng(0)
+    x, mask = jnp.asarray(rng.normal(size=(2, 40, 32)), jnp.float32), jnp.ones((2, 40, 40), bool)
+    leaves = jax.tree.leaves(tiny_model(tiny_config()).vlm)
+
+    def gradient(**changes):
+        cfg = dataclasses.replace(CFG, model=tiny_config(**changes))
+        vlm = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lambda: init_model(cfg)).vlm), leaves)
+        positions = jnp.broadcast_to(jnp.arange(40), (2, 40))
+        loss = lambda m: jnp.square(m(x, positions, mask, remat=cfg.model.remat)[0]).sum()
+        compiled = jax.jit(jax.grad(loss)).lower(vlm).compile()
+        return jax.tree.leaves(compiled(vlm)), compiled.memory_analysis().temp_size_in_bytes
+
+    plain, most = gradient(remat=False)
+    used = []
+    for policy in ("full", "weights", "dots"):
+        got, size = gradient(remat=True, remat_policy=policy)
+        used.append(size)
+        for a, b in zip(got, plain, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert used[0] < used[1] < used[2] <= most
+
+
 # ---- augmentation ---------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +166,37 @@ CAMERAS = ("front", "wrist")
 def test_no_augmentation_is_the_same_object():
     obs = observation()
     assert augment(obs, jax.random.key(0), AugmentConfig(), CAMERAS) is obs
+
+
+def test_a_crop_is_a_window_of_the_image_and_leaves_the_wrist_alone():
+    obs = observation()
+    got = np.asarray(augment(obs, jax.random.key(0), AugmentConfig(crop=0.2), CAMERAS).images)
+    plain = obs.images.astype(np.float32) / 127.5 - 1.0
+    assert got.dtype == np.float32 and got.min() >= -1.0 and got.max() <= 1.0
+    np.testing.assert_allclose(got[:, 1], plain[:, 1], atol=1e-5)
+    # A window of a ramp is a ramp: from `left` on, flatter by the scale; each row of the batch has its own.
+    inner = got[:, 0, 12, 4:-4, 0]
+    slope, full = np.diff(inner, axis=1), np.diff(plain[0, 0, 12, 4:-4, 0]).mean()
+    ratio = slope.mean(1) / full
+    assert ((ratio > 0.79) & (ratio <= 1.001)).all() and len(set(ratio.round(4))) > 3
+    left = got[:, 0, 12, :, 0].min(1)
+    assert (left >= -1.0).all() and (left < -1.0 + 0.2 * 2 + 0.05).all()
+
+
+def test_colours_change_only_what_they_say():
+    obs = observation()
+    images = obs.images.copy()
+    images[..., 0] //= 2  # something to saturate
+    obs = dataclasses.replace(obs, images=images)
+    plain = images.astype(np.float32) / 127.5 - 1.0
+    grey = lambda x: ((x + 1) / 2) @ np.array([0.299, 0.587, 0.114])
+    run = lambda **c: np.asarray(augment(obs, jax.random.key(1), AugmentConfig(**c), CAMERAS).images)
+    np.testing.assert_allclose(grey(run(saturation=0.2))[..., 4:-4], grey(plain)[..., 4:-4], atol=1e-4)
+    dim = run(brightness=0.5)
+    factor = (dim[:, :, 12, 8, 1] + 1) / (plain[:, :, 12, 8, 1] + 1)
+    assert ((factor > 0.5) & (factor < 1.5)).all() and np.ptp(factor) > 0.1
+    assert not np.allclose(run(contrast=0.4), plain, atol=0.05)
+    assert all(np.isfinite(run(brightness=0.9, contrast=0.9, saturation=0.9, crop=0.5)).ravel())
 
 
 def test_training_sees_augmented_images_and_each_step_others(monkeypatch):

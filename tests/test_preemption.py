@@ -1,0 +1,119 @@
+"""If this fails, a killed run leaves a checkpoint that cannot be read, or saving fills the host's memory or the disk."""
+
+import dataclasses
+import os
+from pathlib import Path
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from openpi_ar.checkpoints import store
+from openpi_ar.training.best import KeepBest
+from openpi_ar.training.metrics import MetricsLog
+from tests.test_checkpoints import CFG, abstract, assets, random_state
+
+ROOT = Path(__file__).parents[1]
+
+# Saves as fast as it can from the step after the last whole one on.
+SAVER = """
+import sys
+from pathlib import Path
+from openpi_ar.checkpoints import store
+from tests.test_checkpoints import CFG, assets, random_state
+
+directory = Path(sys.argv[1])
+writer, step = store.CheckpointStore(directory, keep_last=1), (store.latest_step(directory) or 0) + 1
+print("saving", flush=True)
+while True:
+    writer.save(random_state(CFG, step), 10 * step, assets(CFG))
+    step += 1
+"""
+
+
+def kill_while_saving(directory: Path, rng: np.random.Generator) -> int:
+    """Runs the saver, kills it at a random moment, and returns the newest step, whose every number was checked."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", SAVER, str(directory)], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    before = store.latest_step(directory) or 0
+    process.stdout.readline()
+    deadline = time.monotonic() + 120
+    while (store.latest_step(directory) or 0) <= before and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0.0, 0.4))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    newest = store.latest_step(directory)
+    assert newest is not None and newest > before
+    for step in store.complete_steps(directory):
+        restored, position = store.restore_train_state(directory / str(step), abstract(CFG))
+        jax.tree.map(np.testing.assert_array_equal, restored, random_state(CFG, step))
+        assert position == 10 * step
+    store.load_policy_checkpoint(directory)
+    return newest
+
+
+def test_a_run_killed_while_saving_leaves_only_whole_checkpoints(tmp_path):
+    rng = np.random.default_rng(0)
+    # Twenty moments where asked for (about two minutes); two otherwise.
+    steps = [kill_while_saving(tmp_path, rng) for _ in range(20 if os.environ.get("OPENPI_AR_SLOW") else 2)]
+    assert steps == sorted(set(steps))
+    # Negative control: a step that was cut short is told apart from a whole one.
+    (tmp_path / str(steps[-1]) / "params" / "_METADATA").unlink()
+    assert store.latest_step(tmp_path) != steps[-1]
+
+
+def test_many_saves_take_no_more_memory_than_a_few(tmp_path):
+    state = random_state(CFG, 1)
+    writer = store.CheckpointStore(tmp_path, keep_last=1)
+
+    def save(first: int, count: int) -> int:
+        for step in range(first, first + count):
+            writer.save(state._replace(step=np.int32(step)), step, assets(CFG))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    few = save(1, 5)
+    many = save(6, 195 if os.environ.get("OPENPI_AR_SLOW") else 15)
+    writer.close()
+    assert many - few < 50 * 1024  # KiB
+    assert len(store.complete_steps(tmp_path)) == 2
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    writer = store.CheckpointStore(tmp_path, keep_last=1, keep_every=4)
+    for step in (2, 4, 6, 8, 10, 12, 13):
+        writer.save(random_state(CFG, step), step, assets(CFG))
+    writer.close()
+    assert store.complete_steps(tmp_path) == [4, 8, 12, 13]
+
+
+def test_the_best_parameters_are_kept_whatever_comes_after(tmp_path):
+    cfg = dataclasses.replace(CFG, keep_best="-said_exact")
+    log = MetricsLog(tmp_path, cfg, start_step=0)
+    keep = KeepBest(cfg, tmp_path, assets(cfg))
+    saved = []
+    for step, value in ((1, 0.2), (2, 0.6), (3, 0.6), (4, 0.1)):
+        log.write("eval", step, {"said_exact": value})
+        saved.append(keep.offer(step, {"said_exact": value}, random_state(cfg, step)))
+    keep.close()
+    assert saved == [True, True, False, False]
+    assert store.complete_steps(tmp_path / "best") == [2]
+    model = store.load_policy_checkpoint(tmp_path / "best")[1]
+    jax.tree.map(np.testing.assert_array_equal, model, random_state(cfg, 2).ema)
+    # A resumed run goes on from the best so far; one resumed from before it forgets it.
+    again = KeepBest(cfg, tmp_path, assets(cfg))
+    assert not again.offer(5, {"said_exact": 0.5}, random_state(cfg, 5))
+    again.close()
+    MetricsLog(tmp_path, cfg, start_step=1)
+    early = KeepBest(cfg, tmp_path, assets(cfg))
+    assert early.offer(2, {"said_exact": 0.5}, random_state(cfg, 2))
+    early.close()
+    with pytest.raises(store.UserError, match="no held-out metric 'said_exact'; there are loss"):
+        KeepBest(cfg, tmp_path, assets(cfg)).offer(9, {"loss": 1.0}, random_state(cfg, 9))
