@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import sys
 import time
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from openpi_ar.data.sources import TrainingSource, load_sources
 from openpi_ar.data.tabletop import PromptSwap
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
-from openpi_ar.training import cli, experiment, memory
+from openpi_ar.training import cli, distributed, experiment, memory
 from openpi_ar.training.best import KeepBest
 from openpi_ar.training.evaluate import Evaluator
 from openpi_ar.training.initial import load_initial
@@ -64,7 +65,8 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     saved = None if resume_from is None else store.load_assets(resume_from)
     tokenizer = load_tokenizer(cfg.text.tokenizer) if saved is None else saved.tokenizer
     check_tokenizer(cfg, tokenizer)
-    train, held_out, remarks = load_sources(cfg)
+    with distributed.primary_first("data"):
+        train, held_out, remarks = load_sources(cfg)
     stats = train.norm_stats("quantile" if cfg.model.pi05 else "z_score") if saved is None else saved.stats
     transform = InputTransform(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
@@ -76,7 +78,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         augment=PromptSwap(train.prompts, cfg.data.prompt_swap),
         sharding=placement.batch,
     )
-    print("\n".join([f"data: {len(train)} training frames, {len(held_out)} held out", *remarks]), flush=True)
+    distributed.say(f"data: {len(train)} training frames, {len(held_out)} held out", *remarks)
     return Data(loader, train, held_out, transform, store.Assets(cfg, tokenizer, stats))
 
 
@@ -104,15 +106,18 @@ def make_state(
     where = jax.tree.map(lambda x: x.sharding, abstract)
     if cfg.init_from:
         model, notes = load_initial(cfg)
-        print("\n".join([f"starting from {cfg.init_from}", *notes]), flush=True)
+        distributed.say(f"starting from {cfg.init_from}", *notes)
     elif cfg.data.vision_steps:
-        fresh = jax.jit(lambda: init_model(cfg), out_shardings=placement.replicated)()
-        model, error = pretrain_vision(fresh, source, steps=cfg.data.vision_steps, seed=cfg.seed)
-        print(f"vision tower: objects placed to {error:.2f} cm after {cfg.data.vision_steps} steps", flush=True)
+        model, steps = jax.jit(lambda: init_model(cfg))(), cfg.data.vision_steps
+        quiet = not distributed.is_primary()
+        model, error = pretrain_vision(model, source, steps=steps, seed=cfg.seed, quiet=quiet)
+        # Every process has trained it; machines may round differently.
+        model.img = distributed.same_everywhere(model.img)
+        distributed.say(f"vision tower: objects placed to {error:.2f} cm after {steps} steps")
     else:
         # One program, kept by the compilation cache; eagerly it is a hundred small ones.
         return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
-    model = jax.device_put(model, where.model)
+    model = distributed.spread(model, where.model)
     return jax.jit(lambda model: state_of(cfg, tx, model), out_shardings=where)(model), 0
 
 
@@ -127,7 +132,7 @@ def train(
     """Runs to `num_steps`, or to the end of the step in which a signal asks to stop; saves either way."""
     step = start = int(state.step)
     schedule, key = make_schedule(cfg.optimizer, cfg.num_steps), train_key(cfg)
-    evaluate = Evaluator(cfg, data.held_out, data.transform, placement.batch)
+    evaluate = Evaluator(cfg, data.held_out, data.transform, placement)
     log = MetricsLog(directory, cfg, start_step=start)
     checkpoints = store.CheckpointStore(directory, keep_last=cfg.keep_last, keep_every=cfg.keep_every)
     best = KeepBest(cfg, directory, data.assets)
@@ -165,6 +170,10 @@ def train(
                     window.restart_clock()
         except FloatingPointError as e:
             raise FloatingPointError(f"{e}; {_kept(directory, checkpoints)}") from e
+        except (jax.errors.JaxRuntimeError, ValueError) as e:
+            if distributed.several():  # most likely another process died; closing would wait for it
+                _lost(e, directory)
+            raise
         finally:
             checkpoints.close()
             best.close()
@@ -176,6 +185,16 @@ def train(
         else:
             display.line(f"done: {directory / str(step)}")
     return state
+
+
+def _lost(error: Exception, directory: Path) -> NoReturn:
+    reason = " ".join(str(error).split())[:200]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} lost the others or failed ({reason}); the last "
+        f"checkpoint is of step {store.latest_step(directory)}: start all processes again with --resume",
+        file=sys.stderr,
+    )
+    distributed.end_alone(1)
 
 
 def _kept(directory: Path, checkpoints: store.CheckpointStore) -> str:
@@ -204,7 +223,7 @@ def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
     step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps), where)
     need = memory.measure(cfg, step_fn, state, memory.abstract_batch(cfg, placement.batch))
     have, source = memory.available_bytes()
-    print(memory.describe(need, have, source, "memory of the compiled training step"), flush=True)
+    distributed.say(memory.describe(need, have, source, "memory of the compiled training step"))
     memory.check(cfg, need, have, source, PRESETS, devices=placement.devices)
     return step_fn
 
@@ -214,20 +233,31 @@ def run(argv: Sequence[str]) -> None:
     args = cli.parse(argv, HELP, get_preset)
     cfg = args.config
     experiment.check_config(cfg)
-    make_schedule(cfg.optimizer, cfg.num_steps)
     resume_from = experiment.plan(cfg, resume=args.resume, overwrite=args.overwrite)
     enable_compilation_cache()
+    distributed.start(args.distributed)  # nothing has computed until here
+    make_schedule(cfg.optimizer, cfg.num_steps)
+    resume_from = experiment.agreed_step(cfg, resume_from)
     placement = make_placement(cfg)
     need, have, source = memory.check_fits(cfg, PRESETS, devices=placement.devices)
-    print(memory.describe(need, have, source), flush=True)
+    distributed.say(memory.describe(need, have, source))
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
     state, data.loader.position = make_state(cfg, placement, data.train, resume_from)
     if int(state.step) >= cfg.num_steps:
-        print(f"nothing left to do: step {int(state.step)} of {cfg.num_steps} is saved; raise --num-steps to go on")
+        distributed.say(
+            f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to go on"
+        )
         return
     directory = experiment.create(cfg, overwrite=args.overwrite)
     train(cfg, directory, data, state, placement, step_fn)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        distributed.end_alone(code)
+    raise SystemExit(code) from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,11 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(e), 2)
     except FloatingPointError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(str(e), 1)
     except KeyboardInterrupt:
         print("interrupted; nothing was saved since the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

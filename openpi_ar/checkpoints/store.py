@@ -58,6 +58,8 @@ class _AssetsHandler(ocp.CheckpointHandler):
 
     def save(self, directory: epath.Path, args: _AssetsArgs) -> None:
         assert args.assets is not None
+        if jax.process_index() != 0:
+            return
         folder = Path(directory)
         (folder / CONFIG).write_text(config_json.dumps(args.assets.config))
         (folder / TOKENIZER).write_bytes(args.assets.tokenizer.model_bytes)
@@ -76,7 +78,8 @@ class CheckpointStore:
     """The writer of one experiment's directory.
 
     Keeps the last `keep_last` checkpoints besides the newest, and those of steps that are multiples of `keep_every`. One save
-    is in flight at a time: the next waits for it, so the host holds one copy of the state at most.
+    is in flight at a time: the next waits for it, so the host holds one copy of the state at most. What a killed run left
+    half-written is deleted. Of several processes each writes what lies on its devices; all must make the same calls.
     """
 
     def __init__(self, directory: Path, *, keep_last: int, keep_every: int = 0):
@@ -88,7 +91,9 @@ class CheckpointStore:
                 "train_state": ocp.PyTreeCheckpointHandler(),
                 "assets": _AssetsHandler(),
             },
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last + 1, keep_period=keep_every or None),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_last + 1, keep_period=keep_every or None, cleanup_tmp_directories=True
+            ),
         )
 
     def save(self, state: TrainState, data_position: int, assets: Assets) -> None:
@@ -273,7 +278,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args.PyTreeRestore:
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(x: Any) -> Any:
         # The data position stays a numpy int64: jax would narrow it.

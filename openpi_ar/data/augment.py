@@ -6,11 +6,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
+import numpy as np
 
 from openpi_ar.config import AugmentConfig
 from openpi_ar.types import Array, Observation
 
-_GREY = jnp.array([0.299, 0.587, 0.114])
+_GREY = np.float32([0.299, 0.587, 0.114])
 """Weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 

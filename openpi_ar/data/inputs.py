@@ -17,6 +17,7 @@ from PIL import Image
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robots import RobotSpec
+from openpi_ar.data.shards import place
 from openpi_ar.data.transforms import pad_dims
 from openpi_ar.errors import UserError
 from openpi_ar.text import prompts
@@ -208,7 +209,7 @@ def stack_rows(rows: Sequence[Arrays]) -> Arrays:
 
 def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> Batch | Observation:
     """Stacked arrays to the model's types, on the device. A Batch if they hold actions."""
-    a = jax.device_put(arrays, sharding)
+    a = place(arrays, sharding)
     obs = Observation(images=a["images"], image_mask=a["image_mask"], prompt=Text(**a["prompt"]), state=a["state"])
     if "actions" not in a:
         return obs

@@ -9,6 +9,7 @@ from grain.sources import RandomAccessDataSource
 import jax
 import numpy as np
 
+from openpi_ar.data import shards
 from openpi_ar.data.inputs import Arrays, InputTransform, stack_rows, to_device
 from openpi_ar.types import Batch
 
@@ -22,7 +23,8 @@ Source = RandomAccessDataSource[dict]
 
 
 class Loader(Iterator[Batch]):
-    """Endless batches. Every epoch is a fresh permutation of the source; batches run across epoch borders.
+    """Endless batches. Every epoch is a fresh permutation of the source; batches run across epoch borders. Of several
+    processes each makes the rows that lie on its devices (`data/shards.py`).
 
     Batch i depends on the seed and i alone, so `position` is all there is to save and a restored run goes on with the
     very next batch. `wait_seconds` is how long the last `next` waited for data: near zero when the device is the limit.
@@ -41,8 +43,9 @@ class Loader(Iterator[Batch]):
         dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         if augment is not None:
             dataset = dataset.random_map(augment)
-        self.dataset = dataset.map(transform.sample).batch(batch_size, batch_fn=stack_rows)
-        self._sharding = sharding
+        dataset, rows = shards.share(dataset, batch_size, sharding)
+        self.dataset = dataset.map(transform.sample).batch(rows, batch_fn=stack_rows)
+        self._sharding, self._batch_size = sharding, batch_size
         self._iterator = iter(self.dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _PREFETCHED_BATCHES)))
         self.wait_seconds = 0.0
 
@@ -50,7 +53,7 @@ class Loader(Iterator[Batch]):
         start = time.perf_counter()
         arrays: Arrays = next(self._iterator)
         self.wait_seconds = time.perf_counter() - start
-        return _as_batch(arrays, self._sharding)
+        return _as_batch(shards.joined(arrays, self._sharding, self._batch_size), self._sharding)
 
     @property
     def position(self) -> int:

@@ -8,6 +8,7 @@ import shutil
 from openpi_ar.checkpoints import store
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
+from openpi_ar.training import distributed
 from openpi_ar.training.metrics import FILE, read_metrics
 from openpi_ar.training.state import TrainState
 
@@ -25,16 +26,20 @@ class KeepBest:
         self._assets, self._writer, self._best = assets, None, math.inf
         if not self._metric:
             return
-        folder = directory / FOLDER
-        kept = store.latest_step(folder)
-        if kept is not None:
-            known = {r["step"]: r.get(self._metric) for r in read_metrics(directory / FILE) if r["kind"] == "eval"}
-            value = known.get(kept)
-            if value is None:  # of a step after the one resumed from: it will come again
-                shutil.rmtree(folder)
-            else:
-                self._best = self._sign * value
-        self._writer = store.CheckpointStore(folder, keep_last=0)
+        self._best = distributed.agree(self._earlier(directory) if distributed.is_primary() else math.inf)
+        self._writer = store.CheckpointStore(directory / FOLDER, keep_last=0)
+
+    def _earlier(self, directory: Path) -> float:
+        """The value of what is kept already, infinite if there is nothing."""
+        kept = store.latest_step(directory / FOLDER)
+        if kept is None:
+            return math.inf
+        known = {r["step"]: r.get(self._metric) for r in read_metrics(directory / FILE) if r["kind"] == "eval"}
+        value = known.get(kept)
+        if value is None:  # of a step after the one resumed from: it will come again
+            shutil.rmtree(directory / FOLDER)
+            return math.inf
+        return self._sign * value
 
     def offer(self, step: int, values: Mapping[str, float], state: TrainState) -> bool:
         """Saves the state's best parameters if these held-out values are better than any before. Returns whether it did.

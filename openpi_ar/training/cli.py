@@ -1,7 +1,7 @@
 """The command line: `--config NAME`, what to do with an existing experiment, and every field of the config as a flag."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import io
@@ -13,6 +13,7 @@ import tyro
 
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
 from openpi_ar.errors import UserError
+from openpi_ar.training.distributed import Distributed
 
 _DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
 
@@ -30,6 +31,8 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
     --overwrite         delete what the experiment's directory holds and start anew
     --data KIND         train on another kind of data than the preset's
     --data.path DIR     train on the LeRobot dataset in DIR (implies --data lerobot)
+    --distributed.coordinator HOST:PORT  --distributed.num-processes N  --distributed.process-id I
+                        one process of several; Slurm, Open MPI and TPU slices need no flag (docs/clusters.md)
 
 Presets:
 """
@@ -42,6 +45,7 @@ class Arguments:
     config: TrainConfig
     resume: bool
     overwrite: bool
+    distributed: Distributed
 
 
 def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], get_preset) -> Arguments:
@@ -61,11 +65,12 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
             print(USAGE + names, end="")
             raise SystemExit(0)
         raise UserError(f"--config NAME is needed; presets: {', '.join(presets)}; see python train.py --help")
+    processes, rest = _parse_processes(rest)
     preset = get_preset(own.config)
     kind = own.data or ("lerobot" if any(_is_path(arg) for arg in rest) else None)
     if kind is not None and not isinstance(preset.data, _DATA[kind]):
         preset = dataclasses.replace(preset, data=_DATA[kind](**_carried_over(preset.data)))
-    return Arguments(_parse_fields(preset, rest), own.resume, own.overwrite)
+    return Arguments(_parse_fields(preset, rest), own.resume, own.overwrite, processes)
 
 
 def _is_path(arg: str) -> bool:
@@ -78,18 +83,36 @@ def _carried_over(data: TabletopData | LeRobotData) -> dict[str, Any]:
     return {name: getattr(data, name) for name in ("prompt_swap", "vision_steps", "cache_dir")}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Processes:
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+
+
+def _parse_processes(rest: Sequence[str]) -> tuple[Distributed, list[str]]:
+    """(`--distributed.*`, all other arguments)."""
+    with _one_line("python train.py --help"):
+        found, others = tyro.cli(_Processes, args=list(rest), return_unknown_args=True, add_help=False)
+    return found.distributed, others
+
+
 def _parse_fields(preset: TrainConfig, rest: Sequence[str]) -> TrainConfig:
-    """tyro, with the boxes of its error messages folded into one line."""
+    with _one_line(f"python train.py --config {preset.name} --help"):
+        return tyro.cli(
+            tyro.conf.AvoidSubcommands[TrainConfig],
+            default=preset,
+            args=list(rest),
+            prog=f"python train.py --config {preset.name}",
+            description=f"Fields of preset {preset.name} and their values.",
+        )
+
+
+@contextlib.contextmanager
+def _one_line(advice: str) -> Iterator[None]:
+    """The boxes of tyro's error messages folded into one line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                tyro.conf.AvoidSubcommands[TrainConfig],
-                default=preset,
-                args=list(rest),
-                prog=f"python train.py --config {preset.name}",
-                description=f"Fields of preset {preset.name} and their values.",
-            )
+            yield
     except SystemExit as e:
         if not e.code:
             sys.stderr.write(errors.getvalue())
@@ -98,4 +121,4 @@ def _parse_fields(preset: TrainConfig, rest: Sequence[str]) -> TrainConfig:
         lines = [line for line in lines if line]
         end = next((i for i, s in enumerate(lines) if s.startswith(("Argument helptext", "For full help"))), len(lines))
         # The first line is the box's title ("Value error"); what follows says it all.
-        raise UserError(f"{' '.join(lines[1:end])}; see python train.py --config {preset.name} --help") from e
+        raise UserError(f"{' '.join(lines[1:end])}; see {advice}") from e

@@ -13,6 +13,7 @@ from openpi_ar.data.inputs import InputTransform, stack_rows, to_device
 from openpi_ar.data.loader import Source, evaluation_batches
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text import prompts
+from openpi_ar.training.sharding import Placement
 from openpi_ar.training.step import make_act, make_eval_loss
 from openpi_ar.types import Observation
 
@@ -32,9 +33,8 @@ class Evaluator:
     of rows that then say something else; both near zero mean that the prompt is ignored.
     """
 
-    def __init__(
-        self, cfg: TrainConfig, source: Source, transform: InputTransform, sharding: jax.sharding.Sharding | None = None
-    ):
+    def __init__(self, cfg: TrainConfig, source: Source, transform: InputTransform, placement: Placement | None = None):
+        sharding = None if placement is None else placement.batch
         self._cfg, self._transform = cfg, transform
         self._batches = evaluation_batches(
             source, transform, batch_size=cfg.batch_size, batches=cfg.eval_batches, sharding=sharding
@@ -47,6 +47,8 @@ class Evaluator:
             eos_id=tokenizer.eos_id,
             # A model may have more embeddings than the tokenizer has pieces; nothing may be said with those.
             allowed=np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size)),
+            # Every process sees the whole answer: all of them decide by the same figures.
+            where=None if placement is None else placement.replicated,
         )
         self._key = jax.random.key(cfg.seed)
         self._swapped = self._with_swapped_prompts(sharding)

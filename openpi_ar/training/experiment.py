@@ -7,12 +7,15 @@ from pathlib import Path
 import shutil
 import signal
 
+import jax
+
 from openpi_ar import config_json
 from openpi_ar.checkpoints import remote, store
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
 from openpi_ar.data.tabletop import asked_colors
 from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
+from openpi_ar.training import distributed
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
@@ -104,8 +107,18 @@ def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
 
 
 def create(cfg: TrainConfig, *, overwrite: bool) -> Path:
-    """Makes the experiment's directory, emptying it first if `overwrite`. Call when every other check has passed."""
+    """Makes the experiment's directory, emptying it first if `overwrite`. Call when every other check has passed.
+
+    Of several processes one makes it. Raises UserError if it cannot be written, or if a process does not see it then.
+    """
     directory = experiment_dir(cfg)
+    if distributed.is_primary():
+        _make(directory, overwrite=overwrite)
+    distributed.check_shared(directory)
+    return directory
+
+
+def _make(directory: Path, *, overwrite: bool) -> None:
     try:
         if overwrite and directory.exists():
             shutil.rmtree(directory)
@@ -114,7 +127,19 @@ def create(cfg: TrainConfig, *, overwrite: bool) -> Path:
             raise PermissionError(f"{directory} is not writable")
     except OSError as e:
         raise UserError(f"cannot write to {directory}: {e}; choose another --checkpoint-dir") from e
-    return directory
+
+
+def agreed_step(cfg: TrainConfig, resume_from: Path | None) -> Path | None:
+    """What `plan` found, if all processes found the same. Raises UserError in those that found something else."""
+    mine = -1 if resume_from is None else int(resume_from.name)
+    first = int(distributed.agree(mine))
+    if mine != first:
+        raise UserError(
+            f"process {jax.process_index()} finds {f'step {mine}' if mine >= 0 else 'no step'} to resume from in "
+            f"{experiment_dir(cfg)}, process 0 {f'step {first}' if first >= 0 else 'none'}: --checkpoint-dir must be on "
+            f"storage that all machines share"
+        )
+    return resume_from
 
 
 def _check_continues(cfg: TrainConfig, step_dir: Path) -> None:
@@ -159,8 +184,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM within the block."""
+def stop_on_signal() -> Iterator[StopRequest | distributed.PreemptionNotice]:
+    """Catches SIGINT and SIGTERM within the block. Of several processes any may get it; all stop at the same step."""
+    if distributed.several():
+        notice = distributed.PreemptionNotice()
+        previous = signal.signal(signal.SIGINT, notice.pass_on)
+        try:
+            yield notice
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        return
     request = StopRequest()
     previous = {s: signal.signal(s, request._handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

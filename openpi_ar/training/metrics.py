@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openpi_ar.config import TrainConfig
-from openpi_ar.errors import UserError
+from openpi_ar.training import distributed, tracking
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
 
@@ -20,19 +20,25 @@ FILE, PLOT = "metrics.jsonl", "loss.png"
 class MetricsLog:
     """Appends one JSON object a line: `{"step": n, "kind": "train" | "eval", ...}`.
 
-    On resume, lines after the resumed step are dropped first, so that no step appears twice. Raises UserError if an
-    extra (TensorBoard, W&B) is asked for and not installed.
+    On resume, lines after the resumed step are dropped first, so that no step appears twice; TensorBoard drops what it
+    has of those steps, and W&B goes on with the run whose id lies beside the file. Of several processes one writes. Raises
+    UserError if an extra (TensorBoard, W&B) is asked for and not installed.
     """
 
     def __init__(self, directory: Path, cfg: TrainConfig, *, start_step: int):
         self.path = directory / FILE
-        self._tensorboard = _tensorboard(directory) if cfg.tensorboard else None
-        self._wandb = _wandb(directory, cfg) if cfg.wandb else None
+        self._tensorboard = self._wandb = None
+        if not distributed.is_primary():
+            return
+        self._tensorboard = tracking.tensorboard(directory, start_step) if cfg.tensorboard else None
+        self._wandb = tracking.wandb(directory, cfg, start_step) if cfg.wandb else None
         kept = [json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= start_step]
         self.path.write_text("".join(kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record; flushed, so that a killed run keeps what it has seen."""
+        if not distributed.is_primary():
+            return
         values = {k: float(f"{v:.6g}") for k, v in values.items()}
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
@@ -44,6 +50,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Draws `loss.png` and flushes the extras."""
+        if not distributed.is_primary():
+            return
         plot_losses(self.path, self.path.parent / PLOT)
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -130,7 +138,7 @@ class Window:
 
 
 class Display:
-    """A progress bar on a terminal, plain lines elsewhere (logs, notebooks, pipes)."""
+    """A progress bar on a terminal, plain lines elsewhere (logs, notebooks, pipes). Of several processes one shows it."""
 
     def __init__(self, num_steps: int, start_step: int, title: str):
         self.console = Console(soft_wrap=True)
@@ -144,7 +152,9 @@ class Display:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=self.console) if sys.stdout.isatty() else None
+        self._bar = (
+            Progress(*columns, console=self.console) if sys.stdout.isatty() and distributed.is_primary() else None
+        )
         if self._bar is not None:
             self._task = self._bar.add_task(title, total=num_steps, completed=start_step, metrics="compiling")
 
@@ -172,14 +182,14 @@ class Display:
             return
         began, first = self._began
         left = (time.perf_counter() - began) / max(step - first, 1) * (self.num_steps - step)
-        print(f"step {step}/{self.num_steps}  {text}  ETA {_duration(left)}", flush=True)
+        distributed.say(f"step {step}/{self.num_steps}  {text}  ETA {_duration(left)}")
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._bar is not None:
             self.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            distributed.say(text)
 
     def evaluation(self, step: int, values: Mapping[str, float], said: Sequence[tuple[str, str]]) -> None:
         """Held-out metrics, and what the model says beside what it should."""
@@ -193,25 +203,3 @@ def _duration(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     h, m = divmod(minutes, 60)
     return f"{h}:{m:02}:{s:02}"
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        import tensorboardX  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise UserError("--tensorboard needs tensorboardX, which is not installed: uv sync --extra viz") from e
-    return tensorboardX.SummaryWriter(str(directory / "tensorboard"))
-
-
-def _wandb(directory: Path, cfg: TrainConfig) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise UserError("--wandb needs wandb, which is not installed: uv sync --extra wandb") from e
-    from openpi_ar import config_json
-
-    # The id ties a resumed run to the same curves.
-    run_id = f"{cfg.name}-{cfg.exp_name}"
-    return wandb.init(
-        project="openpi_ar", id=run_id, name=run_id, dir=str(directory), resume="allow", config=config_json.flatten(cfg)
-    )

@@ -102,9 +102,12 @@ def make_eval_loss(cfg: LossConfig) -> Callable[[Pi0, Batch, jax.Array], Metrics
 
 
 def make_act(
-    cfg: DecodeConfig, *, max_tokens: int, eos_id: int, allowed: np.ndarray
+    cfg: DecodeConfig, *, max_tokens: int, eos_id: int, allowed: np.ndarray, where: jax.sharding.Sharding | None = None
 ) -> Callable[[Pi0, Observation, jax.Array], decode.Act]:
-    """Jitted talk-and-act on stacked parameters, for evaluation between steps (the policy has its own)."""
+    """Jitted talk-and-act on stacked parameters, for evaluation between steps (the policy has its own).
+
+    `where`: the sharding of what comes out, if the model is on several devices.
+    """
 
     def run(model: Pi0, obs: Observation, key: jax.Array) -> decode.Act:
         return decode.act(
@@ -118,4 +121,4 @@ def make_act(
             temperature=cfg.temperature,
         )
 
-    return jax.jit(run)
+    return jax.jit(run, out_shardings=where)

@@ -76,9 +76,19 @@ def pose_loss(
 
 
 def pretrain_vision(
-    model: Pi0, source: TrainingSource, *, steps: int, batch_size: int = 64, peak_lr: float = 1e-3, seed: int = 0
+    model: Pi0,
+    source: TrainingSource,
+    *,
+    steps: int,
+    batch_size: int = 64,
+    peak_lr: float = 1e-3,
+    seed: int = 0,
+    quiet: bool = False,
 ) -> tuple[Pi0, float]:
-    """The model with its vision tower trained on poses, and the mean error over the last steps in centimetres."""
+    """The model with its vision tower trained on poses, and the mean error over the last steps in centimetres.
+
+    `quiet`: without a progress bar.
+    """
     objects = source.poses(np.zeros(1, int), model.cfg.cameras)[1].shape[1] + 1
     rngs = nnx.Rngs(seed)
     head = PoseHead(len(model.cfg.cameras), objects, model.cfg.vlm.width, rngs=rngs)
@@ -94,7 +104,9 @@ def pretrain_vision(
     tower: Any = (jax.tree.map(jnp.copy, model.img), head)  # a copy: the step donates it
     opt_state = tx.init(tower)
     errors: list[Array] = []
-    for batch in track(_batches(model, source, steps, batch_size, seed), "vision tower: poses", total=steps):
+    for batch in track(
+        _batches(model, source, steps, batch_size, seed), "vision tower: poses", total=steps, disable=quiet
+    ):
         tower, opt_state, error = run(tower, opt_state, batch)
         errors.append(error)
     trained = nnx.clone(model)

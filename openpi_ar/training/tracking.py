@@ -1,0 +1,48 @@
+"""TensorBoard and Weights & Biases, the extras that show a run's metrics elsewhere; a resumed run goes on with its curves."""
+
+from pathlib import Path
+from typing import Any
+
+from openpi_ar import config_json
+from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError
+
+ID_FILE = "wandb_id.txt"
+"""Beside `metrics.jsonl`: the id of the experiment's W&B run."""
+
+
+def tensorboard(directory: Path, start_step: int) -> Any:
+    """A writer into `<exp>/tensorboard`. What an earlier part of the run wrote there of later steps is hidden.
+
+    Raises UserError if tensorboardX is not installed.
+    """
+    try:
+        import tensorboardX  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError("--tensorboard needs tensorboardX, which is not installed: uv sync --extra viz") from e
+    # Purging is by steps from this one on; a fresh run has none to purge.
+    return tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+
+def wandb(directory: Path, cfg: TrainConfig, start_step: int) -> Any:
+    """The W&B run of an experiment: a new one, or at `start_step` > 0 the one whose id is kept in its directory.
+
+    With `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and
+    `wandb sync --append` puts them together. Raises UserError if wandb is not installed.
+    """
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError("--wandb needs wandb, which is not installed: uv sync --extra wandb") from e
+    kept = directory / ID_FILE
+    resumed = start_step > 0 and kept.exists()
+    run_id = kept.read_text().strip() if resumed else wandb.util.generate_id()
+    kept.write_text(run_id + "\n")
+    return wandb.init(
+        project="openpi_ar",
+        id=run_id,
+        name=f"{cfg.name}-{cfg.exp_name}",
+        dir=str(directory),
+        resume="allow" if resumed else "never",
+        config=config_json.flatten(cfg),
+    )
