@@ -233,7 +233,8 @@ def run(argv: Sequence[str]) -> None:
     args = cli.parse(argv, HELP, get_preset)
     cfg = args.config
     experiment.check_config(cfg)
-    resume_from = experiment.plan(cfg, resume=args.resume, overwrite=args.overwrite)
+    resume, overwrite = experiment.what_to_do(cfg, args)
+    resume_from = experiment.plan(cfg, resume=resume, overwrite=overwrite)
     enable_compilation_cache()
     distributed.start(args.distributed)  # nothing has computed until here
     make_schedule(cfg.optimizer, cfg.num_steps)
@@ -249,7 +250,7 @@ def run(argv: Sequence[str]) -> None:
             f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to go on"
         )
         return
-    directory = experiment.create(cfg, overwrite=args.overwrite)
+    directory = experiment.create(cfg, overwrite=overwrite)
     train(cfg, directory, data, state, placement, step_fn)
 
 

@@ -18,7 +18,7 @@ from openpi_ar.training.distributed import Distributed
 _DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
 
 USAGE = """\
-usage: python train.py --config NAME [--exp-name NAME] [--resume | --overwrite] [--data tabletop|lerobot]
+usage: python train.py --config NAME [--exp-name NAME] [--resume | --auto-resume | --overwrite] [--data tabletop|lerobot]
                        [--data.path DIR] [--any.field value ...]
 
 Trains a preset. Every field of its config is a flag:
@@ -28,6 +28,8 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
     --config NAME       the preset (below); `--config NAME --help` lists its fields and their values
     --exp-name NAME     name of this run (default: default)
     --resume            go on from the newest complete checkpoint, exactly as if never stopped
+    --auto-resume       go on if there is a complete checkpoint, start (anew) if there is none: one command for a scheduler
+                        that starts jobs again
     --overwrite         delete what the experiment's directory holds and start anew
     --data KIND         train on another kind of data than the preset's
     --data.path DIR     train on the LeRobot dataset in DIR (implies --data lerobot)
@@ -44,6 +46,7 @@ class Arguments:
 
     config: TrainConfig
     resume: bool
+    auto_resume: bool
     overwrite: bool
     distributed: Distributed
 
@@ -53,6 +56,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--auto-resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--data", choices=sorted(_DATA))
     try:
@@ -70,7 +74,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
     kind = own.data or ("lerobot" if any(_is_path(arg) for arg in rest) else None)
     if kind is not None and not isinstance(preset.data, _DATA[kind]):
         preset = dataclasses.replace(preset, data=_DATA[kind](**_carried_over(preset.data)))
-    return Arguments(_parse_fields(preset, rest), own.resume, own.overwrite, processes)
+    return Arguments(_parse_fields(preset, rest), own.resume, own.auto_resume, own.overwrite, processes)
 
 
 def _is_path(arg: str) -> bool:

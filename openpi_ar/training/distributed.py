@@ -78,6 +78,7 @@ def resolve(cfg: Distributed, env: Mapping[str, str]) -> Distributed | None:
             cfg,
             num_processes=int(env["OMPI_COMM_WORLD_SIZE"]) if cfg.num_processes is None else cfg.num_processes,
             process_id=int(env["OMPI_COMM_WORLD_RANK"]) if cfg.process_id is None else cfg.process_id,
+            local_devices=cfg.local_devices or (int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),),
         )
         if not cfg.coordinator and "OMPI_MCA_orte_hnp_uri" not in env:
             raise UserError(

@@ -16,6 +16,7 @@ from openpi_ar.data.tabletop import asked_colors
 from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
 from openpi_ar.training import distributed
+from openpi_ar.training.cli import Arguments
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
@@ -76,15 +77,26 @@ def experiment_dir(cfg: TrainConfig) -> Path:
     return Path(cfg.checkpoint_dir).expanduser() / cfg.name / cfg.exp_name
 
 
+def what_to_do(cfg: TrainConfig, args: Arguments) -> tuple[bool, bool]:
+    """(resume, overwrite) of a command line; `--auto-resume` is one of them, and deletes nothing that could be resumed.
+
+    Raises UserError for flags that exclude each other.
+    """
+    if args.resume + args.auto_resume + args.overwrite > 1:
+        raise UserError("--resume, --auto-resume and --overwrite exclude each other: give one of them")
+    if not args.auto_resume:
+        return args.resume, args.overwrite
+    resume = store.latest_step(experiment_dir(cfg)) is not None
+    return resume, not resume
+
+
 def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
     """The step directory to resume from, None for a fresh start. Touches nothing.
 
-    Raises UserError for contradictory flags, an existing experiment without a flag, nothing to resume, a saved config
-    that this one does not continue, or an `init_from` that is not there.
+    Raises UserError for an existing experiment without a flag, nothing to resume, a saved config that this one does not
+    continue, or an `init_from` that is not there.
     """
     directory = experiment_dir(cfg)
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: give one of them")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, expected a directory or nothing: choose another --exp-name")
     if resume:

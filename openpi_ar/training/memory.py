@@ -101,7 +101,11 @@ def measure(cfg: TrainConfig, step_fn: Any, state: TrainState, batch: Batch) -> 
     of the arguments; what the program needs besides (`memory_analysis`: temporaries, and outputs that take no argument's
     place) is gradients and activations.
     """
-    analysis = step_fn.lower(state, batch, train_key(cfg)).compile().memory_analysis()
+    return planned(cfg, step_fn.lower(state, batch, train_key(cfg)).compile().memory_analysis(), state, batch)
+
+
+def planned(cfg: TrainConfig, analysis: Any, state: TrainState, batch: Batch) -> Estimate:
+    """The plan from `memory_analysis()` of a compiled step."""
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     trained = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
     gradients = min(_per_device(trained), needed)

@@ -31,7 +31,7 @@ class MetricsLog:
         if not distributed.is_primary():
             return
         self._tensorboard = tracking.tensorboard(directory, start_step) if cfg.tensorboard else None
-        self._wandb = tracking.wandb(directory, cfg, start_step) if cfg.wandb else None
+        self._wandb = tracking.wandb(directory, cfg) if cfg.wandb else None
         kept = [json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= start_step]
         self.path.write_text("".join(kept))
 

@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases, the extras that show a run's metrics elsewhere; a resumed run goes on with its curves."""
 
 from pathlib import Path
+import secrets
 from typing import Any
 
 from openpi_ar import config_json
@@ -24,10 +25,10 @@ def tensorboard(directory: Path, start_step: int) -> Any:
     return tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
 
-def wandb(directory: Path, cfg: TrainConfig, start_step: int) -> Any:
-    """The W&B run of an experiment: a new one, or at `start_step` > 0 the one whose id is kept in its directory.
+def wandb(directory: Path, cfg: TrainConfig) -> Any:
+    """The W&B run of an experiment: the one whose id is kept in its directory, else a new one.
 
-    With `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and
+    Steps that were reported before the run was stopped come again with the same values, and W&B keeps the first. With `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and
     `wandb sync --append` puts them together. Raises UserError if wandb is not installed.
     """
     try:
@@ -35,14 +36,13 @@ def wandb(directory: Path, cfg: TrainConfig, start_step: int) -> Any:
     except ImportError as e:
         raise UserError("--wandb needs wandb, which is not installed: uv sync --extra wandb") from e
     kept = directory / ID_FILE
-    resumed = start_step > 0 and kept.exists()
-    run_id = kept.read_text().strip() if resumed else wandb.util.generate_id()
-    kept.write_text(run_id + "\n")
+    if not kept.exists():
+        kept.write_text(secrets.token_hex(4) + "\n")
     return wandb.init(
         project="openpi_ar",
-        id=run_id,
+        id=kept.read_text().strip(),
         name=f"{cfg.name}-{cfg.exp_name}",
         dir=str(directory),
-        resume="allow" if resumed else "never",
+        resume="allow",
         config=config_json.flatten(cfg),
     )
