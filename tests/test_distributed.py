@@ -139,7 +139,7 @@ class Processes:
 
     def finish(self) -> tuple[list[int], list[str]]:
         """(exit codes, what went to stderr of each)."""
-        ends = [p.communicate(timeout=240) for p in self.all]
+        ends = [p.communicate(timeout=600) for p in self.all]
         self.lines += ends[0][0].splitlines()
         self.others = "".join(out for out, _ in ends[1:])
         return [p.returncode for p in self.all], [err for _, err in ends]
@@ -171,7 +171,7 @@ def curves(root: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_two_processes_learn_what_one_does_and_lose_nothing_when_one_is_killed(tmp_path):
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     assert launch(one, 1).finish()[0] == [0]

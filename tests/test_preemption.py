@@ -1,11 +1,8 @@
 """If this fails, a killed run leaves a checkpoint that cannot be read, or saving fills the host's memory or the disk."""
 
 import dataclasses
-import os
+import multiprocessing
 from pathlib import Path
-import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -17,39 +14,34 @@ from openpi_ar.training.best import KeepBest
 from openpi_ar.training.metrics import MetricsLog
 from tests.test_checkpoints import CFG, abstract, assets, random_state
 
-ROOT = Path(__file__).parents[1]
 MIB = 2**20
 
-# Saves as fast as it can from the step after the last whole one on.
-SAVER = """
-import sys
-from pathlib import Path
-from openpi_ar.checkpoints import store
-from tests.test_checkpoints import CFG, assets, random_state
 
-directory = Path(sys.argv[1])
-writer, step = store.CheckpointStore(directory, keep_last=1), (store.latest_step(directory) or 0) + 1
-print("saving", flush=True)
-while True:
-    writer.save(random_state(CFG, step), 10 * step, assets(CFG))
-    step += 1
-"""
+# Processes that are forked from one which has imported everything and computed nothing: none waits for its imports.
+KILLED = multiprocessing.get_context("forkserver")
+KILLED.set_forkserver_preload(["tests.test_preemption"])
+
+
+def save_forever(directory: Path) -> None:
+    """Saves as fast as it can from the step after the last whole one on."""
+    jax.config.update("jax_platforms", "cpu")
+    writer, step = store.CheckpointStore(directory, keep_last=1), (store.latest_step(directory) or 0) + 1
+    while True:
+        writer.save(random_state(CFG, step), 10 * step, assets(CFG))
+        step += 1
 
 
 def kill_while_saving(directory: Path, rng: np.random.Generator) -> int:
-    """Runs the saver, kills it at a random moment, and returns the newest step, whose every number was checked."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SAVER, str(directory)], cwd=ROOT, env=env, stdout=subprocess.PIPE)
-    assert process.stdout is not None
+    """Kills a process that saves at a random moment, and returns the newest step, whose every number was checked."""
     before = store.latest_step(directory) or 0
-    process.stdout.readline()
+    process = KILLED.Process(target=save_forever, args=(directory,), daemon=True)
+    process.start()
     deadline = time.monotonic() + 120
     while (store.latest_step(directory) or 0) <= before and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(rng.uniform(0.0, 0.4))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.kill()
+    process.join()
     newest = store.latest_step(directory)
     assert newest is not None and newest > before
     for step in store.complete_steps(directory):

@@ -81,13 +81,20 @@ class Placement:
 def make_placement(cfg: TrainConfig) -> Placement:
     """Placement over all devices of all processes; `cfg.fsdp_devices` of them share one copy of the parameters.
 
-    Raises UserError if devices do not divide into such groups, or the batch among devices.
+    Raises UserError if devices do not divide into such groups, or the batch among devices, and for pieces of parameters on
+    the CPUs of several processes.
     """
     devices, fsdp = jax.device_count(), cfg.fsdp_devices
     if fsdp < 1 or devices % fsdp:
         raise UserError(
             f"fsdp_devices {fsdp} does not divide the {devices} devices: use one of "
             f"{', '.join(str(n) for n in range(1, devices + 1) if devices % n == 0)}"
+        )
+    if fsdp > 1 and jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # Seen with jaxlib 0.10.2: gathers of different size that one step has under way at once take each other's data.
+        raise UserError(
+            f"fsdp_devices is {fsdp}, but gloo, which joins the CPUs of several processes, mixes up the gathers of such a step: "
+            f"use 1 (GPUs and TPUs have collectives of their own)"
         )
     slices = cfg.optimizer.accumulate
     if cfg.batch_size % (devices * slices):
