@@ -189,7 +189,7 @@ def agree(value: float) -> float:
     """Process 0's value."""
     # As bytes: jax would narrow 64 bits to 32.
     bits = np.frombuffer(np.float64(value).tobytes(), np.uint8)
-    return np.frombuffer(np.asarray(same_everywhere(bits), np.uint8).tobytes(), np.float64)[0].item()
+    return float(np.frombuffer(np.asarray(same_everywhere(bits), np.uint8).tobytes(), np.float64)[0])
 
 
 @contextlib.contextmanager
