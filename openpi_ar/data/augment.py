@@ -11,7 +11,7 @@ import numpy as np
 from openpi_ar.config import AugmentConfig
 from openpi_ar.types import Array, Observation
 
-_GREY = np.float32([0.299, 0.587, 0.114])
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 
