@@ -162,18 +162,37 @@ class TabletopData:
 
 
 @dataclasses.dataclass(frozen=True)
+class RobotConfig:
+    """What lies between a robot's numbers and what a model learns, besides normalisation. `--robot` fills it (docs/robots.md)."""
+
+    name: str = ""
+    """For messages."""
+    delta_mask: tuple[int, ...] = ()
+    """Runs of action dimensions: `6 -1` is six that are learnt relative to the state, then one absolute. Dimensions past its
+    end are absolute."""
+    flips: tuple[int, ...] = ()
+    """Signs of the first dimensions of state and actions, 1 or -1."""
+    inverted_grippers: tuple[int, ...] = ()
+    """Dimensions of state and actions that hold grippers of the other sense: x becomes 1 - x."""
+    aloha_grippers: tuple[int, ...] = ()
+    """Dimensions of state and actions that hold ALOHA's grippers: turned into those that pi's base models know."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LeRobotData:
     """A LeRobot dataset on disk, version 2.1 or 3.0."""
 
     path: str = ""
     """Directory of the dataset (the one that holds `meta/`), or its name on the Hugging Face hub."""
     cameras: tuple[str, ...] = ()
-    """`model_camera=feature` pairs; `model_camera=none` masks it. A camera that is not named takes the feature of its own
-    name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
+    """`model_camera=feature` pairs; `model_camera=none` masks it, `top|none` does where there is no `top`. A camera that is
+    not named takes the feature of its own name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
     state: tuple[str, ...] = ("observation.state",)
-    """Features that are the state, side by side."""
+    """Features that are the state, side by side; `observation.state[0:7]` takes some of its dimensions."""
     actions: tuple[str, ...] = ("action",)
-    """Features that are the action, side by side."""
+    """Features that are the action, side by side; slices as in `state`."""
+    robot: RobotConfig = RobotConfig()
+    """What is done to states and actions before they are normalised, and undone to the actions of the trained model."""
     subtasks: str = "auto"
     """Where subtask labels come from: `index` (`subtask_index` and meta/subtasks.parquet), `language`
     (`language_persistent`), `task` (the task of each frame), `none`, a feature of texts, or `auto`: what is there."""

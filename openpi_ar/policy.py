@@ -20,7 +20,7 @@ from openpi_ar.checkpoints.foreign import load_policy_parts
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robots import RobotSpec
+from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.programs import Draft, Programs
@@ -50,7 +50,8 @@ class Policy:
         model: its parameters, layers stacked; brought into the inference form here, once.
         tokenizer: the checkpoint's.
         stats: normalisation statistics of "state" and "actions".
-        robot: takes this robot's observations as it sends them and gives actions that it can execute.
+        robot: takes this robot's observations as it sends them and gives actions that it can execute. None: the robot whose
+            dataset it was trained on.
         seed: of the noise that actions are denoised from (and of sampled text). Every call draws anew.
 
     Raises:
@@ -72,8 +73,9 @@ class Policy:
                 f"the tokenizer has {tokenizer.vocab_size} pieces but the model reads {cfg.model.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
-        self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.transform = InputTransform(cfg, tokenizer, stats, robot)
+        self.robot = robot = self.transform.robot
         self._question = InputTransform(_with_template(cfg, "vqa"), tokenizer, stats, robot)
         dtype = inference_dtype(cfg.decode.dtype)
         self._model = jax.jit(lambda m: m.prepared(dtype))(model)

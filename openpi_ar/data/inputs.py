@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from openpi_ar.config import TrainConfig
+from openpi_ar.data import robots
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robots import RobotSpec
+from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.transforms import pad_dims
 from openpi_ar.errors import UserError
 from openpi_ar.text import prompts
@@ -49,7 +50,8 @@ class InputTransform:
         cfg: model, template and token budgets.
         tokenizer: of the prompts.
         stats: normalisation statistics of "state" and "actions"; longer ones than the robot's are cut to it.
-        robot: what raw observations are; None: this module's own form.
+        robot: what raw observations are; None: the robot whose LeRobot dataset the config trains on, which may also send
+            this module's own form; for other data that form only.
 
     Raises:
         UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks.
@@ -58,11 +60,14 @@ class InputTransform:
     def __init__(
         self, cfg: TrainConfig, tokenizer: Tokenizer, stats: Mapping[str, NormStats], robot: RobotSpec | None = None
     ):
-        self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.state_stats, self.action_stats = stats["state"], stats["actions"]
+        robot = robot or robots.of_config(cfg, self.state_stats.dims, self.action_stats.dims)
+        self.robot = robot
         if robot is not None:
-            self.state_stats = self.state_stats.first(robot.state_dims, "state")
-            self.action_stats = self.action_stats.first(robot.action_dims, "actions")
+            self.state_stats = self.state_stats.first(robot.state_dims or self.state_stats.dims, "state")
+            self.action_stats = self.action_stats.first(robot.action_dims or self.action_stats.dims, "actions")
+            robot.check_dims(self.state_stats.dims, self.action_stats.dims)
             if strange := [c for c in robot.cameras.values() if c not in cfg.model.cameras]:
                 raise UserError(
                     f"robot {robot.name} feeds camera {', '.join(strange)}, but the model reads "
