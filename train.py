@@ -91,6 +91,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         seed=cfg.seed,
         augment=PromptSwap(train.prompts, cfg.data.prompt_swap),
         sharding=placement.batch,
+        workers=cfg.workers,
     )
     print("\n".join([f"data: {len(train)} training frames, {len(held_out)} held out", *remarks]), flush=True)
     return Data(loader, train, held_out, transform, store.Assets(cfg, tokenizer, stats))
@@ -185,6 +186,7 @@ def train(
             checkpoints.close()
             best.close()
             log.close()
+            data.loader.close()
         if stopping:
             display.line(
                 f"stopped by {stop.signal} at step {step}, saved in {directory / str(step)}; go on with --resume"

@@ -198,6 +198,9 @@ class LeRobotData:
     (`language_persistent`), `task` (the task of each frame), `none`, a feature of texts, or `auto`: what is there."""
     prompt: str = ""
     """Said in place of every episode's task."""
+    mix: tuple[str, ...] = ()
+    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. `tabletop=WEIGHT` is the embedded one.
+    The other fields hold for all of them, `episodes` for `path` alone."""
     episodes: tuple[int, ...] = ()
     """Episodes to use; empty: all."""
     held_out: float = 0.05
@@ -273,6 +276,8 @@ class TrainConfig:
     """Devices among which parameters, moments and average are divided; the rest of the devices hold copies."""
     seed: int = 0
     batch_size: int = 32
+    workers: int = 0
+    """Processes that make batches; 0: threads, enough where frames are cached. Batches are the same."""
     num_steps: int = 30_000
     log_every: int = 20
     eval_every: int = 1_000

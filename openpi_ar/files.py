@@ -41,7 +41,7 @@ class Mapped:
 
 
 class _File:
-    def __init__(self, name: str):
+    def __init__(self, name: str | Path):
         self.name = str(name)
 
     def open(self) -> np.ndarray:

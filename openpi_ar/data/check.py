@@ -13,7 +13,8 @@ from rich.table import Table
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
-from openpi_ar.data.layout import Column, TrainingSource
+from openpi_ar.data.layout import Column, SingleSource, TrainingSource
+from openpi_ar.data.mixture import parts_of
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats
 from openpi_ar.errors import UserError
 from openpi_ar.tables import console, new_table
@@ -39,19 +40,23 @@ def dry_run(
     `plot`: image file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the model.
     """
     odd = list(remarks)
-    numbers = train.numbers()
-    names = {"state": train.layout.state, "actions": train.layout.actions}
     stats = {"state": transform.state_stats, "actions": transform.action_stats}
     out = console()
     out.print(f"{train.name}: {len(train)} training frames, {len(held_out)} held out", markup=False, soft_wrap=True)
     out.print(_mapping(cfg, train, transform))
-    for what, columns in numbers.items():
-        shown, problems = _ranges(what, columns, names[what], stats[what], train)
-        out.print(shown)
-        odd += problems
-    if plot is not None:
-        _plot(plot, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
-        out.print(f"drawn into {plot}", markup=False, soft_wrap=True)
+    parts = parts_of(train)
+    for k, part in enumerate(parts):
+        numbers, names = part.numbers(), {"state": part.layout.state, "actions": part.layout.actions}
+        if len(parts) > 1:
+            out.print(f"{part.name}, by the statistics of all:", markup=False, soft_wrap=True)
+        for what, columns in numbers.items():
+            shown, problems = _ranges(what, columns, names[what], stats[what], part)
+            out.print(shown)
+            odd += problems
+        if plot is not None:
+            file = plot.with_stem(f"{plot.stem}_{k}") if k else plot
+            _plot(file, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
+            out.print(f"drawn into {file}", markup=False, soft_wrap=True)
     odd += _labels(cfg, train)
     shown, problems = _texts(cfg, train, transform)
     out.print(shown)
@@ -105,7 +110,7 @@ def _done(transform: InputTransform, what: str, i: int) -> str:
 
 
 def _ranges(
-    what: str, columns: Sequence[Column], names: Sequence[str], stats: NormStats, source: TrainingSource
+    what: str, columns: Sequence[Column], names: Sequence[str], stats: NormStats, source: SingleSource
 ) -> tuple[Table, list[str]]:
     title = f"{what} after normalisation ({stats.mode})"
     columns_shown = ("min", "1 %", "median", "99 %", "max", "outside [-1, 1]", "furthest at", "-1.5 to 1.5")

@@ -65,16 +65,20 @@ class TrainingSource(Protocol):
         """Runs of frames of the data that no subtask is known of, for messages; training skips them."""
         ...
 
-    def numbers(self) -> Numbers:
-        """What is normalised, without reading an image."""
-        ...
-
     def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
         """Statistics of `state` and `actions`, without reading an image."""
         ...
 
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(images uint8 [B C h w 3], objects [B O 3], NaN where absent, tool [B 3]): for `training/vision.py`."""
+        ...
+
+
+class SingleSource(TrainingSource, Protocol):
+    """A source that is no mixture of others."""
+
+    def numbers(self) -> Numbers:
+        """What is normalised, without reading an image."""
         ...
 
 
