@@ -89,7 +89,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         transform,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
-        augment=PromptSwap(train.prompts, cfg.data.prompt_swap),
+        augment=PromptSwap(sorted(train.prompts), cfg.data.prompt_swap),
         sharding=placement.batch,
         workers=cfg.workers,
     )

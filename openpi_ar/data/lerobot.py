@@ -199,6 +199,12 @@ def load_lerobot(
             remarks.append(
                 f"{int((~usable).sum())} of {len(frames)} frames have no subtask and are skipped (first: {first})"
             )
+    short = [e for e in frames.episodes if e.length < horizon]
+    if short:
+        remarks.append(
+            f"{len(short)} of {len(frames.episodes)} episodes are shorter than a chunk of {horizon} actions and padded "
+            f"(first: episode {short[0].index}, {short[0].length} frames)"
+        )
     # Nobody can say a subtask that does not follow from the prompt, so episodes of such are not for evaluation.
     judged = usable & table.supervise
     episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0

@@ -66,6 +66,9 @@ class Loader(Iterator[Batch]):
         if self._iterator is None:
             self._iterator = self._started()
         arrays: Arrays = next(self._iterator)
+        if self._workers:
+            # Out of the memory shared with the worker, which lives as long as what points into it: on a CPU, the batch.
+            arrays = jax.tree.map(np.array, arrays)
         self._position += 1
         self.wait_seconds = time.perf_counter() - start
         return _as_batch(arrays, self._sharding)
