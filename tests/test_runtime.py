@@ -69,3 +69,8 @@ def test_compiled_programs_are_kept_only_where_they_may_be(tmp_path, monkeypatch
 def test_dtype_follows_the_device():
     assert runtime.inference_dtype("auto") == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     assert runtime.inference_dtype("bfloat16") == "bfloat16"
+
+
+def test_the_resize_follows_the_device():
+    assert runtime.resizes_on_device("auto") == (jax.default_backend() != "cpu")
+    assert runtime.resizes_on_device("device") and not runtime.resizes_on_device("host")
