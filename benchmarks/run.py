@@ -102,14 +102,9 @@ def show_growth(args: Args, dtype: str) -> None:
         growth.plot(found, args.plot, f"{args.size}, {jax.devices()[0].device_kind}, {dtype}")
 
 
-def main(args: Args) -> None:
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
-    # Compile times are measured: nothing may come from an earlier run.
-    jax.config.update("jax_enable_compilation_cache", False)
+def compare(args: Args, dtype: str) -> None:
+    """Ours and the baseline in turns: measures, prints, and if asked writes."""
     size = SIZES[args.size]
-    dtype = args.dtype if args.dtype != "auto" else ("float32" if args.device == "cpu" else "bfloat16")
-    if args.what == "growth":
-        return show_growth(args, dtype)
     device = measure_device(dtype)
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     ratios: dict[str, float] = {}
@@ -139,6 +134,14 @@ def main(args: Args) -> None:
             "largest_differences": gaps,
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main(args: Args) -> None:
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
+    # Compile times are measured: nothing may come from an earlier run.
+    jax.config.update("jax_enable_compilation_cache", False)
+    dtype = args.dtype if args.dtype != "auto" else ("float32" if args.device == "cpu" else "bfloat16")
+    (show_growth if args.what == "growth" else compare)(args, dtype)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from openpi_ar.training.step import train_step
 from openpi_ar.types import Array, Batch
 
 
-def _step(
-    model: Pi0, batch: Batch, key: Array, cfg: TrainConfig, tx: Any, variant: ModelConfig, draws: int
-) -> Program:
+def _step(model: Pi0, batch: Batch, key: Array, cfg: TrainConfig, tx: Any, variant: ModelConfig, draws: int) -> Program:
     """The compiled train step of this variant of the model with so many flow draws."""
     cfg = dataclasses.replace(cfg, model=variant, loss=dataclasses.replace(cfg.loss, flow_draws=draws))
     # What is recomputed is a property of the modules: rebuild them around the same parameters.
@@ -84,7 +82,11 @@ def programs(size: Size) -> tuple[Programs, dict[str, float]]:
     found["train_step"] = {
         **{name: _step(model, batch, key, train, tx, *variant) for name, variant in variants.items()},
         "baseline": compile_program(
-            lambda m, o, b, k: baseline.train_step(m, o, b, k, weights, tx), model, jax.jit(tx.init)(model), batch, step_key
+            lambda m, o, b, k: baseline.train_step(m, o, b, k, weights, tx),
+            model,
+            jax.jit(tx.init)(model),
+            batch,
+            step_key,
         ),
     }
     metrics = found["train_step"]["ours"].call()[1]
