@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ import train
 ROOT = Path(__file__).parents[1]
 CFG = get_preset("debug")
 STEPS = 60
-# One config for all runs, so that one compiled step (kept on disk) serves them all.
+# One config for all runs, so that one compiled step (kept on disk, see `tests/__init__.py`) serves them all.
 FLAGS = [
     "--config",
     "debug",
@@ -47,11 +46,9 @@ FLAGS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Demonstrations and compiled programs of this file; subprocesses inherit it."""
+    """Demonstrations of this file; subprocesses inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENPI_AR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        compilation_cache.reset_cache()  # another file may have compiled without one
         yield
 
 
