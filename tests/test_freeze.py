@@ -15,7 +15,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.training import freeze, memory
 from openpi_ar.training.initial import load_initial
 from openpi_ar.training.optimizer import make_optimizer
-from openpi_ar.training.state import init_model, init_state, state_of, train_key
+from openpi_ar.training.state import init_model, state_of, train_key
 from openpi_ar.training.step import make_train_step
 from tests.data_fixtures import sources, transform
 from tests.model_fixtures import random_like
@@ -52,10 +52,8 @@ def batch():
 def stepped():
     """(config, state before, state after two steps, metrics)."""
     cfg = tiny_lora()
-    state = jax.jit(lambda: init_state(cfg, optimizer(cfg)))()
     # Not as initialised: gates of an untrained action tower are zero, and frozen they would stop every gradient behind them.
-    rng = np.random.default_rng(0)
-    model = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), state.model)
+    model = random_like(jax.eval_shape(lambda: init_model(cfg)), 0.2)
     state = jax.jit(lambda model: state_of(cfg, optimizer(cfg), model))(model)
     before = jax.tree.map(np.array, state)
     step = make_train_step(cfg, optimizer(cfg))

@@ -25,7 +25,7 @@ def resample_pos_embedding(
     big_vision's own (`models/vit.py`, `resample_posemb`, by which PaliGemma's higher resolutions were made):
     `scipy.ndimage.zoom` of order 1, that is bilinear with the corner patches kept in place and no antialiasing.
     """
-    from scipy import ndimage  # only here, and takes longer to import than the rest of this file's imports but JAX
+    from scipy import ndimage  # half a second to import, and seldom needed
 
     grid = np.asarray(table).reshape(*old, -1)
     zoomed = np.asarray(ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1))
