@@ -51,11 +51,12 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
 
 
 def test_compiled_programs_are_kept_only_where_they_may_be(tmp_path, monkeypatch):
-    assert runtime.keep_compiled_programs() is None  # tests turn it off
     monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path))
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in names}
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        assert runtime.keep_compiled_programs() is None
         jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", None)
         assert runtime.keep_compiled_programs().parent == tmp_path / "xla"
