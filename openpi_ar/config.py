@@ -134,6 +134,9 @@ class DecodeConfig:
     """Of weights and matmuls in the policy; auto: float32 on CPU, bfloat16 elsewhere."""
     prompt_buckets: tuple[int, ...] = (48, 96)
     """Prompt lengths that have a program of their own besides `text.max_prompt_tokens`: short prompts cost less."""
+    resize: Literal["auto", "host", "device"] = "auto"
+    """Where a policy resizes images, to the same pixels; auto: on the device, if that is not the CPU. On the device each
+    size of images is a program of its own."""
     draft: bool = True
     """Greedy text only: check what was said last time instead of decoding it again. The text stays the same."""
 

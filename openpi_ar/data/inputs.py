@@ -30,7 +30,10 @@ action_mask."""
 
 
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h w 3] to [height width 3]: bilinear, aspect kept, black borders (openpi's `resize_with_pad`)."""
+    """uint8 [h w 3] to [height width 3]: bilinear, aspect kept, black borders (openpi's `resize_with_pad`).
+
+    `models/resize.py` is the same inside a program.
+    """
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
@@ -88,12 +91,13 @@ class InputTransform:
         """The template has a target: the model is trained to say something before it acts."""
         return prompts.TEMPLATES[self.cfg.text.template].target is not None
 
-    def observation(self, raw: Mapping[str, Any], *, needs_state: bool = True) -> Arrays:
+    def observation(self, raw: Mapping[str, Any], *, needs_state: bool = True, resize: bool = True) -> Arrays:
         """Arrays of one observation, no batch axis. Raises UserError naming what is missing or does not fit.
 
-        Without `needs_state`, a state that is left out is taken to be the average one.
+        Without `needs_state`, a state that is left out is taken to be the average one. Without `resize`, images of one
+        size stay as they are, for the model to resize them.
         """
-        images, mask = self._images(raw)
+        images, mask = self._images(raw, resize)
         state = self.state(raw, needed=needs_state)
         prompt = raw.get("prompt") if self.robot is None else self.robot.prompt_of(raw)
         if not isinstance(prompt, str) or not prompt.strip():
@@ -175,7 +179,7 @@ class InputTransform:
             raise UserError(f"{where} holds values that are not finite: {value.tolist()}")
         return value.astype(np.float32)
 
-    def _images(self, raw: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _images(self, raw: Mapping[str, Any], resize: bool) -> tuple[np.ndarray, np.ndarray]:
         if self.robot is None:
             images, masked = raw.get("images"), set(raw.get("masked", ()))
         else:
@@ -183,9 +187,8 @@ class InputTransform:
             masked = set(self.cfg.model.cameras) - set(images)
         if not isinstance(images, Mapping):
             raise UserError(f"observation['images'] must map camera names to images, found {type(images).__name__}")
-        height, width = self.cfg.model.siglip.image_size
-        stack = np.zeros((len(self.cfg.model.cameras), height, width, 3), np.uint8)
         mask = np.zeros(len(self.cfg.model.cameras), bool)
+        found: dict[int, np.ndarray] = {}
         for i, name in enumerate(self.cfg.model.cameras):
             if name in masked:
                 continue
@@ -200,9 +203,14 @@ class InputTransform:
                     f"camera {name!r} must be a uint8 RGB image [height width 3], found {image.dtype} "
                     f"{list(image.shape)}"
                 )
-            stack[i], mask[i] = resize_with_pad(image, height, width), True
-        if not mask.any():
+            found[i], mask[i] = image, True
+        if not found:
             raise UserError("every camera is masked: at least one image is needed")
+        sizes = {image.shape[:2] for image in found.values()}
+        height, width = sizes.pop() if len(sizes) == 1 and not resize else self.cfg.model.siglip.image_size
+        stack = np.zeros((len(mask), height, width, 3), np.uint8)
+        for i, image in found.items():
+            stack[i] = resize_with_pad(image, height, width)
         return stack, mask
 
 
