@@ -71,4 +71,4 @@ def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
     # What LeRobot calls its features says itself what it is; anything else is an image.
     own = {key: value for key, value in arrays.items() if flat or key.startswith(("observation.", "observation/"))}
     images = {key: value for key, value in arrays.items() if key not in own}
-    return {**raw, **own} | ({"images": images} if images else {})
+    return {**raw, **own} | ({} if own and not images else {"images": images})
