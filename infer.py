@@ -35,7 +35,8 @@ class Args:
     """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package. With
     --robot also a checkpoint of openpi's or LeRobot's."""
     robot: str | None = None
-    """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .json file."""
+    """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .yaml or .json
+    file. A checkpoint of yours trained on LeRobot data needs none."""
     asset_id: str | None = None
     """Which statistics under the checkpoint's `assets/`, if there are several."""
     horizon: int | None = None
@@ -163,7 +164,7 @@ def _check(args: Args) -> None:
 
 def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
     """The observation that the arguments give, else the tabletop's of this seed with what they do give in its place."""
-    if _sends_its_own(args):
+    if _sends_its_own(args) or any(key.startswith("observation") for key in given):
         return given  # the transform says what is missing, by the robot's names
     for name in given.get("images", {}):
         if name not in policy.cameras:

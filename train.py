@@ -16,10 +16,13 @@ import numpy as np
 
 from configs import HELP, PRESETS, get_preset
 from openpi_ar.checkpoints import store
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import LeRobotData, TrainConfig
+from openpi_ar.data import check
 from openpi_ar.data.inputs import InputTransform
+from openpi_ar.data.layout import TrainingSource
 from openpi_ar.data.loader import Loader
-from openpi_ar.data.sources import TrainingSource, load_sources
+from openpi_ar.data.normalize import needed_mode
+from openpi_ar.data.sources import load_sources
 from openpi_ar.data.tabletop import PromptSwap
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
@@ -59,6 +62,19 @@ def check_tokenizer(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def dry_run(cfg: TrainConfig, plot: Path | None) -> None:
+    """Shows what would be trained on, and trains nothing."""
+    experiment.check_data(cfg)
+    if isinstance(cfg.data, LeRobotData):
+        # Some frames are looked at: no need to decode all.
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, frames="decode"))
+    tokenizer = load_tokenizer(cfg.text.tokenizer)
+    check_tokenizer(cfg, tokenizer)
+    source, held_out, remarks = load_sources(cfg)
+    stats = source.norm_stats(needed_mode(cfg.model.pi05))
+    check.dry_run(cfg, source, held_out, InputTransform(cfg, tokenizer, stats), remarks, plot)
+
+
 def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) -> Data:
     """Sources, statistics and the loader. A resumed run takes tokenizer and statistics from its checkpoint."""
     experiment.check_data(cfg)
@@ -67,7 +83,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     check_tokenizer(cfg, tokenizer)
     with distributed.primary_first("data"):
         train, held_out, remarks = load_sources(cfg)
-    stats = train.norm_stats("quantile" if cfg.model.pi05 else "z_score") if saved is None else saved.stats
+    stats = train.norm_stats(needed_mode(cfg.model.pi05)) if saved is None else saved.stats
     transform = InputTransform(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
     loader = Loader(
@@ -75,8 +91,9 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         transform,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
-        augment=PromptSwap(train.prompts, cfg.data.prompt_swap),
+        augment=PromptSwap(sorted(train.prompts), cfg.data.prompt_swap),
         sharding=placement.batch,
+        workers=cfg.workers,
     )
     distributed.say(f"data: {len(train)} training frames, {len(held_out)} held out", *remarks)
     return Data(loader, train, held_out, transform, store.Assets(cfg, tokenizer, stats))
@@ -178,6 +195,7 @@ def train(
             checkpoints.close()
             best.close()
             log.close()
+            data.loader.close()
         if stopping:
             display.line(
                 f"stopped by {stop.signal} at step {step}, saved in {directory / str(step)}; go on with --resume"
@@ -233,6 +251,10 @@ def run(argv: Sequence[str]) -> None:
     args = cli.parse(argv, HELP, get_preset)
     cfg = args.config
     experiment.check_config(cfg)
+    if args.dry_run:
+        make_schedule(cfg.optimizer, cfg.num_steps)
+        dry_run(cfg, args.plot)
+        return
     resume, overwrite = experiment.what_to_do(cfg, args)
     resume_from = experiment.plan(cfg, resume=resume, overwrite=overwrite)
     enable_compilation_cache()

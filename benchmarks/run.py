@@ -15,16 +15,17 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from benchmarks import inference, training
+from benchmarks import growth, inference, training
 from benchmarks.sizes import SIZES, Size
 from benchmarks.timing import Device, Program, measure_device
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Times inference or training, ours and the baseline in turns."""
+    """Times inference or training, ours and the baseline in turns; or how ours grows with its inputs."""
 
-    what: tyro.conf.Positional[Literal["inference", "training", "all"]] = "all"
+    what: tyro.conf.Positional[Literal["inference", "training", "all", "growth"]] = "all"
+    """`growth`: time against tokens decoded, prompt, cameras and batch, without the baseline."""
     size: Literal["tiny", "mid", "full"] = "mid"
     device: Literal["cpu", "gpu", "tpu"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -33,6 +34,8 @@ class Args:
     """Time spent on each row of the table."""
     json: Path | None = None
     """Write all figures to this file."""
+    plot: Path | None = None
+    """Draw `growth` into this file."""
 
 
 def repeats(stage: str, size: Size) -> tuple[int, int]:
@@ -86,12 +89,22 @@ def show(rows: dict[str, dict[str, dict[str, Any]]], ratios: dict[str, float], c
     console.print(ratio)
 
 
-def main(args: Args) -> None:
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
-    # Compile times are measured: nothing may come from an earlier run.
-    jax.config.update("jax_enable_compilation_cache", False)
+def show_growth(args: Args, dtype: str) -> None:
+    """Measures, prints, and if asked writes and draws."""
+    found = growth.run(SIZES[args.size], dtype, args.seconds)
+    table = Table("against", "what", "")
+    for row in growth.rows(found):
+        table.add_row(*row)
+    Console(width=140).print(table)
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.plot is not None:
+        growth.plot(found, args.plot, f"{args.size}, {jax.devices()[0].device_kind}, {dtype}")
+
+
+def compare(args: Args, dtype: str) -> None:
+    """Ours and the baseline in turns: measures, prints, and if asked writes."""
     size = SIZES[args.size]
-    dtype = args.dtype if args.dtype != "auto" else ("float32" if args.device == "cpu" else "bfloat16")
     device = measure_device(dtype)
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     ratios: dict[str, float] = {}
@@ -121,6 +134,14 @@ def main(args: Args) -> None:
             "largest_differences": gaps,
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main(args: Args) -> None:
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
+    # Compile times are measured: nothing may come from an earlier run.
+    jax.config.update("jax_enable_compilation_cache", False)
+    dtype = args.dtype if args.dtype != "auto" else ("float32" if args.device == "cpu" else "bfloat16")
+    (show_growth if args.what == "growth" else compare)(args, dtype)
 
 
 if __name__ == "__main__":

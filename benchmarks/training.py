@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,13 +11,23 @@ import optax
 from benchmarks import baseline
 from benchmarks.inference import Programs, close
 from benchmarks.sizes import Size, make_batch, make_model
-from benchmarks.timing import compile_program, run_in_turns
+from benchmarks.timing import Program, compile_program, run_in_turns
 from openpi_ar.algorithms.losses import text_loss
-from openpi_ar.config import LossConfig, OptimizerConfig, TrainConfig
+from openpi_ar.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.training.state import TrainState
 from openpi_ar.training.step import train_step
 from openpi_ar.types import Array, Batch
+
+
+def _step(model: Pi0, batch: Batch, key: Array, cfg: TrainConfig, tx: Any, variant: ModelConfig, draws: int) -> Program:
+    """The compiled train step of this variant of the model with so many flow draws."""
+    cfg = dataclasses.replace(cfg, model=variant, loss=dataclasses.replace(cfg.loss, flow_draws=draws))
+    # What is recomputed is a property of the modules: rebuild them around the same parameters.
+    abstract = nnx.eval_shape(lambda: Pi0(variant, rngs=nnx.Rngs(0)))
+    model = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
+    state = TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=jax.jit(tx.init)(model), ema=None)
+    return compile_program(lambda s, b, k: train_step(s, b, k, cfg=cfg, tx=tx), state, batch, key)
 
 
 def programs(size: Size) -> tuple[Programs, dict[str, float]]:
@@ -58,16 +69,24 @@ def programs(size: Size) -> tuple[Programs, dict[str, float]]:
         batch_size=size.train_batch,
     )
     tx: Any = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    state = TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=jax.jit(tx.init)(model), ema=None)
     key = jax.random.key(4)
     step_key = jax.random.fold_in(key, 0)
     weights = (train.loss.flow_weight, train.loss.text_weight)
-    more = dataclasses.replace(train, loss=dataclasses.replace(train.loss, flow_draws=4))
+    variants = {
+        "ours": (cfg, 1),
+        "ours, 4 draws": (cfg, 4),
+        "ours, remat weights": (dataclasses.replace(cfg, remat_policy="weights"), 1),
+        "ours, remat dots": (dataclasses.replace(cfg, remat_policy="dots"), 1),
+        "ours, no remat": (dataclasses.replace(cfg, remat=False), 1),
+    }
     found["train_step"] = {
-        "ours": compile_program(lambda s, b, k: train_step(s, b, k, cfg=train, tx=tx), state, batch, key),
-        "ours, 4 draws": compile_program(lambda s, b, k: train_step(s, b, k, cfg=more, tx=tx), state, batch, key),
+        **{name: _step(model, batch, key, train, tx, *variant) for name, variant in variants.items()},
         "baseline": compile_program(
-            lambda m, o, b, k: baseline.train_step(m, o, b, k, weights, tx), model, state.opt_state, batch, step_key
+            lambda m, o, b, k: baseline.train_step(m, o, b, k, weights, tx),
+            model,
+            jax.jit(tx.init)(model),
+            batch,
+            step_key,
         ),
     }
     metrics = found["train_step"]["ours"].call()[1]

@@ -134,6 +134,9 @@ class DecodeConfig:
     """Of weights and matmuls in the policy; auto: float32 on CPU, bfloat16 elsewhere."""
     prompt_buckets: tuple[int, ...] = (48, 96)
     """Prompt lengths that have a program of their own besides `text.max_prompt_tokens`: short prompts cost less."""
+    resize: Literal["auto", "host", "device"] = "auto"
+    """Where a policy resizes images, to the same pixels; auto: on the device, if that is not the CPU. On the device each
+    size of images is a program of its own."""
     draft: bool = True
     """Greedy text only: check what was said last time instead of decoding it again. The text stays the same."""
 
@@ -162,23 +165,45 @@ class TabletopData:
 
 
 @dataclasses.dataclass(frozen=True)
+class RobotConfig:
+    """What lies between a robot's numbers and what a model learns, besides normalisation. `--robot` fills it (docs/robots.md)."""
+
+    name: str = ""
+    """For messages."""
+    delta_mask: tuple[int, ...] = ()
+    """Runs of action dimensions: `6 -1` is six that are learnt relative to the state, then one absolute. Dimensions past its
+    end are absolute."""
+    flips: tuple[int, ...] = ()
+    """Signs of the first dimensions of state and actions, 1 or -1."""
+    inverted_grippers: tuple[int, ...] = ()
+    """Dimensions of state and actions that hold grippers of the other sense: x becomes 1 - x."""
+    aloha_grippers: tuple[int, ...] = ()
+    """Dimensions of state and actions that hold ALOHA's grippers: turned into those that pi's base models know."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LeRobotData:
     """A LeRobot dataset on disk, version 2.1 or 3.0."""
 
     path: str = ""
     """Directory of the dataset (the one that holds `meta/`), or its name on the Hugging Face hub."""
     cameras: tuple[str, ...] = ()
-    """`model_camera=feature` pairs; `model_camera=none` masks it. A camera that is not named takes the feature of its own
-    name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
+    """`model_camera=feature` pairs; `model_camera=none` masks it, `top|none` does where there is no `top`. A camera that is
+    not named takes the feature of its own name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
     state: tuple[str, ...] = ("observation.state",)
-    """Features that are the state, side by side."""
+    """Features that are the state, side by side; `observation.state[0:7]` takes some of its dimensions."""
     actions: tuple[str, ...] = ("action",)
-    """Features that are the action, side by side."""
+    """Features that are the action, side by side; slices as in `state`."""
+    robot: RobotConfig = RobotConfig()
+    """What is done to states and actions before they are normalised, and undone to the actions of the trained model."""
     subtasks: str = "auto"
     """Where subtask labels come from: `index` (`subtask_index` and meta/subtasks.parquet), `language`
     (`language_persistent`), `task` (the task of each frame), `none`, a feature of texts, or `auto`: what is there."""
     prompt: str = ""
     """Said in place of every episode's task."""
+    mix: tuple[str, ...] = ()
+    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. `tabletop=WEIGHT` is the embedded one.
+    The other fields hold for all of them, `episodes` for `path` alone."""
     episodes: tuple[int, ...] = ()
     """Episodes to use; empty: all."""
     held_out: float = 0.05
@@ -254,6 +279,8 @@ class TrainConfig:
     """Devices among which parameters, moments and average are divided; the rest of the devices hold copies."""
     seed: int = 0
     batch_size: int = 32
+    workers: int = 0
+    """Processes that make batches; 0: threads, enough where frames are cached. Batches are the same."""
     num_steps: int = 30_000
     log_every: int = 20
     eval_every: int = 1_000

@@ -25,7 +25,7 @@ def given(
         images: camera=file for each camera.
         state: real units; in place of the file's.
         prompt: in place of the file's.
-        file: .npz with an image per camera by its name, "state" and "prompt".
+        file: .npz with an image per camera by its name, "state" and "prompt", or of LeRobot's features (`observation.state`).
         flat: the file holds what a robot sends under its raw keys (`RobotSpec`); they are left where they are.
 
     Raises:
@@ -68,4 +68,7 @@ def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
         raw["state"] = arrays.pop("state")
     if "prompt" in arrays:
         raw["prompt"] = str(arrays.pop("prompt"))
-    return {**raw, **arrays} if flat else {**raw, "images": arrays}
+    # What LeRobot calls its features says itself what it is; anything else is an image.
+    own = {key: value for key, value in arrays.items() if flat or key.startswith(("observation.", "observation/"))}
+    images = {key: value for key, value in arrays.items() if key not in own}
+    return {**raw, **own} | ({} if own and not images else {"images": images})

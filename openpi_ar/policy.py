@@ -20,7 +20,7 @@ from openpi_ar.checkpoints.foreign import load_policy_parts
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robots import RobotSpec
+from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.programs import Draft, Programs
@@ -30,6 +30,7 @@ from openpi_ar.runtime import (
     inference_dtype,
     keep_compiled_programs,
     milliseconds,
+    resizes_on_device,
     shrink,
 )
 from openpi_ar.text import prompts
@@ -50,7 +51,8 @@ class Policy:
         model: its parameters, layers stacked; brought into the inference form here, once.
         tokenizer: the checkpoint's.
         stats: normalisation statistics of "state" and "actions".
-        robot: takes this robot's observations as it sends them and gives actions that it can execute.
+        robot: takes this robot's observations as it sends them and gives actions that it can execute. None: the robot whose
+            dataset it was trained on.
         seed: of the noise that actions are denoised from (and of sampled text). Every call draws anew.
 
     Raises:
@@ -72,8 +74,9 @@ class Policy:
                 f"the tokenizer has {tokenizer.vocab_size} pieces but the model reads {cfg.model.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
-        self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.transform = InputTransform(cfg, tokenizer, stats, robot)
+        self.robot = robot = self.transform.robot
         self._question = InputTransform(_with_template(cfg, "vqa"), tokenizer, stats, robot)
         dtype = inference_dtype(cfg.decode.dtype)
         self._model = jax.jit(lambda m: m.prepared(dtype))(model)
@@ -93,6 +96,7 @@ class Policy:
         self._act, self._images, self._prefill = programs.act, programs.images, programs.prefill
         self._generate, self._flow = programs.generate, programs.flow
         self._draft = programs.draft
+        self._resizes = resizes_on_device(cfg.decode.resize)
         self.reseed(seed)
 
     @classmethod
@@ -126,16 +130,19 @@ class Policy:
         """Cameras of the model, in its order: the images of an observation, unless a robot has names of its own."""
         return self.cfg.model.cameras
 
-    def warmup(self, batch_size: int = 1, cameras: int | None = None) -> dict[int, float]:
+    def warmup(
+        self, batch_size: int = 1, cameras: int | None = None, image_size: tuple[int, int] | None = None
+    ) -> dict[int, float]:
         """Compiles (and runs once) the program of every prompt bucket, so that no later call has to.
 
-        `batch_size` is that of the calls to come, `cameras` how many they show (None: all). Returns seconds by prompt length.
+        `batch_size` is that of the calls to come, `cameras` how many they show (None: all), `image_size` their height and
+        width (None: the model's), which matters where images are resized on the device. Returns seconds by prompt length.
         """
         cfg, took = self.cfg.model, {}
         longest = self.cfg.text.max_prompt_tokens
         count = len(cfg.cameras) if cameras is None else cameras
         for size in sorted({longest, *(b for b in self.cfg.decode.prompt_buckets if b < longest)}):
-            obs = blank_observation(cfg, batch_size, count, size)
+            obs = blank_observation(cfg, batch_size, count, size, image_size if self._resizes else None)
             start = time.perf_counter()
             none = self._draft(batch_size, None)
             jax.block_until_ready(self._act(self._model, obs, jax.random.key(0), None, none, self._table))
@@ -178,7 +185,7 @@ class Policy:
             timing: as in `infer`.
         """
         start = time.perf_counter()
-        rows = [self.transform.observation(raw) for raw in raws]
+        rows = self._observations(raws)
         obs, text = self._stack(rows, batch_size), self._forced_text(subtasks, len(rows), batch_size)
         draft = None if text is not None else self._draft(obs.images.shape[0], self._said)
         prepared = time.perf_counter()
@@ -260,6 +267,13 @@ class Policy:
             return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=jnp.zeros(shape)), clock.ms
         actions = clock.lap("flow", self._flow(self._model, obs, cache, noise_key, self._table))
         return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=actions), clock.ms
+
+    def _observations(self, raws: Sequence[Raw]) -> list[Arrays]:
+        if self._resizes:
+            rows = [self.transform.observation(raw, resize=False) for raw in raws]
+            if len({row["images"].shape for row in rows}) == 1:
+                return rows
+        return [self.transform.observation(raw) for raw in raws]
 
     def _next_key(self) -> jax.Array:
         self._key, now = jax.random.split(self._key)

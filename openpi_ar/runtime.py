@@ -66,11 +66,18 @@ def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
     )
 
 
-def blank_observation(cfg: ModelConfig, batch: int, cameras: int, prompt: int) -> Observation:
-    """Black images and a prompt that fills its slots, to compile and warm up with."""
+def resizes_on_device(wanted: str) -> bool:
+    """`auto`: where there is a device besides the CPU. There the resize costs the control loop nothing."""
+    return wanted == "device" or (wanted == "auto" and jax.default_backend() != "cpu")
+
+
+def blank_observation(
+    cfg: ModelConfig, batch: int, cameras: int, prompt: int, image_size: tuple[int, int] | None = None
+) -> Observation:
+    """Black images (None: of the model's size) and a prompt that fills its slots, to compile and warm up with."""
     yes = np.ones((batch, prompt), bool)
     return Observation(
-        images=np.zeros((batch, cameras, *cfg.siglip.image_size, 3), np.uint8),
+        images=np.zeros((batch, cameras, *(image_size or cfg.siglip.image_size), 3), np.uint8),
         image_mask=np.ones((batch, cameras), bool),
         prompt=Text(ids=np.zeros(yes.shape, np.int32), valid=yes, causal=~yes, loss=~yes, hidden=~yes),
         state=np.zeros((batch, cfg.state_dim), np.float32),

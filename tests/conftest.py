@@ -1,30 +1,27 @@
 """Fixtures shared by tests: one tiny checkpoint, saved once, as `train.py` would leave it."""
 
+# Whatever imports JAX is imported where it is used: the process that hands out the tests loads this file too.
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import get_preset
-from openpi_ar.checkpoints import store
-from openpi_ar.config import TrainConfig
-from openpi_ar.data.normalize import NormStats
-from openpi_ar.policy import Policy
-from openpi_ar.text.tokenizer import load_tokenizer
-from openpi_ar.training.optimizer import make_optimizer
-from openpi_ar.training.state import init_state
-
-# Tests leave nothing in the user's cache of compiled programs, and measure nothing that comes from it.
-jax.config.update("jax_enable_compilation_cache", False)
+if TYPE_CHECKING:
+    from openpi_ar.config import TrainConfig
+    from openpi_ar.data.normalize import NormStats
+    from openpi_ar.policy import Policy
 
 # The tabletop's ranges: tool x, y, z in metres, then finger opening (state) or grip (action).
 _LOW, _HIGH = np.float32([-0.16, -0.18, 0.022, 0.0]), np.float32([0.16, 0.2, 0.2, 0.09])
 
 
 def tabletop_stats() -> dict[str, NormStats]:
+    from openpi_ar.data.normalize import NormStats
+
     high = np.float32([*_HIGH[:3], 1.0])
     low = np.float32([*_LOW[:3], -1.0])
     return {
@@ -35,10 +32,16 @@ def tabletop_stats() -> dict[str, NormStats]:
 
 def save_checkpoint(directory: Path, cfg: TrainConfig) -> Path:
     """An untrained model, its every parameter random, as step 0 of an experiment. Returns the step's directory."""
+    import jax
+
+    from openpi_ar.checkpoints import store
+    from openpi_ar.text.tokenizer import load_tokenizer
+    from openpi_ar.training.optimizer import make_optimizer
+    from openpi_ar.training.state import init_state
+    from tests.model_fixtures import random_like
+
     abstract = jax.eval_shape(lambda: init_state(cfg, make_optimizer(cfg.optimizer, cfg.num_steps)))
-    rng = np.random.default_rng(0)
-    # Filled on the host: initialising for real would compile a hundred small programs.
-    state = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape), a.dtype), abstract)
+    state = random_like(abstract, 0.3)
     writer = store.CheckpointStore(directory, keep_last=1)
     writer.save(state, 0, store.Assets(cfg, load_tokenizer(cfg.text.tokenizer), tabletop_stats()))
     writer.close()
@@ -48,6 +51,8 @@ def save_checkpoint(directory: Path, cfg: TrainConfig) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experiment directory of a talking and acting tabletop model of a few thousand parameters."""
+    from configs import get_preset
+
     preset = get_preset("debug")
     # More ids than the tokenizer has, as in real models: none of the spare ones may ever be said.
     cfg = dataclasses.replace(preset, exp_name="tiny", model=dataclasses.replace(preset.model, vocab_size=1040))
@@ -57,4 +62,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_checkpoint: Path) -> Policy:
     """Its policy, compiled once for all tests; call `reseed` before depending on its noise."""
+    from openpi_ar.policy import Policy
+
     return Policy.from_checkpoint(tiny_checkpoint)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import matplotlib.cbook
 import numpy as np
 from PIL import Image
@@ -10,6 +11,7 @@ import pytest
 from openpi_ar.data.inputs import resize_with_pad
 from openpi_ar.data.transforms import to_uint8_image
 from openpi_ar.errors import UserError
+from openpi_ar.models import resize
 
 GOLDEN = Path(__file__).parent / "golden" / "resize.npz"
 
@@ -74,10 +76,22 @@ def test_other_ways_to_shrink_are_far_off():
         assert np.abs(ours - other).max() > 15
 
 
-@pytest.mark.parametrize("shape", [(1, 500), (500, 1), (1, 1)])
+SLIVERS = [(1, 500), (500, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("shape", SLIVERS)
 def test_slivers_keep_at_least_a_pixel(shape):
     out = resize_with_pad(np.full((*shape, 3), 255, np.uint8), 32, 32)
     assert out.shape == (32, 32, 3) and out.any()
+
+
+@pytest.mark.parametrize("size", [(480, 640), (600, 300), (30, 50), *SLIVERS])
+def test_the_device_makes_the_same_bytes(size):
+    """Reduced and enlarged, both aspects, two images at once."""
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+    ours = jax.jit(lambda x: resize.resize_with_pad(x, 56, 84))(images)
+    assert ours.dtype == np.uint8
+    np.testing.assert_array_equal(ours, [resize_with_pad(image, 56, 84) for image in images])
 
 
 def test_floats_and_channels_first_are_what_openpi_makes_of_them():

@@ -1,14 +1,17 @@
 """Broken if this fails: training reads wrong chunks, trains on held-out episodes, or a resumed run sees other batches."""
 
 import dataclasses
+import pickle
 
 import jax
 import numpy as np
 import pytest
 
 from openpi_ar.config import TabletopData
+from openpi_ar.data.layout import Layout
 from openpi_ar.data.loader import Loader, evaluation_batches
-from openpi_ar.data.tabletop import PromptSwap, load_tabletop, split_sources
+from openpi_ar.data.mixture import Mixture
+from openpi_ar.data.tabletop import PromptSwap, TabletopSource, load_tabletop, split_sources
 from openpi_ar.errors import UserError
 from tests.data_fixtures import HORIZON, LENGTHS, PROMPTS, demos, sources, transform
 
@@ -145,3 +148,101 @@ def test_impossible_data_is_refused():
     shuffled = dataclasses.replace(demos(), episode_index=np.tile(np.arange(3), 9).astype(np.int32))
     with pytest.raises(UserError, match="not grouped"):
         split_sources(shuffled, HORIZON, ("front",))
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """The training source with its images in a memory-mapped file, as caches are."""
+    train, _ = sources()
+    path = tmp_path_factory.mktemp("cache") / "images.npy"
+    np.save(path, train.demos.images)
+    return dataclasses.replace(train, demos=dataclasses.replace(train.demos, images=np.load(path, mmap_mode="r")))
+
+
+def test_what_goes_to_a_worker_names_its_files(on_disk):
+    sent = pickle.dumps(on_disk)
+    assert len(sent) < 10_000 < on_disk.demos.images.nbytes  # the images stay in theirs
+    np.testing.assert_array_equal(pickle.loads(sent)[5]["images"]["wrist"], on_disk[5]["images"]["wrist"])
+    # A part of a memory map has the name of the whole file, and must not be sent as that.
+    part = dataclasses.replace(on_disk.demos, images=on_disk.demos.images[7:])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(part)).images, on_disk.demos.images[7:])
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_batches_and_start_anywhere(on_disk):
+    def make(workers: int) -> Loader:
+        swap = PromptSwap(PROMPTS, 0.5)
+        return Loader(on_disk, transform(), batch_size=4, seed=3, augment=swap, workers=workers)
+
+    alone, two = make(0), make(2)
+    batches = [next(alone) for _ in range(9)]
+    try:
+        two.position = 4
+        assert all(same(b, next(two)) for b in batches[4:])
+        assert two.position == 9
+    finally:
+        two.close()
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_the_same_error(on_disk):
+    narrow = transform()
+    narrow.cfg = dataclasses.replace(narrow.cfg, text=dataclasses.replace(narrow.cfg.text, max_prompt_tokens=3))
+    broken = Loader(on_disk, narrow, batch_size=4, seed=0, workers=1)
+    with pytest.raises(UserError, match="budget is 3"):
+        next(broken)
+    broken.close()
+
+
+def mixture(weights: tuple[float, ...] = (1.0, 0.5)) -> Mixture:
+    """Two unequal parts: the fixture's three episodes and one more, 100 frames further on."""
+    a, b = sources()
+    moved = dataclasses.replace(b.demos, images=b.demos.images + np.uint8(100), action=b.demos.action + 1000)
+    return Mixture((a, dataclasses.replace(b, demos=moved)), weights)
+
+
+def test_a_mixture_keeps_its_proportions_and_goes_on_where_it_was():
+    def make() -> Loader:
+        return Loader(mixture(), transform(), batch_size=3, seed=1, augment=PromptSwap(PROMPTS, 0.5))
+
+    a, b = make(), make()
+    batches = [next(a) for _ in range(42)]
+    assert [int((frames(x) >= 100).sum()) for x in batches] == [1] * 42  # one row in three, in every batch
+    counts = np.bincount(np.concatenate([frames(x) for x in batches]), minlength=127)
+    assert (counts[:21] == 4).all() and (counts[121:] == 7).all()  # all rows of a part equally often
+    b.position = 17
+    assert all(same(x, next(b)) for x in batches[17:])
+
+
+def test_statistics_of_a_mixture_are_of_what_is_drawn():
+    mixed, copies = mixture((1.0, 3.5)), np.repeat
+    a, b = (part.demos.action[part.frames].astype(np.float64) for part in mixed.parts)
+    # 21 rows at weight 1 and 6 at 3.5: each of the 6 is drawn 12.25 times as often.
+    drawn = np.concatenate([copies(a, 4, axis=0), copies(b, 49, axis=0)])
+    stats = mixed.norm_stats()["actions"]
+    np.testing.assert_allclose(stats.mean, drawn.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats.std, drawn.std(0), rtol=1e-6)
+    np.testing.assert_allclose(stats.q99, np.quantile(drawn, 0.99, axis=0, method="inverted_cdf"), rtol=1e-6)
+    # Negative control: size is not weight.
+    assert np.abs(stats.mean[0] - np.concatenate([a, b]).mean(0)[0]) > 100
+
+
+def test_evaluation_of_a_mixture_shows_every_part():
+    mixed = mixture((1.0, 1.0))
+    seen = [f for _, batch in evaluation_batches(mixed, transform(), batch_size=4, batches=2) for f in frames(batch)]
+    assert sum(int(f) >= 100 for f in seen) == 4
+    assert mixed.where(len(mixed) - 1) == "episode 3, frame 5" and set(mixed.prompts) == set(PROMPTS)
+
+
+def test_parts_that_do_not_fit_name_both():
+    a, _ = sources()
+
+    class Other(TabletopSource):
+        name = "/data/other"
+        layout = Layout({}, "xyz", "xyz")
+
+    other = Other(a.demos, a.frames, a.horizon, a.last)
+    with pytest.raises(
+        UserError, match="the embedded tabletop and /data/other cannot be mixed: their state have 4 and 3"
+    ):
+        Mixture((a, other), (1.0, 1.0))

@@ -310,7 +310,7 @@ def test_unknown_robots_get_the_names_nearest_first(tmp_path):
     for change, words in (
         ({"camera": {}}, "no field camera"),
         ({"cameras": {}}, "at least one image"),
-        ({"state": {"s": 0}}, "dimensions must be positive"),
+        ({"state": {"s": -1}}, "dimensions must be positive"),
         ({"flips": [1, 2]}, r"signs \+-1"),
         ({"pi05": {"horizon": 0, "template": "openpi"}}, "horizon must be positive"),
         ({"pi05": {"horizon": 5, "template": "openpie"}}, "unknown template 'openpie'"),

@@ -15,9 +15,10 @@ from openpi_ar.errors import UserError
 from openpi_ar.training import freeze, memory
 from openpi_ar.training.initial import load_initial
 from openpi_ar.training.optimizer import make_optimizer
-from openpi_ar.training.state import init_model, init_state, state_of, train_key
+from openpi_ar.training.state import init_model, state_of, train_key
 from openpi_ar.training.step import make_train_step
 from tests.data_fixtures import sources, transform
+from tests.model_fixtures import random_like
 from tests.test_checkpoints import assets
 
 DEBUG, LORA = PRESETS["debug"], PRESETS["pi05_subtask_lora"]
@@ -51,10 +52,8 @@ def batch():
 def stepped():
     """(config, state before, state after two steps, metrics)."""
     cfg = tiny_lora()
-    state = jax.jit(lambda: init_state(cfg, optimizer(cfg)))()
     # Not as initialised: gates of an untrained action tower are zero, and frozen they would stop every gradient behind them.
-    rng = np.random.default_rng(0)
-    model = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), state.model)
+    model = random_like(jax.eval_shape(lambda: init_model(cfg)), 0.2)
     state = jax.jit(lambda model: state_of(cfg, optimizer(cfg), model))(model)
     before = jax.tree.map(np.array, state)
     step = make_train_step(cfg, optimizer(cfg))
@@ -83,7 +82,7 @@ def test_patterns_that_do_nothing_or_everything_are_refused():
 
 
 def test_split_and_join_are_inverse():
-    model = init_model(DEBUG)
+    model = random_like(jax.eval_shape(lambda: init_model(DEBUG)), 1.0)
     trained = freeze.split(model, frozenset(p for p in freeze.leaf_paths(model) if p.startswith("vlm/")))
     assert not any(p.startswith("vlm/") for p in freeze.leaf_paths(trained))
     doubled = freeze.join(model, jax.tree.map(lambda x: 2 * x + 1, trained))

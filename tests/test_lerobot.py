@@ -1,6 +1,7 @@
 """Broken if this fails: a LeRobot dataset is read with other values, frames, tasks or subtasks than LeRobot reads."""
 
 import dataclasses
+import pickle
 import shutil
 import sys
 from types import SimpleNamespace
@@ -216,6 +217,17 @@ def test_frames_are_decoded_once_and_survive_the_videos(tmp_path, monkeypatch):
     before = frame_cache.cache_path(frames, meta.cameras[0], (8, 8))
     video.touch()
     assert frame_cache.cache_path(frames, meta.cameras[0], (8, 8)) != before
+
+
+@pytest.mark.parametrize("frames", ["cache", "decode"])
+def test_a_source_goes_to_another_process_without_its_pixels(tmp_path, frames):
+    data = source(GOLDEN / "v30_video", size=(96, 96), frames=frames, cache_dir=str(tmp_path))
+    sent = pickle.dumps(data)
+    assert len(sent) < 60_000 < 60 * 96 * 96 * 3
+    a, b = data[33], pickle.loads(sent)[33]
+    for camera in CAMERAS:
+        np.testing.assert_array_equal(a["images"][camera], b["images"][camera])
+    np.testing.assert_array_equal(a["actions"], b["actions"])
 
 
 def test_a_cache_that_failed_leaves_nothing(tmp_path):

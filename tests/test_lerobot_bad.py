@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from openpi_ar.config import LeRobotData
+from openpi_ar.data.lerobot import load_lerobot
 from openpi_ar.data.lerobot_meta import read_meta
 from openpi_ar.data.lerobot_video import probe
 from openpi_ar.errors import UserError
-from tests.lerobot_fixtures import GOLDEN, broken, edit_column, edit_json, source, sources
+from tests.lerobot_fixtures import CAMERAS, GOLDEN, broken, edit_column, edit_json, source, sources
 
 DATA_3 = "data/chunk-000/file-000.parquet"
 DATA_2 = "data/chunk-000/episode_000001.parquet"
@@ -144,6 +146,16 @@ def test_features_that_are_not_there_are_listed(tmp_path):
         read_meta(tmp_path / "nothing")
     with pytest.raises(UserError, match="data.held_out"):
         sources(GOLDEN / "v30_video", held_out=1.0)
+
+
+def test_episodes_shorter_than_a_chunk_are_padded_and_reported():
+    cfg = LeRobotData(str(GOLDEN / "v30_video"), held_out=0.0, frames="decode")
+    data, _, remarks = load_lerobot(cfg, 21, CAMERAS, (64, 64), says_text=True)
+    assert any(
+        "2 of 3 episodes are shorter than a chunk of 21 actions and padded (first: episode 0, 20" in r for r in remarks
+    )
+    assert data[0]["action_valid"].tolist() == [True] * 20 + [False] and len(data) == 60
+    assert not any("shorter" in r for r in sources(GOLDEN / "v30_video")[2])
 
 
 def test_labels_that_are_all_empty_are_no_labels(tmp_path):

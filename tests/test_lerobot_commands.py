@@ -1,6 +1,6 @@
 """Broken if this fails: a dataset cannot be looked at, measured or trained on from the command line."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,8 +11,10 @@ from openpi_ar.config import LeRobotData, TabletopData
 from openpi_ar.data.__main__ import main
 from openpi_ar.data.normalize import load_norm_stats
 from openpi_ar.errors import UserError
+from openpi_ar.policy import Policy
 from openpi_ar.training import cli
-from tests.lerobot_fixtures import DATASETS, GOLDEN, broken, edit_column, rows
+from openpi_ar.training.metrics import read_metrics
+from tests.lerobot_fixtures import DATASETS, GOLDEN, broken, edit_column, rows, source
 import train
 
 CAMERAS = ["--model.cameras", "base_0_rgb", "left_wrist_0_rgb", "--model.state-dim", "7", "--model.action-dim", "7"]
@@ -124,21 +126,50 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def test_a_dataset_written_by_lerobot_trains_and_resumes(run, tmp_path, capsys):
-    flags = ("--data.path", GOLDEN / "v30_video", *CAMERAS, "--eval-every", 0, "--num-steps", 4, "--save-every", 2)
+SHORT = (*CAMERAS, "--eval-every", 0, "--num-steps", 3, "--save-every", 3, "--log-every", 1)
+
+
+def test_datasets_of_every_version_train_together_and_the_policy_moves_the_robot(run, tmp_path, capsys):
+    """One run on all of them; the checkpoint alone then knows how the robot is spoken to."""
+    others = [f"{GOLDEN / name}={weight}" for name, weight in zip(DATASETS[:3], (1, 2, 0.5), strict=True)]
+    flags = ("--data.path", GOLDEN / "v30_video", "--data.mix", *others, "--data.robot.delta-mask", 6, -1, *SHORT)
     run(*flags)
     out = capsys.readouterr().out
-    assert "training frames" in out and "held out" in out
+    assert out.count("training frames, weight") == 4 and "v30_images_lang: 38 training frames, weight 0.5" in out
     directory = tmp_path / "ck/debug/default"
-    assets = store.load_assets(directory / "4")
-    assert assets.config.data == LeRobotData(str(GOLDEN / "v30_video"), held_out=0.05)
-    assert assets.stats["actions"].dims == 7
-    losses = [
-        json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines() if "loss" in line
-    ]
-    assert losses and np.isfinite(losses).all()
-    run(*flags, "--resume", "--data.frames", "decode")
+    assets = store.load_assets(directory / "3")
+    assert isinstance(assets.config.data, LeRobotData) and assets.config.data.robot.delta_mask == (6, -1)
+    losses = [r["loss"] for r in read_metrics(directory / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    run(*flags, "--resume", "--data.frames", "decode", "--workers", 1)
     assert "nothing left to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"trained with another config: data.robot.delta_mask"):
+        run(*flags, "--resume", "--data.robot.delta-mask", 7)
+
+    policy = Policy.from_checkpoint(directory)
+    frame = source(GOLDEN / "v30_video")[7]
+    sent = {f"observation.images.{name}": image for name, image in frame["images"].items()}
+    sent |= {"observation.state": frame["state"], "prompt": frame["prompt"]}
+    policy.reseed(1)
+    actions = policy.infer(sent)["actions"]
+    policy.reseed(1)
+    # The same through the training form of the observation, and by hand from what the model gave.
+    np.testing.assert_array_equal(policy.infer(frame)["actions"], actions)
+    plain = Policy(dataclasses.replace(assets.config, data=LeRobotData()), *store.load_policy_checkpoint(directory)[1:])
+    plain.reseed(1)
+    learnt = plain.infer(frame)["actions"]
+    np.testing.assert_allclose(actions[:, :6], learnt[:, :6] + frame["state"][:6], atol=1e-5)
+    np.testing.assert_allclose(actions[:, 6], learnt[:, 6], atol=1e-6)
+    with pytest.raises(UserError, match="data.mix takes PATH=WEIGHT"):
+        run("--data.path", GOLDEN / "v30_video", "--data.mix", "there", *SHORT, "--exp-name", "new")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_version_trains_alone_out_of_a_worker_process(run, tmp_path, name):
+    run("--data.path", GOLDEN / name, "--data.frames", "decode", "--workers", 1, *SHORT)
+    records = read_metrics(tmp_path / "ck/debug/default/metrics.jsonl")
+    assert np.isfinite([r["loss"] for r in records]).all()
 
 
 @pytest.mark.parametrize(

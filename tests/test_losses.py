@@ -21,6 +21,8 @@ from tests.model_fixtures import (
     velocity,
 )
 
+flow_error = jax.jit(losses.flow_error)
+
 
 def setting(pi05=True):
     cfg = tiny_config(pi05=pi05)
@@ -99,7 +101,7 @@ def test_masked_action_entries_do_not_count():
     def errors(actions):
         """Squared error per entry, with fixed noise and time."""
         noise, t = jnp.ones((3, 1, *actions.shape[1:])), jnp.full((3, 1), 0.5)
-        return losses.flow_error(model, batch.observation, cache, jnp.asarray(actions), noise, t)[:, 0]
+        return flow_error(model, batch.observation, cache, jnp.asarray(actions), noise, t)[:, 0]
 
     # A masked entry still enters the noisy chunk, as padding does at inference, but its own error is not in the loss.
     want = np.asarray(errors(other))[batch.action_mask].mean()
@@ -108,7 +110,7 @@ def test_masked_action_entries_do_not_count():
     key = jax.random.key(4)
     noise_key, time_key = jax.random.split(key)
     noise, t = jax.random.normal(noise_key, (3, 1, *other.shape[1:])), sample_time(time_key, (3, 1))
-    drawn = np.asarray(losses.flow_error(model, batch.observation, cache, jnp.asarray(other), noise, t))[:, 0]
+    drawn = np.asarray(flow_error(model, batch.observation, cache, jnp.asarray(other), noise, t))[:, 0]
     got = float(flow_loss(model, dataclasses.replace(batch, actions=other), cache, key, draws=1))
     assert abs(got - drawn[batch.action_mask].mean()) < 1e-5 * got
     nothing = dataclasses.replace(batch, action_mask=np.zeros_like(batch.action_mask))
@@ -139,11 +141,11 @@ def test_knowledge_insulation_stops_the_flow_gradient_at_the_cache():
     def norms(insulated):
         cfg = LossConfig(text_weight=0.0, flow_draws=1, knowledge_insulation=insulated)
         g = jax.jit(jax.grad(lambda m: losses.compute_loss(m, batch, jax.random.key(0), cfg)[0]))(model)
-        size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+        size = lambda tree: max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
         return size((g.vlm, g.img, g.embedder)), size(g.expert)
 
-    assert norms(True)[0] == 0.0
-    assert norms(True)[1] > 0.0
+    tower, expert = norms(True)
+    assert tower == 0.0 and expert > 0.0
     assert norms(False)[0] > 1e-4
 
 

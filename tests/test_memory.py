@@ -1,6 +1,7 @@
-"""Broken if this fails: a run that cannot fit starts anyway, or one that would fit is refused."""
+"""Broken if this fails: a run that cannot fit starts anyway, one that would fit is refused, or a step takes twice its memory."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from openpi_ar.data.inputs import collate
 from openpi_ar.errors import UserError
 from openpi_ar.training import memory
 from openpi_ar.training.optimizer import make_optimizer
+from openpi_ar.training.state import train_key
 from openpi_ar.training.step import make_train_step
 from tests.data_fixtures import sources, transform
 
@@ -72,10 +74,23 @@ def test_free_memory_is_read_from_this_machine():
     assert 2**28 < have < 2**44 and source
 
 
+@functools.cache
+def debug_step(rows: int, accumulate: int = 1):
+    """(config, jitted step) of so many rows: compiled once for all that look at it."""
+    cfg = optimizer(dataclasses.replace(DEBUG, batch_size=rows), accumulate=accumulate)
+    return cfg, make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
+
+
+def analysis(rows: int, accumulate: int = 1):
+    """XLA's account of the compiled step, and the abstract state."""
+    cfg, step = debug_step(rows, accumulate)
+    state = memory.abstract_state(cfg)
+    return step.lower(state, memory.abstract_batch(cfg), train_key(cfg)).compile().memory_analysis(), state
+
+
 def test_compiled_plan_counts_every_array_of_state_and_batch_and_grows_with_the_batch():
     def plan(rows: int) -> memory.Estimate:
-        cfg = dataclasses.replace(DEBUG, batch_size=rows)
-        step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
+        cfg, step = debug_step(rows)
         return memory.measure(cfg, step, memory.abstract_state(cfg), memory.abstract_batch(cfg))
 
     four, sixteen = plan(4), plan(16)
@@ -86,3 +101,12 @@ def test_compiled_plan_counts_every_array_of_state_and_batch_and_grows_with_the_
     batch = collate([rows.sample(source[i]) for i in range(4)])
     assert four.batch == 2 * sum(x.nbytes for x in jax.tree.leaves(batch))
     assert 3 * four.activations < sixteen.activations < 5 * four.activations
+
+
+def test_slices_hold_a_part_of_the_activations():
+    assert analysis(16, accumulate=8)[0].temp_size_in_bytes < 0.4 * analysis(16)[0].temp_size_in_bytes
+
+
+def test_state_is_donated():
+    compiled, state = analysis(4)
+    assert compiled.alias_size_in_bytes == memory.nbytes(state)

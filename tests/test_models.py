@@ -160,11 +160,11 @@ def test_unstacked_and_remat_change_nothing():
     def grad(m, remat):
         return jax.jit(jax.grad(lambda m: jnp.square(m.vlm(*args, remat=remat)[0]).sum()))(m)
 
-    (h1, kv1), (h2, kv2) = model.vlm(*args), model.unstacked().vlm(*args)
+    (h1, kv1), (h2, kv2) = (jax.jit(f)(model) for f in (lambda m: m.vlm(*args), lambda m: m.unstacked().vlm(*args)))
     assert max_diff(h1, h2) < 5e-6  # same arithmetic, other fusions; values of order 3
     assert max(map(max_diff, kv1, kv2)) < 5e-6
     a, b = jax.tree.leaves(grad(model, False)), jax.tree.leaves(grad(rematted, True))
-    assert max(max_diff(x, y) / (1 + float(jnp.abs(x).max())) for x, y in zip(a, b, strict=True)) < 1e-5
+    assert max(max_diff(x, y) / (1 + float(np.abs(x).max())) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
 def test_cache_append_is_where_it_says():

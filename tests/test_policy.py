@@ -32,6 +32,23 @@ def policy(tiny_policy: Policy) -> Policy:
     return tiny_policy
 
 
+def test_images_resized_on_the_device_are_those_resized_on_the_host(policy, monkeypatch):
+    monkeypatch.setattr(policy, "_resizes", True)
+    raws = [raw_observation(1), raw_observation(2)]
+    rng = np.random.default_rng(3)
+    for raw in raws:
+        raw["images"] = {name: rng.integers(0, 256, (45, 60, 3), np.uint8) for name in raw["images"]}
+    native = policy._observations(raws)
+    assert native[0]["images"].shape == (2, 45, 60, 3)
+    seen, want = (
+        policy._images(policy._model, collate(rows))
+        for rows in (native, [policy.transform.observation(raw) for raw in raws])
+    )
+    np.testing.assert_array_equal(seen, want)
+    raws[1]["images"]["front"] = raws[1]["images"]["front"][:40]  # of several sizes: the host makes them one
+    assert [row["images"].shape for row in policy._observations(raws)] == [(2, 32, 32, 3)] * 2
+
+
 def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoint):
     """Stacked parameters, no policy: prefill, generate, denoise by hand with the keys that seed 0 gives."""
     cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)

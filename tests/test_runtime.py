@@ -51,11 +51,12 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
 
 
 def test_compiled_programs_are_kept_only_where_they_may_be(tmp_path, monkeypatch):
-    assert runtime.keep_compiled_programs() is None  # tests turn it off
     monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path))
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in names}
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        assert runtime.keep_compiled_programs() is None
         jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", None)
         assert runtime.keep_compiled_programs().parent == tmp_path / "xla"
@@ -69,3 +70,8 @@ def test_compiled_programs_are_kept_only_where_they_may_be(tmp_path, monkeypatch
 def test_dtype_follows_the_device():
     assert runtime.inference_dtype("auto") == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     assert runtime.inference_dtype("bfloat16") == "bfloat16"
+
+
+def test_the_resize_follows_the_device():
+    assert runtime.resizes_on_device("auto") == (jax.default_backend() != "cpu")
+    assert runtime.resizes_on_device("device") and not runtime.resizes_on_device("host")

@@ -12,16 +12,21 @@ from configs import PRESETS
 from openpi_ar.config import AugmentConfig, OptimizerConfig
 from openpi_ar.data.augment import augment
 from openpi_ar.errors import UserError
-from openpi_ar.training import experiment, memory
+from openpi_ar.training import experiment
 from openpi_ar.training import step as steps
 from openpi_ar.training.optimizer import make_optimizer, stored_as
-from openpi_ar.training.state import init_model, train_key
-from openpi_ar.training.step import accumulated_gradients, make_train_step
+from openpi_ar.training.state import init_model
+from openpi_ar.training.step import accumulated_gradients
 from openpi_ar.types import Batch
 from tests.model_fixtures import compute_loss, ragged_batch, rows, tiny_config, tiny_model
 
 DEBUG = PRESETS["debug"]
-CFG = dataclasses.replace(DEBUG, model=tiny_config(), batch_size=6)
+# The gradient is of the text part alone, which does not depend on noise; the metrics are of both.
+CFG = dataclasses.replace(
+    DEBUG, model=tiny_config(), batch_size=6, loss=dataclasses.replace(DEBUG.loss, flow_weight=0.0)
+)
+# One function for all tests: equal configs share one compilation.
+gradients = jax.jit(accumulated_gradients, static_argnames="cfg")
 
 
 def with_optimizer(**changes):
@@ -31,15 +36,15 @@ def with_optimizer(**changes):
 def six_rows() -> Batch:
     """Rows whose supervised tokens and action entries differ in number, so that a mean of means would be wrong."""
     a, b = ragged_batch(CFG.model, 0), ragged_batch(CFG.model, 1)
-    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+    both = jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b)
     assert isinstance(both, Batch)
-    silent = jnp.arange(6)[:, None] != 4
+    silent = np.arange(6)[:, None] != 4
     return dataclasses.replace(both, target=dataclasses.replace(both.target, loss=both.target.loss & silent))
 
 
 def test_accumulated_slices_weigh_every_token_and_entry_alike():
     cfg, model, batch, key = with_optimizer(accumulate=3), tiny_model(CFG.model), six_rows(), jax.random.key(7)
-    grads, metrics = jax.jit(accumulated_gradients, static_argnames="cfg")(model, model, batch, key, cfg=cfg)
+    sliced, metrics = gradients(model, model, batch, key, cfg=cfg)
     # By hand: sums over slices divided by the counts of the whole.
     tokens, entries, text, flow, counts = 0.0, 0.0, 0.0, 0.0, []
     for i, k in enumerate(jax.random.split(key, 3)):
@@ -52,33 +57,10 @@ def test_accumulated_slices_weigh_every_token_and_entry_alike():
     np.testing.assert_allclose(float(metrics["text_ce"]), text / tokens, rtol=1e-5)
     np.testing.assert_allclose(float(metrics["flow"]), flow / entries, rtol=1e-5)
     assert len(set(counts)) > 1
-    # One slice of everything is a plain gradient: the text part does not depend on noise.
-    textual = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, flow_weight=0.0))
-    whole = dataclasses.replace(textual, optimizer=CFG.optimizer)
-    run = jax.jit(accumulated_gradients, static_argnames="cfg")
-    a, b = (run(model, model, batch, key, cfg=c)[0] for c in (textual, whole))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), a, b)
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(a)) > 1e-2
-
-
-def test_slices_hold_a_part_of_the_activations():
-    def temporaries(accumulate: int) -> int:
-        cfg = dataclasses.replace(
-            DEBUG, batch_size=64, optimizer=dataclasses.replace(DEBUG.optimizer, accumulate=accumulate)
-        )
-        step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
-        args = memory.abstract_state(cfg), memory.abstract_batch(cfg), train_key(cfg)
-        return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries(8) < 0.4 * temporaries(1)
-
-
-def test_state_is_donated():
-    cfg = DEBUG
-    step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
-    state, batch = memory.abstract_state(cfg), memory.abstract_batch(cfg)
-    analysis = step.lower(state, batch, train_key(cfg)).compile().memory_analysis()
-    assert analysis.alias_size_in_bytes == memory.nbytes(state)
+    # One slice of everything is a plain gradient.
+    whole, _ = gradients(model, model, batch, key, cfg=CFG)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), sliced, whole)
+    assert max(float(np.abs(np.asarray(x)).max()) for x in jax.tree.leaves(sliced)) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -202,11 +184,11 @@ def test_colours_change_only_what_they_say():
 def test_training_sees_augmented_images_and_each_step_others(monkeypatch):
     seen = []
     real = steps.augment
-    monkeypatch.setattr(steps, "augment", lambda obs, key, *a: seen.append(key) or real(obs, key, *a))
+    monkeypatch.setattr(steps, "augment", lambda obs, key, *a: seen.append(a[0]) or real(obs, key, *a))
     cfg = dataclasses.replace(CFG, augment=AugmentConfig(crop=0.1, brightness=0.3))
     model, batch = tiny_model(cfg.model), six_rows()
-    run = jax.jit(accumulated_gradients, static_argnames="cfg")
-    losses = [float(run(model, model, batch, jax.random.key(k), cfg=cfg)[1]["text_ce"]) for k in (0, 1)]
-    plain = [float(run(model, model, batch, jax.random.key(k), cfg=CFG)[1]["text_ce"]) for k in (0, 1)]
+    losses = [float(gradients(model, model, batch, jax.random.key(k), cfg=cfg)[1]["text_ce"]) for k in (0, 1)]
+    plain = [float(gradients(model, model, batch, jax.random.key(k), cfg=CFG)[1]["text_ce"]) for k in (0, 1)]
     assert plain[0] == pytest.approx(plain[1], rel=1e-5)
-    assert abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0]) and len(seen) == 2
+    assert abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0])
+    assert seen.count(cfg.augment) == 1  # traced once, run twice

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ import train
 ROOT = Path(__file__).parents[1]
 CFG = get_preset("debug")
 STEPS = 60
-# One config for all runs, so that one compiled step (kept on disk) serves them all.
+# One config for all runs, so that one compiled step (kept on disk, see `tests/__init__.py`) serves them all.
 FLAGS = [
     "--config",
     "debug",
@@ -47,11 +46,9 @@ FLAGS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Demonstrations and compiled programs of this file; subprocesses inherit it."""
+    """Demonstrations of this file; subprocesses inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENPI_AR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        compilation_cache.reset_cache()  # another file may have compiled without one
         yield
 
 
@@ -132,7 +129,7 @@ def test_sigterm_saves_and_resume_goes_on(uninterrupted, tmp_path):
         if line.startswith(f"step 2/{STEPS}"):
             process.send_signal(signal.SIGTERM)
             break
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert err == ""
     assert out.splitlines()[-1].startswith("stopped by SIGTERM at step ")
@@ -161,8 +158,8 @@ def test_init_from_starts_at_the_averaged_parameters(uninterrupted):
 
 def test_overfits_one_batch_keeps_its_average_and_compiles_once():
     cfg = dataclasses.replace(CFG, num_steps=STEPS)
-    step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
     placement = train.make_placement(cfg)
+    step = train.compiled_step(cfg, placement)
     t, data = transform(), sources()[0]
     batch = jax.device_put(collate([t.sample(data[i]) for i in range(4)]), placement.batch)
     state, _ = train.make_state(cfg, placement, data, None)
@@ -366,6 +363,6 @@ def test_two_devices_compute_what_one_does(uninterrupted, tmp_path):
         if line.startswith("step 4/"):
             process.send_signal(signal.SIGTERM)
             break
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     got = losses(tmp_path / "debug" / "default")[:4]
     np.testing.assert_allclose(got, losses(uninterrupted)[:4], rtol=1e-4)

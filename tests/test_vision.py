@@ -27,7 +27,7 @@ def test_targets_are_what_each_camera_can_know():
 def test_error_falls_and_only_the_vision_tower_changes(tmp_path):
     data = dataclasses.replace(DEBUG.data, episodes=4, cache_dir=str(tmp_path))
     train, _ = load_tabletop(data, DEBUG.model.action_horizon, DEBUG.model.cameras)
-    model = Pi0(DEBUG.model, rngs=nnx.Rngs(0))
+    model = jax.jit(lambda: Pi0(DEBUG.model, rngs=nnx.Rngs(0)))()
     _, start = pretrain_vision(model, train, steps=2, batch_size=16)
     trained, error = pretrain_vision(model, train, steps=120, batch_size=16, peak_lr=3e-3)
     assert error < 0.8 * start  # mean over the last 100 of the 120 steps, in centimetres

@@ -9,7 +9,6 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
-import tempfile
 from typing import Any, Literal
 
 from einops import rearrange
@@ -23,6 +22,7 @@ from openpi_ar.checkpoints.infer_config import expected_shape
 from openpi_ar.checkpoints.load import Loaded
 from openpi_ar.config import ModelConfig, TextConfig, TrainConfig
 from openpi_ar.errors import UserError
+from openpi_ar.files import when_whole
 from openpi_ar.types import Array
 
 Format = Literal["openpi", "torch", "lerobot", "ours"]
@@ -223,17 +223,13 @@ def assets_of(path: Path) -> Path | None:
 @contextlib.contextmanager
 def _atomically(target: Path) -> Iterator[Path]:
     """A scratch directory that becomes `target` if all goes well and vanishes if not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)).absolute()
     try:
-        yield scratch
-        scratch.chmod(0o755)
-        scratch.rename(target)
+        with when_whole(target.absolute()) as scratch:
+            yield scratch
+            scratch.chmod(0o755)
     except OSError as e:
         free = shutil.disk_usage(target.parent).free
         raise UserError(f"{target} cannot be written ({free / 1e9:.1f} GB free): {e}; nothing was left behind") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def size_of(folder: Path) -> int:

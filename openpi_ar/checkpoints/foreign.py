@@ -14,7 +14,8 @@ from flax import nnx
 from openpi_ar.checkpoints import store
 from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
 from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats, needed_mode
-from openpi_ar.data.robots import ROBOTS, RobotSpec, get_robot
+from openpi_ar.data.robot_spec import RobotSpec
+from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +43,8 @@ def load_policy_parts(
 
     Args:
         path: a step or experiment of ours; or an openpi or LeRobot checkpoint, local or remote (`load_model`).
-        robot: name in `ROBOTS` or a .json file. Others' checkpoints need it; ours then take its observations.
+        robot: name in `ROBOTS` or a .yaml or .json file. Others' checkpoints need it; ours then take its observations, unless
+            they were trained with a robot of their own: that one is used, and another one is an error.
         asset_id: directory under `assets/` with the statistics, where there are several.
         horizon: actions in a chunk. None: the checkpoint's config.json, else the robot's in openpi's configurations.
 
@@ -55,7 +57,8 @@ def load_policy_parts(
     if _is_ours(path):
         if asset_id is not None or horizon is not None:
             raise UserError(f"{path} says its statistics and its horizon itself: leave out --asset-id and --horizon")
-        return PolicyParts(*store.load_policy_checkpoint(path), spec)
+        parts = PolicyParts(*store.load_policy_checkpoint(path), spec)
+        return parts if spec is None else parts._replace(robot=_unless_its_own(parts.cfg, spec, path))
     if spec is None:
         _refuse_without_robot(path)
         raise AssertionError("a checkpoint that is not ours was read as ours")
@@ -117,6 +120,15 @@ def _is_ours(path: str | Path) -> bool:
         return not store.missing_parts(store.resolve_step_dir(path))
     except UserError:
         return False
+
+
+def _unless_its_own(cfg: TrainConfig, spec: RobotSpec, path: str | Path) -> RobotSpec | None:
+    """None: the checkpoint's own robot, which its statistics belong to."""
+    if not isinstance(cfg.data, LeRobotData) or not cfg.data.robot.name:
+        return spec
+    if cfg.data.robot.name != spec.name:
+        raise UserError(f"{path} was trained for robot {cfg.data.robot.name!r}, not {spec.name!r}: leave out --robot")
+    return None
 
 
 def _refuse_without_robot(path: str | Path) -> None:

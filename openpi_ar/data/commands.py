@@ -6,7 +6,6 @@ import time
 from typing import Annotated, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 import tyro
 
@@ -17,6 +16,7 @@ from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats, compute_stats, sa
 from openpi_ar.data.tabletop_export import export_tabletop
 from openpi_ar.errors import UserError
 from openpi_ar.sim.demos import DemoConfig
+from openpi_ar.tables import console, new_table
 
 Directory = Annotated[str, tyro.conf.Positional]
 
@@ -33,7 +33,7 @@ class Inspect:
         source = subtask_source(meta, "auto")
         frames = sum(e.length for e in meta.episodes)
         lengths = [e.length for e in meta.episodes] or [0]
-        about = _table("", "", title=str(meta.root), header=False)
+        about = new_table("", "", title=str(meta.root), header=False)
         for name, value in {
             "version": meta.version,
             "robot": meta.robot_type,
@@ -43,14 +43,14 @@ class Inspect:
             "subtasks": {"none": "none found", "index": "subtask_index", "language": "language_persistent"}[source],
         }.items():
             about.add_row(name, value)
-        features = _table("feature", "type", "shape", "dimensions")
+        features = new_table("feature", "type", "shape", "dimensions")
         for key, f in meta.features.items():
             names = ", ".join(map(str, f.names)) if isinstance(f.names, list) else ""
             features.add_row(key, f.dtype, " ".join(map(str, f.shape)), names)
-        tasks = _table("task", "episodes")
+        tasks = new_table("task", "episodes")
         for text in meta.tasks.values():
             tasks.add_row(text or "[red](no text)[/red]", str(sum(text in e.tasks for e in meta.episodes)))
-        _console().print(about, features, _cameras(meta), tasks)
+        console().print(about, features, _cameras(meta), tasks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +79,16 @@ class Stats:
         stats = {name: compute_stats(x, self.mode) for name, x in values.items()}
         seconds = time.perf_counter() - began
         for name, s in stats.items():
-            _console().print(_stats_table(name, s, values[name], [n for key in keys[name] for n in _names(meta, key)]))
-        _console().print(
+            console().print(
+                _stats_table(name, s, values[name], [n for key in keys[name] for n in meta.dimension_names(key)])
+            )
+        console().print(
             f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video decoded"
         )
         if self.out:
             Path(self.out).expanduser().mkdir(parents=True, exist_ok=True)
             save_norm_stats(Path(self.out).expanduser(), stats)
-            _console().print(f"written to {Path(self.out) / 'norm_stats.json'}", soft_wrap=True)
+            console().print(f"written to {Path(self.out) / 'norm_stats.json'}", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +110,14 @@ class Subtasks:
             )
         frames = read_columns(meta, meta.episodes, label_columns(source))
         texts, labels = subtask_labels(frames, source)
-        table = _table("subtask", "frames", "episodes", "runs", "first", title=f"subtasks by {source}")
+        table = new_table("subtask", "frames", "episodes", "runs", "first", title=f"subtasks by {source}")
         episode_of = frames.episode_of
         pieces = np.array([label for _, _, label in runs(labels, frames.starts)])
         for i, text in enumerate(texts):
             rows = np.flatnonzero(labels == i)
             counts = (len(rows), len(np.unique(episode_of[rows])), int((pieces == i).sum()))
             table.add_row(text, *map(str, counts), _place(frames, int(rows[0])))
-        _console().print(table)
+        console().print(table)
         _flag_missing(frames, labels)
 
 
@@ -141,26 +143,11 @@ class Export:
             raise UserError(str(e)) from e
         frames = sum(e.length for e in read_meta(root).episodes)
         rate = frames / (time.perf_counter() - began)
-        _console().print(
-            f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True
-        )
-
-
-def _console() -> Console:
-    # Not wrapped where output is piped: one row of a table stays one line.
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def _table(*columns: str, title: str | None = None, header: bool = True) -> Table:
-    table = Table(title=title, title_justify="left", show_header=header)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
+        console().print(f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True)
 
 
 def _cameras(meta: Meta) -> Table:
-    table = _table("camera", "stored as", "codec", "pixels", "frames a second", "height x width", "files")
+    table = new_table("camera", "stored as", "codec", "pixels", "frames a second", "height x width", "files")
     for key in meta.cameras:
         f = meta.features[key]
         paths = {e.videos[key].path if key in e.videos else e.data for e in meta.episodes}
@@ -174,7 +161,7 @@ def _cameras(meta: Meta) -> Table:
 
 
 def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Table:
-    table = _table(name, "mean", "std", "q01", "q99", "")
+    table = new_table(name, "mean", "std", "q01", "q99", "")
     for i in range(s.dims):
         # The statistics of such a dimension are floored already, so the data is asked.
         spread = np.ptp(np.quantile(x[:, i], [0.01, 0.99])) if s.mode == "quantile" else x[:, i].std()
@@ -182,13 +169,6 @@ def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Ta
         values = (f"{a[i]:.5g}" for a in (s.mean, s.std, s.q01, s.q99))
         table.add_row(names[i], *values, "constant: centred, not scaled" if flat else "")
     return table
-
-
-def _names(meta: Meta, key: str) -> list[str]:
-    f = meta.feature(key)
-    dims = int(np.prod(f.shape))
-    names = f.names if isinstance(f.names, list) and len(f.names) == dims else range(dims)
-    return [f"{key}.{n}" for n in names]
 
 
 def _place(frames: Frames, frame: int) -> str:
@@ -199,15 +179,15 @@ def _place(frames: Frames, frame: int) -> str:
 def _flag_missing(frames: Frames, labels: np.ndarray) -> None:
     missing = np.flatnonzero(labels < 0)
     if not len(missing):
-        _console().print(f"every one of {len(frames)} frames has a subtask")
+        console().print(f"every one of {len(frames)} frames has a subtask")
         return
     counts = np.bincount(frames.episode_of[missing], minlength=len(frames.episodes))
     empty = [frames.episodes[e].index for e in np.flatnonzero(counts == np.diff(frames.starts))]
-    _console().print(
+    console().print(
         f"[red]{len(missing)} of {len(frames)} frames have no subtask, in {int((counts > 0).sum())} episodes; the first is "
         f"{_place(frames, int(missing[0]))}[/red]; training skips them",
         soft_wrap=True,
     )
     if empty:
         some = ", ".join(map(str, empty[:20])) + (", ..." if len(empty) > 20 else "")
-        _console().print(f"[red]{len(empty)} episodes have none at all: {some}[/red]", soft_wrap=True)
+        console().print(f"[red]{len(empty)} episodes have none at all: {some}[/red]", soft_wrap=True)

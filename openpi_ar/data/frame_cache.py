@@ -6,12 +6,12 @@ rename when it is complete: a half-written one is never read.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
 import shutil
-import tempfile
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +21,7 @@ from openpi_ar.data.lerobot_columns import Frames
 from openpi_ar.data.lerobot_meta import INFO
 from openpi_ar.data.lerobot_video import read_frames
 from openpi_ar.errors import UserError
+from openpi_ar.files import Mapped, when_whole
 
 _VERSION = 1
 """Raise when decoding or resizing changes: old caches are then left alone and not read."""
@@ -64,26 +65,43 @@ def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str 
     path = cache_path(frames, camera, size, root)
     if not path.is_dir():
         shape = (len(frames), *size, 3)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)  # whose disk is asked
         need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
         if need > 0.95 * free:
             raise UserError(
                 f"the decoded frames of camera {camera!r} take {need / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB "
                 f"free: set --data.cache-dir to another disk, or --data.frames decode to decode at every read"
             )
-        scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
-        try:
+        with when_whole(path) as scratch:
             _fill(frames, camera, size, np.lib.format.open_memmap(scratch / "frames.npy", "w+", np.uint8, shape))
             about = {"dataset": str(frames.meta.root), "camera": camera, "size": size, "frames": len(frames)}
             (scratch / "meta.json").write_text(json.dumps(about, indent=1))
-            try:
-                scratch.rename(path)
-            except OSError:
-                if not path.is_dir():  # otherwise another process was faster: its result is the same
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return np.load(path / "frames.npy", mmap_mode="r")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedReader(Mapped):
+    """A camera's frame, uint8 [h w 3], out of `cached_frames`."""
+
+    pixels: np.ndarray
+
+    def __call__(self, row: int) -> np.ndarray:
+        return np.asarray(self.pixels[row])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodingReader:
+    """A camera's frame, uint8 [h w 3] as recorded, decoded at every call."""
+
+    frames: Frames
+    camera: str
+
+    def __call__(self, row: int) -> np.ndarray:
+        frames = self.frames
+        e = int(np.searchsorted(frames.starts, row, side="right")) - 1
+        start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
+        stamps = frames.timestamps[start:stop]
+        return next(read_frames(frames.meta, frames.episodes[e], self.camera, stamps, [row - start]))
 
 
 def _fill(frames: Frames, camera: str, size: tuple[int, int], out: np.ndarray) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from openpi_ar.config import TrainConfig
+from openpi_ar.data import robots
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robots import RobotSpec
+from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.shards import place
 from openpi_ar.data.transforms import pad_dims
 from openpi_ar.errors import UserError
@@ -30,7 +31,10 @@ action_mask."""
 
 
 def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h w 3] to [height width 3]: bilinear, aspect kept, black borders (openpi's `resize_with_pad`)."""
+    """uint8 [h w 3] to [height width 3]: bilinear, aspect kept, black borders (openpi's `resize_with_pad`).
+
+    `models/resize.py` is the same inside a program.
+    """
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
@@ -50,7 +54,8 @@ class InputTransform:
         cfg: model, template and token budgets.
         tokenizer: of the prompts.
         stats: normalisation statistics of "state" and "actions"; longer ones than the robot's are cut to it.
-        robot: what raw observations are; None: this module's own form.
+        robot: what raw observations are; None: the robot whose LeRobot dataset the config trains on, which may also send
+            this module's own form; for other data that form only.
 
     Raises:
         UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks.
@@ -59,11 +64,14 @@ class InputTransform:
     def __init__(
         self, cfg: TrainConfig, tokenizer: Tokenizer, stats: Mapping[str, NormStats], robot: RobotSpec | None = None
     ):
-        self.cfg, self.tokenizer, self.robot = cfg, tokenizer, robot
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.state_stats, self.action_stats = stats["state"], stats["actions"]
+        robot = robot or robots.of_config(cfg, self.state_stats.dims, self.action_stats.dims)
+        self.robot = robot
         if robot is not None:
-            self.state_stats = self.state_stats.first(robot.state_dims, "state")
-            self.action_stats = self.action_stats.first(robot.action_dims, "actions")
+            self.state_stats = self.state_stats.first(robot.state_dims or self.state_stats.dims, "state")
+            self.action_stats = self.action_stats.first(robot.action_dims or self.action_stats.dims, "actions")
+            robot.check_dims(self.state_stats.dims, self.action_stats.dims)
             if strange := [c for c in robot.cameras.values() if c not in cfg.model.cameras]:
                 raise UserError(
                     f"robot {robot.name} feeds camera {', '.join(strange)}, but the model reads "
@@ -84,12 +92,13 @@ class InputTransform:
         """The template has a target: the model is trained to say something before it acts."""
         return prompts.TEMPLATES[self.cfg.text.template].target is not None
 
-    def observation(self, raw: Mapping[str, Any], *, needs_state: bool = True) -> Arrays:
+    def observation(self, raw: Mapping[str, Any], *, needs_state: bool = True, resize: bool = True) -> Arrays:
         """Arrays of one observation, no batch axis. Raises UserError naming what is missing or does not fit.
 
-        Without `needs_state`, a state that is left out is taken to be the average one.
+        Without `needs_state`, a state that is left out is taken to be the average one. Without `resize`, images of one
+        size stay as they are, for the model to resize them.
         """
-        images, mask = self._images(raw)
+        images, mask = self._images(raw, resize)
         state = self.state(raw, needed=needs_state)
         prompt = raw.get("prompt") if self.robot is None else self.robot.prompt_of(raw)
         if not isinstance(prompt, str) or not prompt.strip():
@@ -171,7 +180,7 @@ class InputTransform:
             raise UserError(f"{where} holds values that are not finite: {value.tolist()}")
         return value.astype(np.float32)
 
-    def _images(self, raw: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _images(self, raw: Mapping[str, Any], resize: bool) -> tuple[np.ndarray, np.ndarray]:
         if self.robot is None:
             images, masked = raw.get("images"), set(raw.get("masked", ()))
         else:
@@ -179,9 +188,8 @@ class InputTransform:
             masked = set(self.cfg.model.cameras) - set(images)
         if not isinstance(images, Mapping):
             raise UserError(f"observation['images'] must map camera names to images, found {type(images).__name__}")
-        height, width = self.cfg.model.siglip.image_size
-        stack = np.zeros((len(self.cfg.model.cameras), height, width, 3), np.uint8)
         mask = np.zeros(len(self.cfg.model.cameras), bool)
+        found: dict[int, np.ndarray] = {}
         for i, name in enumerate(self.cfg.model.cameras):
             if name in masked:
                 continue
@@ -196,9 +204,14 @@ class InputTransform:
                     f"camera {name!r} must be a uint8 RGB image [height width 3], found {image.dtype} "
                     f"{list(image.shape)}"
                 )
-            stack[i], mask[i] = resize_with_pad(image, height, width), True
-        if not mask.any():
+            found[i], mask[i] = image, True
+        if not found:
             raise UserError("every camera is masked: at least one image is needed")
+        sizes = {image.shape[:2] for image in found.values()}
+        height, width = sizes.pop() if len(sizes) == 1 and not resize else self.cfg.model.siglip.image_size
+        stack = np.zeros((len(mask), height, width, 3), np.uint8)
+        for i, image in found.items():
+            stack[i] = resize_with_pad(image, height, width)
         return stack, mask
 
 

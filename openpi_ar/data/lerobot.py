@@ -7,18 +7,21 @@ import math
 import numpy as np
 
 from openpi_ar.config import LeRobotData
-from openpi_ar.data.frame_cache import cached_frames
+from openpi_ar.data.frame_cache import CachedReader, DecodingReader, cached_frames
+from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
 from openpi_ar.data.lerobot_columns import (
     Frames,
     label_columns,
     read_columns,
+    runs,
     subtask_labels,
     subtask_source,
     task_labels,
 )
 from openpi_ar.data.lerobot_meta import Meta, choose_episodes, read_meta
-from openpi_ar.data.lerobot_video import read_frames
-from openpi_ar.data.normalize import Mode, NormStats, compute_stats
+from openpi_ar.data.normalize import Mode, NormStats
+from openpi_ar.data.robot_spec import RobotSpec
+from openpi_ar.data.robots import MASKED, of_data
 from openpi_ar.errors import UserError
 
 SUPERVISE = "supervise_text"
@@ -26,8 +29,6 @@ SUPERVISE = "supervise_text"
 
 POSES = "observation.environment_state"
 """Optional feature: positions x, y, z and presence (0 or 1) of each object, for `training/vision.py`."""
-
-_MASKED = ("none", "")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class Table:
     subtask_id: np.ndarray
     supervise: np.ndarray
     last: np.ndarray
+    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +65,8 @@ class LeRobotSource:
     rows: np.ndarray
     """Indices into the table [rows]."""
     horizon: int
+    robot: RobotSpec
+    """What is done to states and actions before normalisation; samples are as recorded."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,12 +92,59 @@ class LeRobotSource:
         """The prompts that occur in these frames."""
         return tuple(self.table.prompts[i] for i in np.unique(self.table.prompt_id[self.rows]))
 
+    @property
+    def name(self) -> str:
+        """The dataset's directory, for messages."""
+        return str(self.table.frames.meta.root)
+
+    @property
+    def subtasks(self) -> tuple[str, ...]:
+        """The subtasks that occur in these frames."""
+        ids = np.unique(self.table.subtask_id[self.rows])
+        return tuple(self.table.subtasks[i] for i in ids if i >= 0)
+
+    @property
+    def layout(self) -> Layout:
+        """Features and their dimensions."""
+        return self.table.layout
+
+    def where(self, index: int) -> str:
+        """ "FILE: episode E, frame F"."""
+        return self.table.frames.where(int(self.rows[index]))
+
+    def unlabelled(self) -> list[str]:
+        """Runs of frames of the dataset without a subtask."""
+        frames = self.table.frames
+        empty = [(a, b) for a, b, label in runs(self.table.subtask_id, frames.starts) if label < 0]
+        return [frames.where(a) + (f" to {b - 1 - a + frames.number(a)}" if b - a > 1 else "") for a, b in empty]
+
+    def numbers(self) -> Numbers:
+        """Over all frames of this source; no image is read.
+
+        Actions relative to the state are those of all chunks, each from its own state; absolute ones count once a frame.
+        """
+        t, rows, all_rows = self.table, self.rows, np.arange(len(self.rows))
+        state = self.robot.state_to_model(t.state[rows])
+        actions = self.robot.absolute_to_model(t.actions)
+        delta = self.robot.pi05.delta
+        by_dimension = [
+            self._relative(actions[:, i], state[:, i])
+            if i < len(delta) and delta[i]
+            else Column(actions[rows, i], all_rows)
+            for i in range(actions.shape[1])
+        ]
+        return {"state": [Column(x, all_rows) for x in state.T], "actions": by_dimension}
+
+    def _relative(self, action: np.ndarray, state: np.ndarray) -> Column:
+        """One dimension [frames] of the actions in every chunk, less its state [rows]; none past an episode's end."""
+        rows, last = self.rows, self.table.last[self.rows]
+        inside = [np.flatnonzero(rows + d <= last) for d in range(self.horizon)]
+        values = [action[rows[i] + d] - state[i] for d, i in enumerate(inside)]
+        return Column(np.concatenate(values), np.concatenate(inside))
+
     def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
-        """Statistics of states and actions over all frames of this source; no image is read."""
-        return {
-            "state": compute_stats(self.table.state[self.rows], mode),
-            "actions": compute_stats(self.table.actions[self.rows], mode),
-        }
+        """Statistics of `numbers`."""
+        return stats_of(self.numbers(), mode)
 
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(images uint8 [B C h w 3], objects [B O 3] in metres, NaN where absent, tool [B 3]) of these rows.
@@ -148,14 +199,21 @@ def load_lerobot(
             remarks.append(
                 f"{int((~usable).sum())} of {len(frames)} frames have no subtask and are skipped (first: {first})"
             )
+    short = [e for e in frames.episodes if e.length < horizon]
+    if short:
+        remarks.append(
+            f"{len(short)} of {len(frames.episodes)} episodes are shorter than a chunk of {horizon} actions and padded "
+            f"(first: episode {short[0].index}, {short[0].length} frames)"
+        )
     # Nobody can say a subtask that does not follow from the prompt, so episodes of such are not for evaluation.
     judged = usable & table.supervise
     episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
     held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
-    train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon)
+    robot = of_data(cfg, cameras, table.state.shape[1], table.actions.shape[1])
+    train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot)
     if cfg.held_out == 0:
         remarks.append("data.held_out is 0: evaluation runs on training frames")
-    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon)
+    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon, robot)
     if not len(train) or not len(test):
         raise UserError(
             f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or set "
@@ -167,19 +225,21 @@ def load_lerobot(
 def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dict[str, str | None]:
     """Model camera -> feature; None: the dataset has no such camera, the model then sees none.
 
-    `given` holds "model camera=feature" or "model camera=none"; a feature may be named by its last part. Cameras that are
+    `given` holds "model camera=feature" or "model camera=none", or both as "feature|none"; a feature may be named by its last
+    part. Cameras that are
     not given take the feature of their own name. Raises UserError that spells out a complete mapping.
     """
-    by_name = {key: key for key in meta.cameras} | {key.rsplit(".", 1)[-1]: key for key in meta.cameras}
+    by_name = {key: key for key in meta.cameras} | {_last(key): key for key in meta.cameras}
     asked: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in given)}
     mapping: dict[str, str | None] = {}
     problems = [f"{name!r} is no camera of the model" for name in asked if name not in cameras]
     for name in cameras:
-        key = asked.get(name, name)
-        mapping[name] = by_name.get(key)
-        if mapping[name] is None and not (name in asked and key in _MASKED):
+        keys = asked.get(name, name).split("|")
+        there = [by_name[k] for key in keys for k in (key, _last(key)) if k in by_name]
+        mapping[name] = next(iter(there), None)
+        if mapping[name] is None and not (name in asked and set(keys) & set(MASKED)):
             problems.append(
-                f"nothing is known of {key!r}" if name in asked else f"model camera {name!r} has no feature"
+                f"nothing is known of {'|'.join(keys)!r}" if name in asked else f"model camera {name!r} has no feature"
             )
     if problems or not any(mapping.values()):
         spare = [key for key in meta.cameras if key not in mapping.values()]
@@ -197,10 +257,15 @@ def _table(
     state, actions = frames.vector(cfg.state), frames.vector(cfg.actions)
     prompts, prompt_id = ([cfg.prompt], np.zeros(len(frames), int)) if cfg.prompt else task_labels(frames)
     subtasks, subtask_id = ([], np.full(len(frames), -1)) if source == "none" else subtask_labels(frames, source)
-    read = _cached if cfg.frames == "cache" else _decoding
+
+    def reader(key: str) -> Callable[[int], np.ndarray]:
+        if cfg.frames == "cache":
+            return CachedReader(cached_frames(frames, key, size, cfg.cache_dir))
+        return DecodingReader(frames, key)
+
     return Table(
         frames=frames,
-        images={name: read(frames, key, size, cfg.cache_dir) for name, key in mapping.items() if key is not None},
+        images={name: reader(key) for name, key in mapping.items() if key is not None},
         masked=tuple(name for name, key in mapping.items() if key is None),
         state=state,
         actions=actions,
@@ -210,6 +275,10 @@ def _table(
         subtask_id=subtask_id,
         supervise=frames.columns[SUPERVISE][:, 0] > 0 if SUPERVISE in frames.columns else np.ones(len(frames), bool),
         last=np.repeat(frames.starts[1:] - 1, np.diff(frames.starts)),
+        layout=Layout(
+            {name: key or "" for name, key in mapping.items()},
+            *([n for key in keys for n in frames.meta.dimension_names(key)] for keys in (cfg.state, cfg.actions)),
+        ),
     )
 
 
@@ -238,18 +307,6 @@ def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
     return mask
 
 
-def _cached(frames: Frames, key: str, size: tuple[int, int], cache_dir: str | None) -> Callable[[int], np.ndarray]:
-    pixels = cached_frames(frames, key, size, cache_dir)
-    return lambda row: np.asarray(pixels[row])
-
-
-def _decoding(frames: Frames, key: str, size: tuple[int, int], cache_dir: str | None) -> Callable[[int], np.ndarray]:
-    del size, cache_dir
-
-    def read(row: int) -> np.ndarray:
-        e = int(np.searchsorted(frames.starts, row, side="right")) - 1
-        start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
-        stamps = frames.timestamps[start:stop]
-        return next(read_frames(frames.meta, frames.episodes[e], key, stamps, [row - start]))
-
-    return read
+def _last(key: str) -> str:
+    """The last part of a feature's name, or of a robot's key for it."""
+    return key.replace("/", ".").rsplit(".", 1)[-1]

@@ -17,6 +17,7 @@ import pyarrow as pa
 from rich.progress import track
 
 from openpi_ar.data.lerobot_meta import LANGUAGE, SUBTASK_INDEX, Episode, Meta, read_table
+from openpi_ar.data.robot_spec import split_key
 from openpi_ar.errors import UserError
 
 _MANY_FILES = 100
@@ -51,11 +52,16 @@ class Frames:
     def where(self, frame: int) -> str:
         """ "FILE: episode E, frame F" of a frame [0, N), for messages."""
         e = int(np.searchsorted(self.starts, frame, side="right")) - 1
-        return f"{self.episodes[e].data}: episode {self.episodes[e].index}, frame {frame - int(self.starts[e])}"
+        return f"{self.episodes[e].data}: episode {self.episodes[e].index}, frame {self.number(frame)}"
+
+    def number(self, frame: int) -> int:
+        """Of a frame [0, N) within its episode."""
+        return frame - int(self.starts[int(np.searchsorted(self.starts, frame, side="right")) - 1])
 
     def vector(self, keys: Sequence[str]) -> np.ndarray:
-        """Features side by side, float32 [N dims]. Raises UserError at the first value that is not finite."""
-        out = np.concatenate([np.asarray(self.columns[key], np.float32) for key in keys], axis=1)
+        """Features side by side, float32 [N dims]; "name[0:7]" is some dimensions of one. Raises UserError at the first value
+        that is not finite, and if a feature lacks the dimensions."""
+        out = np.concatenate([self._part(key) for key in keys], axis=1)
         bad = ~np.isfinite(out)
         if bad.any():
             frame, dim = (int(i) for i in np.argwhere(bad)[0])
@@ -65,15 +71,21 @@ class Frames:
             )
         return out
 
+    def _part(self, key: str) -> np.ndarray:
+        name, part = split_key(key)
+        whole = np.asarray(self.columns[self.meta.find(name)], np.float32)
+        if not whole[:, part].size or (part.stop or 0) > whole.shape[1]:
+            raise UserError(f"{key!r}: {name} of {self.meta.root} has {whole.shape[1]} dimensions, counted from 0")
+        return whole[:, part]
+
 
 def read_columns(meta: Meta, episodes: Sequence[Episode], keys: Sequence[str]) -> Frames:
-    """The features `keys` of these episodes; `language_persistent` may be one of them.
+    """The features `keys` (slices aside) of these episodes; `language_persistent` may be one of them.
 
     Raises UserError naming file and episode if a file or a column is missing, frames are lost or out of order, or the
     timestamps do not belong to the dataset's fps.
     """
-    for key in keys:
-        meta.feature(key)
+    keys = [meta.find(split_key(key)[0]) for key in keys]
     by_file: dict = {}
     for episode in episodes:
         by_file.setdefault(episode.data, []).append(episode)

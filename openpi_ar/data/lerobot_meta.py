@@ -11,11 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from openpi_ar.data.hub import local_dataset
+from openpi_ar.data.robot_spec import split_key
 from openpi_ar.errors import UserError
 
 INFO = "meta/info.json"
@@ -78,6 +80,27 @@ class Meta:
     def tasks_file(self) -> Path:
         """Where the tasks' texts are, for messages."""
         return self.root / ("meta/tasks.parquet" if _LAYOUT[self.version] == 3 else "meta/tasks.jsonl")
+
+    def find(self, key: str) -> str:
+        """The feature that a key means: its own name, or a plain name's (or a robot's, `observation/state`) last part.
+
+        Raises UserError, listing what there is, if no feature or several are called so.
+        """
+        if key not in self.features and ("." not in key or "/" in key):
+            same = [name for name in self.features if name.rsplit(".", 1)[-1] == key.rsplit("/", 1)[-1]]
+            if len(same) == 1:
+                return same[0]
+        self.feature(key)
+        return key
+
+    def dimension_names(self, key: str) -> list[str]:
+        """ "feature.name" of each dimension of a feature, or of a slice of it: "observation.state[0:7]"."""
+        name, part = split_key(key)
+        name = self.find(name)
+        f = self.features[name]
+        dims = int(np.prod(f.shape))
+        names = f.names if isinstance(f.names, list) and len(f.names) == dims else range(dims)
+        return [f"{name}.{n}" for n in names][part]
 
     def feature(self, key: str) -> Feature:
         """Raises UserError, listing what there is, if the dataset has no such feature."""

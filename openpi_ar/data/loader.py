@@ -1,9 +1,13 @@
-"""Batches as a pure function of (seed, step): shuffled, prefetched in the background, resumable at any step."""
+"""Batches as a pure function of (seed, step): shuffled, made in the background, resumable at any step."""
 
 from collections.abc import Callable, Iterator, Sequence
+import os
+import signal
+import threading
 import time
 from typing import Any
 
+from absl import flags
 import grain
 from grain.sources import RandomAccessDataSource
 import jax
@@ -11,11 +15,17 @@ import numpy as np
 
 from openpi_ar.data import shards
 from openpi_ar.data.inputs import Arrays, InputTransform, stack_rows, to_device
+from openpi_ar.data.mixture import endless
 from openpi_ar.types import Batch
 
 # Reading a frame and tokenizing its prompt takes well under a millisecond, so few threads keep ahead of any device.
 _THREADS = 2
 _PREFETCHED_BATCHES = 8
+_PREFETCHED_BY_A_WORKER = 4
+_WATCH_SECONDS = 2.0
+
+# Grain's worker processes ask for its absl flags, which nobody parses here.
+flags.FLAGS.mark_as_parsed()
 
 
 Source = RandomAccessDataSource[dict]
@@ -28,6 +38,9 @@ class Loader(Iterator[Batch]):
 
     Batch i depends on the seed and i alone, so `position` is all there is to save and a restored run goes on with the
     very next batch. `wait_seconds` is how long the last `next` waited for data: near zero when the device is the limit.
+
+    With `workers`, that many processes make the batches, in turns: the batches stay the same. They start with the first
+    batch, which is when the source must be picklable. 0: threads of this process, enough for cached frames.
     """
 
     def __init__(
@@ -39,30 +52,67 @@ class Loader(Iterator[Batch]):
         seed: int,
         augment: Callable[[dict, np.random.Generator], dict] | None = None,
         sharding: jax.sharding.Sharding | None = None,
+        workers: int = 0,
     ):
-        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        dataset = endless(source, seed)
         if augment is not None:
             dataset = dataset.random_map(augment)
         dataset, rows = shards.share(dataset, batch_size, sharding)
         self.dataset = dataset.map(transform.sample).batch(rows, batch_fn=stack_rows)
         self._sharding, self._batch_size = sharding, batch_size
-        self._iterator = iter(self.dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _PREFETCHED_BATCHES)))
+        self._workers, self._position = workers, 0
+        self._iterator: Any = None
         self.wait_seconds = 0.0
 
     def __next__(self) -> Batch:
         start = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = self._started()
         arrays: Arrays = next(self._iterator)
+        if self._workers:
+            # Out of the memory shared with the worker, which lives as long as what points into it: on a CPU, the batch.
+            arrays = jax.tree.map(np.array, arrays)
+        self._position += 1
         self.wait_seconds = time.perf_counter() - start
         return _as_batch(shards.joined(arrays, self._sharding, self._batch_size), self._sharding)
 
     @property
     def position(self) -> int:
         """Number of batches handed out."""
-        return int(self._iterator.get_state()["next_index"])
+        return self._position
 
     @position.setter
     def position(self, batches: int) -> None:
-        self._iterator.set_state({"next_index": int(batches)})
+        self.close()
+        self._position = int(batches)
+
+    def close(self) -> None:
+        """Ends the workers; the next batch starts new ones."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def _started(self) -> Any:
+        rest = self.dataset.slice(slice(self._position, None))
+        if not self._workers:
+            return iter(rest.to_iter_dataset(grain.ReadOptions(_THREADS, _PREFETCHED_BATCHES)))
+        options = grain.MultiprocessingOptions(self._workers, _PREFETCHED_BY_A_WORKER)
+        return iter(rest.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options, _start_worker))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs in each worker: signals are the trainer's to answer, and without the trainer there is nothing to do."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    trainer = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == trainer:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def evaluation_batches(

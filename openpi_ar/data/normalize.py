@@ -105,8 +105,27 @@ def compute_stats(x: np.ndarray, mode: Mode = "quantile") -> NormStats:
     if not np.isfinite(x).all():
         row = int(np.argwhere(~np.isfinite(x))[0, 0])
         raise UserError(f"normalisation statistics: row {row} holds a value that is not finite: {x[row].tolist()}")
-    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-    return NormStats(x.mean(0), x.std(0), q01, q99, mode=mode).floored()
+    return column_stats(list(x.T), mode)
+
+
+def column_stats(
+    columns: Sequence[np.ndarray], mode: Mode = "quantile", weights: Sequence[np.ndarray] | None = None
+) -> NormStats:
+    """`compute_stats` of dimensions [rows] that need not have the same number of rows.
+
+    `weights`, of the same shapes, say how much each value counts; quantiles are then values that occur.
+    """
+    rows = []
+    for i, column in enumerate(columns):
+        x = np.asarray(column, np.float64)
+        if weights is None:
+            rows.append((x.mean(), x.std(), *np.quantile(x, [0.01, 0.99])))
+        else:
+            w = weights[i]
+            mean = np.average(x, weights=w)
+            quantiles = np.quantile(x, [0.01, 0.99], weights=w, method="inverted_cdf")
+            rows.append((mean, np.sqrt(np.average((x - mean) ** 2, weights=w)), *quantiles))
+    return NormStats(*np.array(rows).T, mode=mode).floored()
 
 
 def needed_mode(pi05: bool) -> Mode:

@@ -1,167 +1,28 @@
-"""Robots as data: what their observations are called, how many dimensions they have, and how pi's models were fed them.
+"""Robots as data: the table of those that released models were trained for, files of your own, and training on them.
 
 A row of `ROBOTS` says everything, so that a released checkpoint and a robot's name are enough to act; a robot of your own is
-the same fields in a JSON file. Values are openpi's (`src/openpi/policies/*_policy.py`, `src/openpi/training/config.py`).
+the same fields in a YAML or JSON file. Values are openpi's (`src/openpi/policies/*_policy.py`, `src/openpi/training/config.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 
 from openpi_ar import config_json
-from openpi_ar.data import transforms
+from openpi_ar.config import LeRobotData, RobotConfig, TrainConfig
+from openpi_ar.data.robot_spec import ANY, STATE, RobotSpec, Variant, split_key
 from openpi_ar.data.transforms import make_mask
 from openpi_ar.errors import UserError
-from openpi_ar.text.prompts import TEMPLATES
 
-IMAGES, STATE, ACTIONS, PROMPT = "images", "state", "actions", "prompt"
+MASKED = ("none", "")
+"""In place of a feature: the camera is masked."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What differs between pi0 and pi0.5 on the same robot."""
-
-    horizon: int
-    """Actions in a chunk; parameters do not tell it."""
-    template: str
-    """A key of `openpi_ar.text.prompts.TEMPLATES`."""
-    delta: tuple[bool, ...] = ()
-    """Action dimensions that the model predicts relative to the state; dimensions past its end are absolute."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RobotSpec:
-    """One robot. Plain data: `dumps` and `loads` take it to JSON and back.
-
-    Raw keys are paths joined by "/": "images/cam_high" is `raw["images"]["cam_high"]` as well as `raw["images/cam_high"]`.
-    """
-
-    name: str
-    cameras: dict[str, str]
-    """Raw key of an image -> camera of the model. The model's other cameras are masked."""
-    state: dict[str, int]
-    """Raw keys of the state's parts and their dimensions, concatenated in this order."""
-    action_dims: int
-    """The model's first action dimensions are the robot's."""
-    pi0: Variant
-    pi05: Variant
-    optional: tuple[str, ...] = ()
-    """Raw keys of cameras that may be left out (masked then)."""
-    unused: tuple[str, ...] = ()
-    """Names in raw["images"] that the robot sends and no model reads."""
-    flips: tuple[int, ...] = ()
-    """Signs between the robot's joints and those of the runtime that the base models were trained with."""
-    aloha_grippers: tuple[int, ...] = ()
-    """Dimensions of state and actions that hold ALOHA grippers."""
-    asset_ids: tuple[str, ...] = ()
-    """Directories under a checkpoint's `assets/` that openpi puts this robot's statistics in."""
-    prompt: str | None = None
-    """What to do if an observation does not say it."""
-
-    def __post_init__(self):
-        problems = []
-        if not self.cameras or len(set(self.cameras.values())) != len(self.cameras):
-            problems.append(f"cameras must name at least one image, each for its own camera, found {self.cameras}")
-        if not self.state or any(not isinstance(n, int) or n < 1 for n in self.state.values()) or self.action_dims < 1:
-            problems.append(f"dimensions must be positive, found state {self.state}, action_dims {self.action_dims}")
-        if unknown := set(self.optional) - set(self.cameras):
-            problems.append(f"optional names {', '.join(sorted(unknown))}, which cameras does not")
-        dims = min(self.state_dims, self.action_dims)
-        if set(self.flips) - {1, -1} or len(self.flips) > dims or any(not 0 <= i < dims for i in self.aloha_grippers):
-            problems.append(f"flips must be up to {dims} signs +-1, aloha_grippers dimensions under {dims}")
-        for kind, v in (("pi0", self.pi0), ("pi05", self.pi05)):
-            if len(v.delta) > dims or v.horizon < 1:
-                problems.append(f"{kind}: horizon must be positive and delta no longer than {dims}, found {v}")
-            if v.template not in TEMPLATES:
-                problems.append(f"{kind}: unknown template {v.template!r}; choose one of {', '.join(TEMPLATES)}")
-        if problems:
-            raise ValueError(f"robot {self.name!r}: " + "; ".join(problems))
-
-    @property
-    def state_dims(self) -> int:
-        """Dimensions of the concatenated state."""
-        return sum(self.state.values())
-
-    def variant(self, pi05: bool) -> Variant:
-        """What a model of that kind is fed."""
-        return self.pi05 if pi05 else self.pi0
-
-    def images(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Images [h w 3] by the model's camera names; those in raw["masked"] are left out.
-
-        Besides its raw key an image may go by the key's last part or by the model's camera name, alone or in
-        raw["images"]. Raises UserError naming an image that is missing, or one in raw["images"] that is none of these.
-        """
-        flat, masked = _flatten(raw), set(raw.get("masked", ()))
-        found, known = {}, {f"{IMAGES}/{name}" for name in self.unused}
-        for key, camera in self.cameras.items():
-            places = _places(key, camera)
-            known |= set(places)
-            present = [place for place in places if place in flat]
-            if masked & set(places) or (not present and key in self.optional):
-                continue
-            if not present:
-                others = [k for k in flat if k not in (PROMPT, STATE, *self.state)]
-                raise UserError(
-                    f"image {key!r} is missing: robot {self.name} sends {', '.join(self.cameras)}; found "
-                    f"{', '.join(others) or 'no image'}"
-                )
-            found[camera] = transforms.to_uint8_image(flat[present[0]], key)
-        if strange := [k for k in flat if k.startswith(f"{IMAGES}/") and k not in known]:
-            raise UserError(f"robot {self.name} has no image {strange[0]!r}: it sends {', '.join(self.cameras)}")
-        return found
-
-    def state_vector(self, raw: Mapping[str, Any]) -> np.ndarray | None:
-        """The state in the runtime's convention, float64 [P_real]; None if raw holds none of it.
-
-        Either its parts under their keys, or the whole under "state". Raises UserError if a part is missing or misfit.
-        """
-        flat = _flatten(raw)
-        if any(key in flat for key in self.state):
-            parts = [_part(self.name, flat, key, dims) for key, dims in self.state.items()]
-            x = np.concatenate(parts)
-        elif STATE in flat:
-            x = _part(self.name, flat, STATE, self.state_dims)
-        else:
-            return None
-        if self.flips:
-            x = transforms.flip(x, self.flips)
-        grippers = list(self.aloha_grippers)
-        if grippers:
-            x[grippers] = transforms.aloha_gripper_state_to_pi(x[grippers])
-        return x
-
-    def actions_to_model(self, actions: np.ndarray, state: np.ndarray, pi05: bool) -> np.ndarray:
-        """The robot's actions [... A X_real] as a model predicts them before normalisation.
-
-        `state` [... P_real] as `state_vector` gives it.
-        """
-        x = transforms.flip(np.asarray(actions, np.float64), self.flips)
-        grippers = list(self.aloha_grippers)
-        x[..., grippers] = transforms.aloha_gripper_action_to_pi(x[..., grippers])
-        return transforms.to_delta(x, state, self.variant(pi05).delta)
-
-    def actions_from_model(self, actions: np.ndarray, state: np.ndarray, pi05: bool) -> np.ndarray:
-        """Inverse of `actions_to_model`."""
-        x = transforms.to_absolute(np.asarray(actions, np.float64), state, self.variant(pi05).delta)
-        grippers = list(self.aloha_grippers)
-        x[..., grippers] = transforms.aloha_gripper_action_from_pi(x[..., grippers])
-        return transforms.flip(x, self.flips)
-
-    def prompt_of(self, raw: Mapping[str, Any]) -> Any:
-        """The prompt as text, from bytes or a numpy scalar too; the robot's own if raw has none."""
-        prompt = raw.get(PROMPT)
-        if isinstance(prompt, np.ndarray | np.generic) and np.ndim(prompt) == 0:
-            prompt = prompt.item()
-        if isinstance(prompt, bytes):
-            prompt = prompt.decode(errors="replace")
-        return self.prompt if prompt is None else prompt
-
+_FILES = (".json", ".yaml", ".yml")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the table
@@ -208,6 +69,7 @@ ROBOTS: dict[str, RobotSpec] = {
             unused=("exterior_image_2_left",),
             state={"observation/joint_position": 7, "observation/gripper_position": 1},
             action_dims=8,
+            actions=("actions",),
             pi0=Variant(horizon=10, template="openpi_pi0"),
             pi05=Variant(horizon=15, template="openpi"),
             asset_ids=("droid",),
@@ -220,6 +82,7 @@ ROBOTS: dict[str, RobotSpec] = {
             cameras={"observation/image": "base_0_rgb", "observation/wrist_image": "left_wrist_0_rgb"},
             state={"observation/state": 8},
             action_dims=7,
+            actions=("actions",),
             pi0=Variant(horizon=50, template="openpi_pi0", delta=make_mask(6, -1)),
             pi05=Variant(horizon=10, template="openpi_pi0"),
             asset_ids=("physical-intelligence/libero",),
@@ -238,17 +101,24 @@ ROBOTS: dict[str, RobotSpec] = {
 }
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def get_robot(name: str) -> RobotSpec:
-    """The robot of that name in the table, or of that `.json` file. Raises UserError listing the names, nearest first."""
+    """The robot of that name in the table, or of that YAML or JSON file. Raises UserError listing the names, nearest first."""
     if name in ROBOTS:
         return ROBOTS[name]
-    if name.endswith(".json"):
+    if name.endswith(_FILES):
         try:
-            return loads(Path(name).expanduser().read_text(), source=name)
+            return loads(Path(name).expanduser().read_text("utf-8"), source=name)
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"robot file {name} cannot be read: {e}") from e
     near = sorted(ROBOTS, key=lambda r: -difflib.SequenceMatcher(None, name, r).ratio())
-    raise UserError(f"unknown robot {name!r}: choose one of {', '.join(near)}, or the path of a .json file like them")
+    raise UserError(
+        f"unknown robot {name!r}: choose one of {', '.join(near)}, or the path of a .yaml or .json file like them"
+    )
 
 
 def dumps(robot: RobotSpec) -> str:
@@ -257,29 +127,121 @@ def dumps(robot: RobotSpec) -> str:
 
 
 def loads(text: str, *, source: str = "robot.json") -> RobotSpec:
-    """Inverse of `dumps`. Raises UserError naming unknown, missing or unfit fields."""
+    """Inverse of `dumps`, of YAML too if `source` is not called .json.
+
+    Shorter than what `dumps` writes: `state` may be a list of keys, and `delta_mask` (`[6, -1]`: six dimensions relative to
+    the state, one absolute) stands for `delta` of both models. Raises UserError naming unknown, missing or unfit fields.
+    """
     try:
-        return config_json.decode(RobotSpec, json.loads(text), source)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{source} is not JSON: {e}") from e
+        body = json.loads(text) if source.endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as e:
+        kind = "JSON" if source.endswith(".json") else "YAML"
+        raise UserError(f"{source} is not {kind}: {' '.join(str(e).split())}") from e
+    if not isinstance(body, dict):
+        raise UserError(f"{source}: expected the fields of a robot, found {type(body).__name__}")
+    if isinstance(body.get("state"), list | str):
+        keys = [body["state"]] if isinstance(body["state"], str) else body["state"]
+        body["state"] = {str(key): 0 for key in keys}
+    if isinstance(body.get("actions"), str):
+        body["actions"] = [body["actions"]]
+    runs = body.pop("delta_mask", None)
+    spec = config_json.decode(RobotSpec, {"name": Path(source).stem, **body}, source)
+    if runs is None:
+        return spec
+    mask = _mask(runs, source)
+    parts = {kind: dataclasses.replace(getattr(spec, kind), delta=mask) for kind in ("pi0", "pi05")}
+    return dataclasses.replace(spec, **parts)
 
 
-def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in raw.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
-    return flat
+def _mask(runs: Any, source: str) -> tuple[bool, ...]:
+    if not isinstance(runs, list) or any(type(r) is not int or not r for r in runs):
+        raise UserError(f"{source}: delta_mask is a list of runs, [6, -1]: six relative, one absolute; found {runs!r}")
+    return make_mask(*runs)
 
 
-def _places(key: str, camera: str) -> list[str]:
-    """Where the image of a raw key is looked for, in this order."""
-    return [place for name in (key, key.rsplit("/", 1)[-1], camera) for place in (name, f"{IMAGES}/{name}")]
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def _part(robot: str, flat: Mapping[str, Any], key: str, dims: int) -> np.ndarray:
-    value = np.atleast_1d(np.asarray(flat.get(key)))
-    if value.dtype.kind not in "fiu" or value.shape != (dims,):
-        found = "nothing" if key not in flat else f"{value.dtype} {list(value.shape)}"
-        raise UserError(f"observation[{key!r}] of robot {robot} must be {dims} numbers, found {found}")
-    return value.astype(np.float64)
+def as_data(spec: RobotSpec, data: LeRobotData, cameras: Sequence[str], *, pi05: bool) -> LeRobotData:
+    """How to read a dataset of this robot: what `--robot` stands for.
+
+    Features go by the last part of the robot's raw keys. Raises UserError if the robot feeds cameras that the model lacks.
+    """
+    if strange := [camera for camera in spec.cameras.values() if camera not in cameras]:
+        raise UserError(
+            f"robot {spec.name} feeds camera {', '.join(strange)}, but the model reads {', '.join(cameras)}: set "
+            f"--model.cameras {' '.join(spec.cameras.values())}, or name the model's cameras in the robot's file"
+        )
+    keys = {camera: key + "|none" * (key in spec.optional) for key, camera in spec.cameras.items()}
+    return dataclasses.replace(
+        data,
+        cameras=tuple(f"{camera}={keys.get(camera, 'none')}" for camera in cameras),
+        state=tuple(spec.state),
+        actions=spec.actions,
+        prompt=data.prompt or spec.prompt or "",
+        robot=RobotConfig(
+            name=spec.name,
+            delta_mask=_runs(spec.variant(pi05).delta),
+            flips=spec.flips,
+            aloha_grippers=spec.aloha_grippers,
+            inverted_grippers=spec.inverted_grippers,
+        ),
+    )
+
+
+def of_data(data: LeRobotData, cameras: Sequence[str], state_dims: int, action_dims: int) -> RobotSpec:
+    """Inverse of `as_data`: the robot whose dataset was, or is, trained on. It sends what the dataset's features are called.
+
+    "state" alone is always the model's whole state, cut and side by side. Raises UserError if the fields of `data.robot` do
+    not fit that many dimensions.
+    """
+    given: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in data.cameras)}
+    keys = {camera: given.get(camera, camera).split("|") for camera in cameras}
+    seen = {camera: [k for k in names if k not in MASKED] for camera, names in keys.items()}
+    # LeRobot's own name of a camera that goes by its last part.
+    full = {k: f"observation.images.{k.rsplit('/', 1)[-1]}" for names in seen.values() for k in names if "." not in k}
+    named = {camera: "|".join([*names, *(full[k] for k in names if k in full)]) for camera, names in seen.items()}
+    state = [f"observation.{key}" if split_key(key)[0] == STATE else key for key in data.state]
+    variant = Variant(delta=_mask(list(data.robot.delta_mask), "data.robot"))
+    try:
+        spec = RobotSpec(
+            name=data.robot.name or "of the dataset",
+            cameras={key: camera for camera, key in named.items() if key},
+            state=dict.fromkeys(state, 0) if len(state) > 1 else {state[0]: state_dims},
+            action_dims=action_dims,
+            pi0=variant,
+            pi05=variant,
+            actions=data.actions,
+            optional=tuple(
+                named[camera] for camera, names in keys.items() if set(names) & set(MASKED) and named[camera]
+            ),
+            unused=(ANY,),
+            flips=data.robot.flips,
+            aloha_grippers=data.robot.aloha_grippers,
+            inverted_grippers=data.robot.inverted_grippers,
+            prompt=data.prompt or None,
+        )
+    except ValueError as e:
+        raise UserError(f"data.robot: {e}") from e
+    spec.check_dims(state_dims, action_dims)
+    return spec
+
+
+def of_config(cfg: TrainConfig, state_dims: int, action_dims: int) -> RobotSpec | None:
+    """The robot of a run on a LeRobot dataset, by its config alone; None for other data. Raises UserError as `of_data`."""
+    if isinstance(cfg.data, LeRobotData) and cfg.data.path:
+        return of_data(cfg.data, cfg.model.cameras, state_dims, action_dims)
+    return None
+
+
+def _runs(mask: Sequence[bool]) -> tuple[int, ...]:
+    """Inverse of `make_mask`."""
+    runs: list[int] = []
+    for relative in mask:
+        if runs and (runs[-1] > 0) == relative:
+            runs[-1] += 1 if relative else -1
+        else:
+            runs.append(1 if relative else -1)
+    return tuple(runs)

@@ -1,37 +1,20 @@
 """The one place that knows every kind of training data: from a config to (training, held-out) sources of raw samples."""
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import dataclasses
 
-import numpy as np
-
-from openpi_ar.config import LeRobotData, TrainConfig
+from openpi_ar.config import LeRobotData, RobotConfig, TabletopData, TrainConfig
+from openpi_ar.data.layout import SingleSource, TrainingSource
 from openpi_ar.data.lerobot import load_lerobot
-from openpi_ar.data.normalize import Mode, NormStats
+from openpi_ar.data.mixture import Mixture
 from openpi_ar.data.tabletop import load_tabletop
+from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
 
+TABLETOP = "tabletop"
+"""In `data.mix`: the embedded demonstrations."""
 
-@runtime_checkable
-class TrainingSource(Protocol):
-    """Random access to raw samples (`data/inputs.py`), and what training asks of them as a whole."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict: ...
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The prompts that occur."""
-        ...
-
-    def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
-        """Statistics of `state` and `actions`, without reading an image."""
-        ...
-
-    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(images uint8 [B C h w 3], objects [B O 3], NaN where absent, tool [B 3]): for `training/vision.py`."""
-        ...
+Loaded = tuple[SingleSource, SingleSource, list[str]]
+"""Training source, held-out source, remarks."""
 
 
 def load_sources(cfg: TrainConfig) -> tuple[TrainingSource, TrainingSource, list[str]]:
@@ -39,12 +22,49 @@ def load_sources(cfg: TrainConfig) -> tuple[TrainingSource, TrainingSource, list
 
     Raises UserError in one line for anything that does not fit.
     """
+    model, data = cfg.model, cfg.data
+    if isinstance(data, TabletopData):
+        return *load_tabletop(data, model.action_horizon, model.cameras), []
+    loaded = [_lerobot(cfg, data)]
+    weights = [1.0]
+    for entry in data.mix:
+        name, weight = _mixed_in(entry)
+        if name == TABLETOP:
+            loaded.append(_tabletop(cfg, data))
+        else:
+            loaded.append(_lerobot(cfg, dataclasses.replace(data, path=name, episodes=())))
+        weights.append(weight)
+    train, held_out, remarks = zip(*loaded, strict=True)
+    if not data.mix:
+        return train[0], held_out[0], remarks[0]
+    parts = [f"{part.name}: {len(part)} training frames, weight {w:g}" for part, w in zip(train, weights, strict=True)]
+    return (
+        Mixture(train, tuple(weights)),
+        Mixture(held_out, tuple(weights)),
+        [*parts, *(f"{part.name}: {r}" for part, rs in zip(train, remarks, strict=True) for r in rs)],
+    )
+
+
+def _lerobot(cfg: TrainConfig, data: LeRobotData) -> Loaded:
+    says_text = TEMPLATES[cfg.text.template].target is not None
     model = cfg.model
-    if isinstance(cfg.data, LeRobotData):
-        # A robot's own mapping (slices, delta actions, gripper) belongs here, around the two sources: statistics and samples
-        # then see the same numbers.
-        says_text = TEMPLATES[cfg.text.template].target is not None
-        size = model.siglip.image_size
-        return load_lerobot(cfg.data, model.action_horizon, model.cameras, size, says_text=says_text)
-    train, held_out = load_tabletop(cfg.data, model.action_horizon, model.cameras)
-    return train, held_out, []
+    return load_lerobot(data, model.action_horizon, model.cameras, model.siglip.image_size, says_text=says_text)
+
+
+def _tabletop(cfg: TrainConfig, data: LeRobotData) -> Loaded:
+    if data.robot != RobotConfig():
+        raise UserError("data.mix: the embedded tabletop is a robot of its own: leave it out, or data.robot")
+    own = TabletopData(image_size=cfg.model.siglip.image_size, cache_dir=data.cache_dir)
+    return *load_tabletop(own, cfg.model.action_horizon, cfg.model.cameras), []
+
+
+def _mixed_in(entry: str) -> tuple[str, float]:
+    """ "PATH=WEIGHT" """
+    name, _, weight = entry.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not name or not 0 < value < float("inf"):
+        raise UserError(f"data.mix takes PATH=WEIGHT with a positive weight, found {entry!r}")
+    return name, value

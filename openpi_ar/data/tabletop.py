@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from openpi_ar.config import TabletopData
-from openpi_ar.data.normalize import Mode, NormStats, compute_stats
+from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
+from openpi_ar.data.normalize import Mode, NormStats
 from openpi_ar.errors import UserError
 from openpi_ar.sim import demos as sim_demos
 from openpi_ar.sim.scene import COLORS
@@ -15,6 +16,9 @@ from openpi_ar.sim.world import CAMERAS
 
 HELD_OUT = 0.05
 """Fraction of the episodes, taken from the end, that training never sees (at least one)."""
+
+STATE = ("x", "y", "z", "opening")
+ACTION = ("x", "y", "z", "grip")
 
 _IN_PROCESS = 8
 
@@ -56,12 +60,39 @@ class TabletopSource:
         """The prompts that occur in these frames."""
         return tuple(self.demos.prompts[i] for i in np.unique(self.demos.prompt_id[self.frames]))
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "the embedded tabletop"
+
+    @property
+    def subtasks(self) -> tuple[str, ...]:
+        """The subtasks that occur in these frames."""
+        return tuple(self.demos.subtasks[i] for i in np.unique(self.demos.subtask_id[self.frames]))
+
+    @property
+    def layout(self) -> Layout:
+        """Cameras and dimensions of the scene."""
+        return Layout({name: name for name in self.demos.camera_names}, STATE, ACTION)
+
+    def where(self, index: int) -> str:
+        """ "episode E, frame F"."""
+        frame, episode = int(self.frames[index]), np.asarray(self.demos.episode_index)
+        return f"episode {episode[frame]}, frame {frame - int(np.searchsorted(episode, episode[frame]))}"
+
+    def unlabelled(self) -> list[str]:
+        """None: the expert says every one."""
+        return []
+
+    def numbers(self) -> Numbers:
+        """States and actions of all frames of this source."""
+        rows = np.arange(len(self.frames))
+        arrays = {"state": self.demos.state, "actions": self.demos.action}
+        return {k: [Column(c, rows) for c in np.asarray(x)[self.frames].T] for k, x in arrays.items()}
+
     def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
         """Statistics of states and actions over all frames of this source."""
-        return {
-            "state": compute_stats(np.asarray(self.demos.state)[self.frames], mode),
-            "actions": compute_stats(np.asarray(self.demos.action)[self.frames], mode),
-        }
+        return stats_of(self.numbers(), mode)
 
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(images uint8 [B C h w 3], blocks [B O 3] in metres, NaN where absent, tool [B 3]) of these rows."""

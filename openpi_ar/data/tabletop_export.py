@@ -9,13 +9,11 @@ from rich.progress import track
 
 from openpi_ar.data.lerobot import POSES, SUPERVISE
 from openpi_ar.data.lerobot_write import LeRobotWriter, Spec
+from openpi_ar.data.tabletop import ACTION, STATE
 from openpi_ar.errors import UserError
 from openpi_ar.sim.demos import DemoConfig, Demos, load_or_generate
 from openpi_ar.sim.scene import COLORS
 from openpi_ar.sim.video import FPS
-
-STATE = ("x", "y", "z", "opening")
-ACTION = ("x", "y", "z", "grip")
 
 # Starting worker processes costs more than a few episodes do.
 _IN_PROCESS = 8

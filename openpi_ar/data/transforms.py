@@ -48,6 +48,11 @@ def flip(x: np.ndarray, signs: Sequence[int]) -> np.ndarray:
     return x
 
 
+def invert(x: np.ndarray) -> np.ndarray:
+    """Grippers that are 0 when open to such that are 1 when open. Its own inverse."""
+    return 1.0 - x
+
+
 def aloha_gripper_state_to_pi(x: np.ndarray) -> np.ndarray:
     """Gripper positions as ALOHA reports them (0 closed, 1 open, linear in the fingers' travel) to pi's (crank angle)."""
     travel = _unscale(x, *_TRAVEL)

@@ -14,6 +14,7 @@ from openpi_ar.config import ModelConfig
 from openpi_ar.models.fast import FastTower, cast_matrices
 from openpi_ar.models.gemma import Embedder, Tower
 from openpi_ar.models.layers import Linear, sincos_embedding
+from openpi_ar.models.resize import resize_with_pad
 from openpi_ar.models.siglip import SigLIP
 from openpi_ar.types import Array, Observation
 
@@ -72,11 +73,14 @@ class Pi0(nnx.Module):
         return new
 
     def embed_images(self, obs: Observation) -> Float[Array, "B T D"]:
-        """Tokens of all cameras in one batched call of the vision tower; T = cameras * patches, camera-major."""
+        """Tokens of all cameras in one batched call of the vision tower; T = cameras * patches, camera-major.
+
+        uint8 images of another size than the model's are resized first, as `data.inputs` does on the host.
+        """
         batch, cameras = obs.images.shape[:2]
         images = jnp.asarray(obs.images).reshape(-1, *obs.images.shape[2:])
         if images.dtype == jnp.uint8:
-            images = images.astype(jnp.float32) / 127.5 - 1.0
+            images = resize_with_pad(images, *self.cfg.siglip.image_size).astype(jnp.float32) / 127.5 - 1.0
         tokens = self.img(images.astype(jnp.float32), self.dtype, remat=self.cfg.remat)
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
 

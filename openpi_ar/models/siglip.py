@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
-from scipy import ndimage
 
 from openpi_ar.config import SigLIPConfig
 from openpi_ar.models.layers import Einsum, LayerNorm, Linear, fan_in_init, matmul
@@ -26,6 +25,8 @@ def resample_pos_embedding(
     big_vision's own (`models/vit.py`, `resample_posemb`, by which PaliGemma's higher resolutions were made):
     `scipy.ndimage.zoom` of order 1, that is bilinear with the corner patches kept in place and no antialiasing.
     """
+    from scipy import ndimage  # half a second to import, and seldom needed
+
     grid = np.asarray(table).reshape(*old, -1)
     zoomed = np.asarray(ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1))
     return zoomed.reshape(new[0] * new[1], -1)

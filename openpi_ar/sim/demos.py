@@ -12,12 +12,11 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
-import shutil
-import tempfile
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from openpi_ar.files import Mapped, when_whole
 from openpi_ar.sim.record import Episode, record_episode
 from openpi_ar.sim.scene import COLORS
 from openpi_ar.sim.tasks import known_prompts, known_subtasks
@@ -53,7 +52,7 @@ class DemoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Demos:
+class Demos(Mapped):
     """N frames of demonstrations, episode after episode; arrays are read-only memory maps.
 
     images         uint8 [N, C, H, W, 3], cameras in the order of `camera_names`.
@@ -129,17 +128,8 @@ def load_or_generate(cfg: DemoConfig, workers: int | None = None) -> Demos:
         raise ValueError(f"workers must be at least 0, got {workers}")
     path = cache_path(cfg)
     if not path.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
-        try:
+        with when_whole(path) as scratch:
             _generate(cfg, scratch, workers)
-            try:
-                scratch.rename(path)
-            except OSError:
-                if not path.is_dir():  # otherwise another process was faster: its result is the same
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return _load(path)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import io
+from pathlib import Path
 import re
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import tyro
 
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
+from openpi_ar.data.robots import as_data, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.training.distributed import Distributed
 
@@ -19,7 +21,7 @@ _DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
 
 USAGE = """\
 usage: python train.py --config NAME [--exp-name NAME] [--resume | --auto-resume | --overwrite] [--data tabletop|lerobot]
-                       [--data.path DIR] [--any.field value ...]
+                       [--data.path DIR] [--robot NAME|FILE] [--dry-run] [--any.field value ...]
 
 Trains a preset. Every field of its config is a flag:
     python train.py --config pi05_subtask_tabletop --exp-name wide --model.vlm.mlp-dim 768 --optimizer.peak-lr 5e-4
@@ -33,6 +35,10 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
     --overwrite         delete what the experiment's directory holds and start anew
     --data KIND         train on another kind of data than the preset's
     --data.path DIR     train on the LeRobot dataset in DIR (implies --data lerobot)
+    --robot NAME|FILE   how its cameras, states and actions are read: a robot's name, or a .yaml or .json file of yours
+                        (docs/robots.md); the checkpoint keeps it. Single fields are flags too: --data.robot.delta-mask 6 -1
+    --dry-run           show what the model would be fed (mapping, ranges, prompts), check all labels, and train nothing
+    --plot FILE         with --dry-run: draw the ranges into this image file
     --distributed.coordinator HOST:PORT  --distributed.num-processes N  --distributed.process-id I
                         one process of several; Slurm, Open MPI and TPU slices need no flag (docs/clusters.md)
 
@@ -49,6 +55,8 @@ class Arguments:
     auto_resume: bool
     overwrite: bool
     distributed: Distributed
+    dry_run: bool = False
+    plot: Path | None = None
 
 
 def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], get_preset) -> Arguments:
@@ -59,6 +67,9 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
     parser.add_argument("--auto-resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--data", choices=sorted(_DATA))
+    parser.add_argument("--robot")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--plot", type=Path)
     try:
         own, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as e:
@@ -74,7 +85,20 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
     kind = own.data or ("lerobot" if any(_is_path(arg) for arg in rest) else None)
     if kind is not None and not isinstance(preset.data, _DATA[kind]):
         preset = dataclasses.replace(preset, data=_DATA[kind](**_carried_over(preset.data)))
-    return Arguments(_parse_fields(preset, rest), own.resume, own.auto_resume, own.overwrite, processes)
+    cfg = _parse_fields(preset, rest)
+    if own.robot is not None:
+        # Twice: the cameras that the robot feeds may be given as flags, and flags go before what the robot says.
+        cfg = _parse_fields(_with_robot(preset, own.robot, cfg), rest)
+    if own.plot is not None and not own.dry_run:
+        raise UserError("--plot draws what --dry-run finds: add --dry-run")
+    return Arguments(cfg, own.resume, own.auto_resume, own.overwrite, processes, own.dry_run, own.plot)
+
+
+def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfig:
+    if not isinstance(preset.data, LeRobotData):
+        raise UserError("--robot says how a LeRobot dataset is read: add --data.path DIR")
+    data = as_data(get_robot(robot), preset.data, cfg.model.cameras, pi05=cfg.model.pi05)
+    return dataclasses.replace(preset, data=data)
 
 
 def _is_path(arg: str) -> bool:

@@ -53,7 +53,7 @@ def check_config(cfg: TrainConfig) -> None:
                 f"data.{name} is {getattr(cfg.data, name)}, but template {cfg.text.template!r} says no subtask, so nothing "
                 f"would tell the actions what to do: set --data.{name.replace('_', '-')} 0"
             )
-    for name in ("keep_last", "keep_every", "eval_every"):
+    for name in ("keep_last", "keep_every", "eval_every", "workers"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} must be 0 or more, found {getattr(cfg, name)}")
 

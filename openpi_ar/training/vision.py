@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from openpi_ar.data.sources import TrainingSource
+from openpi_ar.data.layout import TrainingSource
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.siglip import SigLIP
 from openpi_ar.types import Array

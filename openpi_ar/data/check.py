@@ -1,0 +1,226 @@
+"""The dry run: everything that training would be fed, for people to look at, and what is odd about it.
+
+No image is decoded but those of the first frame; statistics and labels are of all frames.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from openpi_ar.config import TrainConfig
+from openpi_ar.data.inputs import InputTransform
+from openpi_ar.data.layout import Column, SingleSource, TrainingSource
+from openpi_ar.data.mixture import parts_of
+from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats
+from openpi_ar.errors import UserError
+from openpi_ar.tables import console, new_table
+from openpi_ar.text import prompts
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_SHOWN = 3
+_LISTED = 10
+_FAR = 3.0
+"""Times the range of the quantiles: a value this far out is more likely an error in the data than a rare move."""
+
+
+def dry_run(
+    cfg: TrainConfig,
+    train: TrainingSource,
+    held_out: TrainingSource,
+    transform: InputTransform,
+    remarks: Sequence[str] = (),
+    plot: Path | None = None,
+) -> list[str]:
+    """Prints mapping, ranges after normalisation, labels, and prompts with targets; returns what is odd, a line each.
+
+    `plot`: image file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the model.
+    """
+    odd = list(remarks)
+    stats = {"state": transform.state_stats, "actions": transform.action_stats}
+    out = console()
+    out.print(f"{train.name}: {len(train)} training frames, {len(held_out)} held out", markup=False, soft_wrap=True)
+    out.print(_mapping(cfg, train, transform))
+    parts = parts_of(train)
+    for k, part in enumerate(parts):
+        numbers, names = part.numbers(), {"state": part.layout.state, "actions": part.layout.actions}
+        if len(parts) > 1:
+            out.print(f"{part.name}, by the statistics of all:", markup=False, soft_wrap=True)
+        for what, columns in numbers.items():
+            shown, problems = _ranges(what, columns, names[what], stats[what], part)
+            out.print(shown)
+            odd += problems
+        if plot is not None:
+            file = plot.with_stem(f"{plot.stem}_{k}") if k else plot
+            _plot(file, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
+            out.print(f"drawn into {file}", markup=False, soft_wrap=True)
+    odd += _labels(cfg, train)
+    shown, problems = _texts(cfg, train, transform)
+    out.print(shown)
+    odd += problems
+    for line in odd:
+        out.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
+    out.print(f"{len(odd) or 'no'} remark{'s' * (len(odd) != 1)}; nothing was trained")
+    return odd
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mapping
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _mapping(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> Table:
+    table = new_table("model input", "comes from", "", title="mapping")
+    sample, layout = train[0], train.layout
+    height, width = cfg.model.siglip.image_size
+    for camera in cfg.model.cameras:
+        image = sample["images"].get(camera)
+        size = "masked" if image is None else f"{image.shape[0]} x {image.shape[1]} -> {height} x {width}"
+        table.add_row(camera, layout.cameras.get(camera, ""), size)
+    for what, names, model in (
+        ("state", layout.state, cfg.model.state_dim),
+        ("action", layout.actions, cfg.model.action_dim),
+    ):
+        table.add_section()
+        for i, name in enumerate(names):
+            table.add_row(f"{what} {i}", name, _done(transform, what, i))
+        if model > len(names):
+            table.add_row(f"{what} {len(names)} to {model - 1}", "", "padding")
+    return table
+
+
+def _done(transform: InputTransform, what: str, i: int) -> str:
+    robot, done = transform.robot, []
+    if robot is not None:
+        done += ["sign turned"] if i < len(robot.flips) and robot.flips[i] < 0 else []
+        done += ["ALOHA gripper"] if i in robot.aloha_grippers else []
+        done += ["1 - x"] if i in robot.inverted_grippers else []
+        delta = robot.variant(transform.cfg.model.pi05).delta
+        if what == "action":
+            done.append("less the chunk's first state" if i < len(delta) and delta[i] else "absolute")
+    return ", ".join(done)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ranges
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _ranges(
+    what: str, columns: Sequence[Column], names: Sequence[str], stats: NormStats, source: SingleSource
+) -> tuple[Table, list[str]]:
+    title = f"{what} after normalisation ({stats.mode})"
+    columns_shown = ("min", "1 %", "median", "99 %", "max", "outside [-1, 1]", "furthest at", "-1.5 to 1.5")
+    table = new_table("", *columns_shown, title=title)
+    offset, scale = stats.offset_scale
+    odd = []
+    for i, (column, name) in enumerate(zip(columns, names, strict=True)):
+        x = (column.values - offset[i]) / scale[i]
+        low, q01, median, q99, high = np.quantile(x, [0, 0.01, 0.5, 0.99, 1])
+        outside = float((np.abs(x) > 1).mean())
+        worst = int(np.argmax(np.abs(x)))
+        where = source.where(int(column.rows[worst]))
+        cells = [f"{v:.2f}" for v in (low, q01, median, q99, high)]
+        table.add_row(name, *cells, f"{100 * outside:.1f} %", where.rsplit(": ", 1)[-1], _histogram(x))
+        if np.ptp(np.quantile(column.values, [0.01, 0.99])) < NEAR_CONSTANT:
+            odd.append(f"{what} {i} ({name}) is constant, {column.values[worst]:.5g}: it is centred, not scaled")
+        if abs(x[worst]) > (_FAR if stats.mode == "quantile" else 3 * _FAR):
+            value = column.values[worst]
+            odd.append(f"{what} {i} ({name}) reaches {x[worst]:.1f} ({value:.5g} before normalisation) at {where}")
+        # By construction 2 % lie outside the quantiles, and the extremes; more only if the statistics are of other data.
+        elif stats.mode == "quantile" and outside * len(x) > 2 + 0.05 * len(x):
+            odd.append(f"{what} {i} ({name}): {100 * outside:.1f} % lie outside [-1, 1], the furthest at {where}")
+    return table, odd
+
+
+def _histogram(x: np.ndarray, bins: int = 24) -> str:
+    counts, _ = np.histogram(np.clip(x, -1.5, 1.5), bins, (-1.5, 1.5))
+    # What occurs at all is seen.
+    return "".join(_BARS[int(np.ceil(c / counts.max() * (len(_BARS) - 1)))] for c in counts)
+
+
+def _plot(path: Path, numbers: dict[str, list[np.ndarray]], names: dict[str, Sequence[str]], stats: dict) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = max(len(columns) for columns in numbers.values())
+    fig, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.4 * rows), squeeze=False)
+    for ax, (what, columns) in zip(axes[0], numbers.items(), strict=True):
+        offset, scale = stats[what].offset_scale
+        ax.axvspan(-1, 1, color="0.93")
+        for i, column in enumerate(columns):
+            low, q01, q25, median, q75, q99, high = np.quantile(
+                (column - offset[i]) / scale[i], [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1]
+            )
+            ax.plot([low, high], [i, i], color="C1", lw=1)
+            ax.plot([q01, q99], [i, i], color="C0", lw=3)
+            ax.plot([q25, q75], [i, i], color="C0", lw=8)
+            ax.plot([median], [i], "w|")
+        ax.set_yticks(range(len(columns)), names[what], fontsize=8)
+        ax.set_xlim(-4, 4)
+        ax.invert_yaxis()
+        ax.set_title(f"{what}: all (thin), 1 to 99 %, 25 to 75 % (thick)", fontsize=9)
+    fig.tight_layout()
+    try:
+        fig.savefig(path, dpi=120)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--plot {path} cannot be written: {e}; give the path of a .png, .pdf or .svg file") from e
+    finally:
+        plt.close(fig)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# texts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _labels(cfg: TrainConfig, train: TrainingSource) -> list[str]:
+    empty = train.unlabelled()
+    if not empty or prompts.TEMPLATES[cfg.text.template].target is None:
+        return []
+    more = [f"... and {len(empty) - _LISTED} more such runs of frames"] if len(empty) > _LISTED else []
+    return [f"no subtask: {place}" for place in empty[:_LISTED]] + more
+
+
+def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> tuple[Group, list[str]]:
+    """Some frames' texts byte for byte, and the budgets checked on all texts."""
+    table = new_table("frame", "", "text, byte for byte", "tokens", "of", title="what is said")
+    for i in np.linspace(0, len(train) - 1, min(_SHOWN, len(train))).astype(int):
+        raw = train[int(i)]
+        # As the model reads it, so the prompt is rebuilt from what the transform makes of the sample.
+        arrays, state = transform.sample(raw), transform.state_stats.normalize(transform.state(raw))
+        prompt = prompts.format_prompt(cfg.text.template, raw["prompt"], state)
+        table.add_row(train.where(int(i)), "prompt", *_row(prompt, arrays["prompt"]["valid"]))
+        if transform.says_text:
+            note = "" if arrays["target"]["loss"].any() else " (not supervised)"
+            target = prompts.format_target(cfg.text.template, raw["subtask"]) + prompts.EOS
+            table.add_row("", f"target{note}", *_row(target, arrays["target"]["valid"]))
+    return Group(table), _budgets(cfg, train, transform)
+
+
+def _row(text: str, valid: np.ndarray) -> tuple[str, str, str]:
+    return escape(repr(text)), str(int(valid.sum())), str(len(valid))
+
+
+def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
+    tokenizer, text, odd = transform.tokenizer, cfg.text, []
+    # No state is written longer than this one: three digits a dimension.
+    longest_state = np.ones(transform.state_stats.dims)
+    for task in train.prompts:
+        used = 1 + len(tokenizer.encode(prompts.format_prompt(text.template, task, longest_state)))
+        if used > text.max_prompt_tokens:
+            odd.append(
+                f"the prompt of {task!r} can take {used} tokens, text.max_prompt_tokens is {text.max_prompt_tokens}: raise it"
+            )
+    for subtask in train.subtasks if transform.says_text else ():
+        used = 1 + len(tokenizer.encode(prompts.format_target(text.template, subtask)))
+        if used > text.max_target_tokens:
+            odd.append(
+                f"{subtask!r} takes {used} tokens, text.max_target_tokens is {text.max_target_tokens}: raise it or shorten it"
+            )
+    return odd

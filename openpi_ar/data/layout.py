@@ -1,0 +1,87 @@
+"""What training asks of its data as a whole, whatever kind it is."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from openpi_ar.data.normalize import Mode, NormStats, column_stats
+
+
+class Column(NamedTuple):
+    """One dimension of a quantity over a source: values [n] before normalisation, and the row of the source each is from."""
+
+    values: np.ndarray
+    rows: np.ndarray
+
+
+Numbers = dict[str, list[Column]]
+"""By "state" and "actions", the dimensions; they need not be of one length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a sample comes from, for people: by model camera the feature (empty: masked), and a name of each dimension."""
+
+    cameras: Mapping[str, str]
+    state: Sequence[str]
+    actions: Sequence[str]
+
+
+@runtime_checkable
+class TrainingSource(Protocol):
+    """Random access to raw samples (`data/inputs.py`), and what training asks of them as a whole."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that occur."""
+        ...
+
+    @property
+    def subtasks(self) -> tuple[str, ...]:
+        """The subtasks that occur; none if there are no labels."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Where samples come from."""
+        ...
+
+    def where(self, index: int) -> str:
+        """ "episode E, frame F" of a row, for messages."""
+        ...
+
+    def unlabelled(self) -> list[str]:
+        """Runs of frames of the data that no subtask is known of, for messages; training skips them."""
+        ...
+
+    def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
+        """Statistics of `state` and `actions`, without reading an image."""
+        ...
+
+    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images uint8 [B C h w 3], objects [B O 3], NaN where absent, tool [B 3]): for `training/vision.py`."""
+        ...
+
+
+class SingleSource(TrainingSource, Protocol):
+    """A source that is no mixture of others."""
+
+    def numbers(self) -> Numbers:
+        """What is normalised, without reading an image."""
+        ...
+
+
+def stats_of(numbers: Numbers, mode: Mode) -> dict[str, NormStats]:
+    """Statistics with exact quantiles."""
+    return {name: column_stats([c.values for c in columns], mode) for name, columns in numbers.items()}

@@ -1,0 +1,57 @@
+"""Directories that appear when they are whole, and memory-mapped arrays that other processes open for themselves."""
+
+from collections.abc import Iterator
+import contextlib
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def when_whole(path: Path) -> Iterator[Path]:
+    """A scratch directory beside `path`, which takes its name at the end of the block: a half-written one is never seen.
+
+    An error leaves nothing behind. If another process was faster, its directory stays: use this where both are the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield scratch
+        try:
+            scratch.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Mapped:
+    """Base of classes with memory-mapped .npy arrays as fields: pickled, these are the names of their files, not gigabytes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _File(value.filename) if _is_file(value) else value for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        opened = {name: value.open() if isinstance(value, _File) else value for name, value in state.items()}
+        self.__dict__.update(opened)
+
+
+class _File:
+    def __init__(self, name: str | Path):
+        self.name = str(name)
+
+    def open(self) -> np.ndarray:
+        return np.load(self.name, mmap_mode="r")
+
+
+def _is_file(value: object) -> bool:
+    """A whole file, that is: a part of one is a memory map too, of the same name."""
+    return (
+        isinstance(value, np.memmap)
+        and value.filename is not None
+        and value.shape == _File(value.filename).open().shape
+    )

@@ -1,0 +1,18 @@
+"""How commands print."""
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console() -> Console:
+    """The terminal. Not wrapped where output is piped: one row of a table stays one line."""
+    out = Console()
+    return out if out.is_terminal else Console(width=200)
+
+
+def new_table(*columns: str, title: str | None = None, header: bool = True) -> Table:
+    """An empty table of these columns."""
+    out = Table(title=title, title_justify="left", show_header=header)
+    for name in columns:
+        out.add_column(name, overflow="fold")
+    return out
