@@ -31,7 +31,7 @@ from openpi_ar.training.best import KeepBest
 from openpi_ar.training.evaluate import Evaluator
 from openpi_ar.training.initial import load_initial
 from openpi_ar.training.metrics import Display, MetricsLog, Window
-from openpi_ar.training.optimizer import make_optimizer, make_schedule
+from openpi_ar.training.optimizer import check_schedule, make_optimizer, make_schedule
 from openpi_ar.training.sharding import Placement, make_placement, shardings
 from openpi_ar.training.state import TrainState, init_model, init_state, state_of, train_key
 from openpi_ar.training.step import StepFn, make_train_step
@@ -251,15 +251,14 @@ def run(argv: Sequence[str]) -> None:
     args = cli.parse(argv, HELP, get_preset)
     cfg = args.config
     experiment.check_config(cfg)
+    check_schedule(cfg.optimizer, cfg.num_steps)
     if args.dry_run:
-        make_schedule(cfg.optimizer, cfg.num_steps)
         dry_run(cfg, args.plot)
         return
     resume, overwrite = experiment.what_to_do(cfg, args)
     resume_from = experiment.plan(cfg, resume=resume, overwrite=overwrite)
     enable_compilation_cache()
     distributed.start(args.distributed)  # nothing has computed until here
-    make_schedule(cfg.optimizer, cfg.num_steps)
     resume_from = experiment.agreed_step(cfg, resume_from)
     placement = make_placement(cfg)
     need, have, source = memory.check_fits(cfg, PRESETS, devices=placement.devices)

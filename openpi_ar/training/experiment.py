@@ -144,7 +144,7 @@ def _make(directory: Path, *, overwrite: bool) -> None:
 def agreed_step(cfg: TrainConfig, resume_from: Path | None) -> Path | None:
     """What `plan` found, if all processes found the same. Raises UserError in those that found something else."""
     mine = -1 if resume_from is None else int(resume_from.name)
-    first = int(distributed.agree(mine))
+    first = int(distributed.agree(float(mine)))
     if mine != first:
         raise UserError(
             f"process {jax.process_index()} finds {f'step {mine}' if mine >= 0 else 'no step'} to resume from in "

@@ -10,16 +10,21 @@ from openpi_ar.config import OptimizerConfig
 from openpi_ar.errors import UserError
 
 
-def make_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate at each step: linear from peak / (warmup + 1) to peak, then cosine to `final_lr` at `num_steps`.
-
-    Raises UserError if the warm-up does not end before the run does.
-    """
+def check_schedule(cfg: OptimizerConfig, num_steps: int) -> None:
+    """Raises UserError if the warm-up does not end before the run does. Computes nothing."""
     if cfg.warmup_steps >= num_steps:
         raise UserError(
             f"optimizer.warmup_steps ({cfg.warmup_steps}) must be less than num_steps ({num_steps}): "
             f"lower --optimizer.warmup-steps or raise --num-steps"
         )
+
+
+def make_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate at each step: linear from peak / (warmup + 1) to peak, then cosine to `final_lr` at `num_steps`.
+
+    Raises UserError if the warm-up does not end before the run does.
+    """
+    check_schedule(cfg, num_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=cfg.peak_lr / (cfg.warmup_steps + 1),
         peak_value=cfg.peak_lr,
