@@ -22,6 +22,7 @@ class Program:
     flops, bytes_accessed   XLA's cost analysis; None where the backend gives none. The body of a loop counts once.
     compulsory  bytes of arguments and results: read and written at least once.
     peak        bytes of arguments, results and temporaries.
+    temporary   bytes of temporaries alone.
     times       seconds of each run.
     """
 
@@ -31,6 +32,7 @@ class Program:
     bytes_accessed: float | None
     compulsory: int
     peak: int
+    temporary: int = 0
     times: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -56,6 +58,7 @@ def compile_program(fn: Callable[..., Any], *args: Any) -> Program:
         bytes_accessed=cost.get("bytes accessed"),
         compulsory=compulsory,
         peak=compulsory + (memory.temp_size_in_bytes if memory else 0),
+        temporary=memory.temp_size_in_bytes if memory else 0,
     )
 
 

