@@ -82,7 +82,7 @@ def plot(found: dict[str, dict[int, float]], path: Path, title: str) -> None:
         if axis in ("prompt tokens", "cameras"):
             slope, intercept, _ = line(points)
             panel.plot(x, [slope * v + intercept for v in x], color="0.6", linewidth=1)
-        panel.set(xlabel=axis, ylabel=MEASURED[axis], ylim=(0, None))
+        panel.set(xlabel=axis, ylabel=MEASURED[axis], ylim=(0, 1.08 * max(points.values())))
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
 
