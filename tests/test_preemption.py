@@ -88,7 +88,9 @@ def test_many_saves_take_no_more_memory_than_a_few(tmp_path, saves):
     few, _, many = save(1, 5), save(6, saves - 10), save(saves - 4, 5)
     writer.close()
     print(f"resident at most: {few:.0f} MiB during saves 1 to 5, {many:.0f} MiB during the last 5 of {saves}")
-    assert many - few < 50
+    # Each save leaves some metadata of orbax's behind, about 0.15 MiB, and as much again in the allocator's gaps: 0.5 MiB a
+    # save at most. A copy of the state would be 16 MiB a save and more.
+    assert many - few < 50 + 0.5 * saves
     assert len(store.complete_steps(tmp_path)) == 2
 
 

@@ -355,7 +355,10 @@ def test_batch_that_does_not_divide_among_devices_is_refused(monkeypatch, capsys
 
 
 def test_two_devices_compute_what_one_does(uninterrupted, tmp_path):
-    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
+    env = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
+        "NPROC": "16",
+    }
     command = [sys.executable, "train.py", *FLAGS, "--checkpoint-dir", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
