@@ -85,12 +85,14 @@ def test_many_saves_take_no_more_memory_than_a_few(tmp_path, saves):
             most = max(most, int(status.split("VmRSS:")[1].split()[0]) / 1024)
         return most
 
-    few, _, many = save(1, 5), save(6, saves - 10), save(saves - 4, 5)
+    # The allocator's arenas fill during the first quarter; after it 0.2 MiB a save remain, strings that tensorstore does not
+    # give back. A copy of the state would be 16 MiB a save and more.
+    warm = saves // 4
+    save(1, warm - 5)
+    few, _, many = save(warm - 4, 5), save(warm + 1, saves - warm - 5), save(saves - 4, 5)
     writer.close()
-    print(f"resident at most: {few:.0f} MiB during saves 1 to 5, {many:.0f} MiB during the last 5 of {saves}")
-    # Each save leaves some metadata of orbax's behind, about 0.15 MiB, and as much again in the allocator's gaps: 0.5 MiB a
-    # save at most. A copy of the state would be 16 MiB a save and more.
-    assert many - few < 50 + 0.5 * saves
+    print(f"resident at most: {few:.0f} MiB by save {warm}, {many:.0f} MiB during the last 5 of {saves}")
+    assert many - few < 50
     assert len(store.complete_steps(tmp_path)) == 2
 
 
