@@ -71,6 +71,7 @@ PI05_SUBTASK_TABLETOP = TrainConfig(
         image_size=TABLETOP_MODEL.siglip.image_size,
         vision_steps=1_000,
         commanded=0.25,
+        pairs=0.45,
         prompt_swap=0.1,
     ),
     optimizer=OptimizerConfig(

@@ -159,6 +159,8 @@ class TabletopData:
     not supervised: the actions can then follow only the subtask, which is what makes the conditioning on it real."""
     asked: tuple[str, ...] = ()
     """Colours of the blocks that tasks ask for, others only stand by; empty: all."""
+    pairs: float = 1 / 3
+    """Fraction of the tasks that name two blocks and their order, the hardest kind."""
     prompt_swap: float = 0.0
     """Fraction of training rows whose task is replaced by another one and whose text is not supervised: as `commanded`,
     of frames that the prompt's own plan leads to."""

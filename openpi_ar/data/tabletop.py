@@ -148,6 +148,7 @@ def load_tabletop(cfg: TabletopData, horizon: int, cameras: Sequence[str]) -> tu
             noise=cfg.noise,
             commanded=cfg.commanded,
             asked=asked_colors(cfg),
+            pairs=cfg.pairs,
             cache_dir=cfg.cache_dir,
         ),
         # Starting worker processes costs more than a few episodes do.

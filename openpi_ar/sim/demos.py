@@ -22,7 +22,7 @@ from openpi_ar.sim.scene import COLORS
 from openpi_ar.sim.tasks import known_prompts, known_subtasks
 from openpi_ar.sim.world import CAMERAS, Tabletop
 
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 6
 """Raise when the scene, the expert or the recording changes: old caches are then left alone and not read."""
 
 _CHUNK = 4
@@ -39,6 +39,7 @@ class DemoConfig:
     noise        strength of the disturbance while recording; 1 is the usual amount, 0 none.
     commanded    fraction of the episodes whose plan is random and not the prompt's.
     asked        colours of the blocks that tasks ask for; others only stand by.
+    pairs        fraction of the tasks that name two blocks and their order, the hardest kind.
     cache_dir    parent of the cache; None: $OPENPI_AR_CACHE, else ~/.cache/openpi_ar.
     """
 
@@ -48,6 +49,7 @@ class DemoConfig:
     noise: float = 1.0
     commanded: float = 0.0
     asked: tuple[str, ...] = COLORS
+    pairs: float = 1 / 3
     cache_dir: str | None = None
 
 
@@ -100,6 +102,7 @@ def cache_path(cfg: DemoConfig) -> Path:
         **dataclasses.asdict(cfg),
         "noise": float(cfg.noise),
         "commanded": float(cfg.commanded),
+        "pairs": float(cfg.pairs),
         "cache_dir": None,
         "cameras": CAMERAS,
         "version": GENERATOR_VERSION,
@@ -122,6 +125,8 @@ def load_or_generate(cfg: DemoConfig, workers: int | None = None) -> Demos:
     """
     if cfg.episodes < 1 or cfg.seed < 0 or cfg.noise < 0 or min(cfg.image_size) < 1:
         raise ValueError(f"episodes and image_size must be at least 1, seed and noise at least 0; got {cfg}")
+    if not 0 <= cfg.pairs <= 1:
+        raise ValueError(f"pairs must be in [0, 1]; got {cfg}")
     if not 0 <= cfg.commanded <= 1 or len(set(cfg.asked)) < 2 or not set(cfg.asked) <= set(COLORS):
         raise ValueError(f"commanded must be in [0, 1] and asked two or more of {', '.join(COLORS)}; got {cfg}")
     if workers is not None and workers < 0:
@@ -208,7 +213,8 @@ def _episodes(cfg: DemoConfig, workers: int | None) -> Iterator[Episode]:
 
 def _record_chunk(cfg: DemoConfig, indices: range) -> list[Episode]:
     world = Tabletop(cfg.image_size)
-    return [record_episode(world, (cfg.seed, i), cfg.noise, commanded=cfg.commanded, asked=cfg.asked) for i in indices]
+    how = {"commanded": cfg.commanded, "asked": cfg.asked, "pairs": cfg.pairs}
+    return [record_episode(world, (cfg.seed, i), cfg.noise, **how) for i in indices]
 
 
 def _progress() -> Progress:

@@ -30,7 +30,7 @@ def drop_point(color: str, bin_name: str) -> np.ndarray:
     """Tool target [3] for releasing a block: spread by colour so that blocks do not pile up."""
     angle = 2 * np.pi * scene.COLORS.index(color) / len(scene.COLORS)
     x, y = scene.BIN_CENTER[bin_name]
-    return np.array([x + 0.027 * np.cos(angle), y + 0.018 * np.sin(angle), Z_TRAVEL])
+    return np.array([x + 0.016 * np.cos(angle), y + 0.018 * np.sin(angle), Z_TRAVEL])
 
 
 def parse_subtask(subtask: str) -> tuple[str | None, str | None]:

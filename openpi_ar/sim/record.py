@@ -11,7 +11,7 @@ import numpy as np
 
 from openpi_ar.sim import scene
 from openpi_ar.sim.expert import expert_action
-from openpi_ar.sim.tasks import Facts, command_task, next_subtask, sample_task
+from openpi_ar.sim.tasks import Facts, Layout, Task, command_task, next_subtask, sample_task
 from openpi_ar.sim.world import Tabletop
 
 _TRAINING = 0x7AB1E
@@ -115,6 +115,7 @@ def record_episode(
     *,
     commanded: float = 0.0,
     asked: Collection[str] = scene.COLORS,
+    pairs: float = 1 / 3,
 ) -> Episode:
     """A successful training demonstration; failed attempts are thrown away and drawn again.
 
@@ -124,23 +125,23 @@ def record_episode(
         noise: strength of the disturbance, 0 for none.
         commanded: probability of a random plan in place of the prompt's.
         asked: colours that may be targets; see `tasks.sample_task`.
+        pairs: probability of a task that names two blocks and their order.
 
     Raises:
         RuntimeError: 20 attempts in a row failed, which points to a broken scene or expert.
     """
     for attempt in range(_MAX_ATTEMPTS):
-        episode = _attempt(world, np.random.default_rng([_TRAINING, *seed, attempt]), noise, commanded, asked)
+        rng = np.random.default_rng([_TRAINING, *seed, attempt])
+        task, layout = sample_task(rng, split="train", asked=asked, pairs=pairs)
+        if rng.random() < commanded:
+            task = command_task(rng, task.prompt, tuple(color for color in layout.colors if color in asked))
+        episode = _attempt(world, rng, noise, task, layout)
         if episode is not None:
             return episode
     raise RuntimeError(f"the expert failed {_MAX_ATTEMPTS} attempts at demonstration {seed} with noise {noise}")
 
 
-def _attempt(
-    world: Tabletop, rng: np.random.Generator, noise: float, commanded: float, asked: Collection[str]
-) -> Episode | None:
-    task, layout = sample_task(rng, split="train", asked=asked)
-    if rng.random() < commanded:
-        task = command_task(rng, task.prompt, tuple(color for color in layout.colors if color in asked))
+def _attempt(world: Tabletop, rng: np.random.Generator, noise: float, task: Task, layout: Layout) -> Episode | None:
     observation, _ = world.reset(0, task=task, layout=layout)
     disturb = Disturbance(rng, noise)
     images, states, actions, subtasks, blocks = [], [], [], [], []

@@ -1,14 +1,14 @@
 """The tabletop in numbers: one MJCF model of primitives, and the geometry every other module reads from here.
 
 World frame, metres: x to the right and y away from the front camera, z up, table top at z = 0. So "left" is x < 0 and is
-left in the front image. Blocks start near the camera; two open bins stand side by side behind them:
+left in the front image. Blocks start near the camera; three open bins stand side by side behind them:
 
-    y 0.205 +-------+-------+
-            | left  | right |     light grey / dark grey; walls 5 cm, outer ones 8 cm
-    y 0.085 +-------+-------+
-    y 0.04  . . . . . . . . .
-            .    blocks     .     x in [-0.14, 0.14]
-    y -0.15 . . . . . . . . .
+    y 0.205 +--------+--------+--------+
+            |  left  | middle | right  |     light grey / brown / dark grey; walls 5 cm, outer ones 8 cm
+    y 0.085 +--------+--------+--------+
+    y 0.04     . . . . . . . . . . .
+               .       blocks      .         x in [-0.14, 0.14]
+    y -0.15    . . . . . . . . . . .
 
 The workspace is nearly square so that a 64 x 64 image spends its pixels on it (about 6 mm each).
 """
@@ -17,7 +17,8 @@ import numpy as np
 
 COLORS: tuple[str, ...] = ("red", "yellow", "green", "blue", "purple")
 """Every block colour, in the order in which tasks that do not name an order take them."""
-BINS: tuple[str, ...] = ("left", "right")
+BINS: tuple[str, ...] = ("left", "middle", "right")
+"""Three, so that a colour never shown with one of them is still shown with two: which one must be read in the prompt."""
 
 RGB: dict[str, tuple[float, float, float]] = {
     "red": (0.95, 0.08, 0.06),
@@ -35,16 +36,17 @@ BLOCK_SPACING = 0.10
 BLOCK_YAW = 0.25
 """Largest start yaw, radians: closing pads turn the block square within this range."""
 
-BIN_CENTER: dict[str, tuple[float, float]] = {"left": (-0.08, 0.145), "right": (0.08, 0.145)}
-BIN_HALF = (0.07, 0.06)
+BIN_CENTER: dict[str, tuple[float, float]] = {"left": (-0.13, 0.145), "middle": (0.0, 0.145), "right": (0.13, 0.145)}
+BIN_RGBA = {"left": "0.86 0.86 0.86 1", "middle": "0.52 0.36 0.18 1", "right": "0.20 0.20 0.20 1"}
+BIN_HALF = (0.055, 0.06)
 """Inner half sizes of a bin along x and y."""
 WALL_HEIGHT = 0.05
 BACK_HEIGHT = 0.08
 """Height of the far and outer walls: a block released on the move lands inside."""
 WALL_HALF = 0.003
 
-TOOL_LOW = np.array([-0.16, -0.18, 0.022])
-TOOL_HIGH = np.array([0.16, 0.20, 0.20])
+TOOL_LOW = np.array([-0.18, -0.18, 0.022])
+TOOL_HIGH = np.array([0.18, 0.20, 0.20])
 """Limits of the tool point, the middle between the two pads. At the lowest z the finger tips are 2 mm above the table."""
 MAX_OPENING = 0.09
 """Distance between the pads of the open hand: 5 cm wider than a block."""
@@ -71,10 +73,10 @@ def _vector(values: object) -> str:
     return " ".join(f"{value:.6g}" for value in np.ravel(np.asarray(values, dtype=float)))
 
 
-def _bin_xml(name: str, rgba: str) -> str:
-    (x, y), (half_x, half_y) = BIN_CENTER[name], BIN_HALF
+def _bin_xml(name: str) -> str:
+    (x, y), (half_x, half_y), rgba = BIN_CENTER[name], BIN_HALF, BIN_RGBA[name]
     outer_x, z, back = half_x + 2 * WALL_HALF, WALL_HEIGHT / 2, BACK_HEIGHT / 2
-    west, east = (back, z) if name == "left" else (z, back)
+    west, east = (back if name == outer else z for outer in (BINS[0], BINS[-1]))
     boxes = {
         "floor": ((x, y, 0.001), (half_x, half_y, 0.001)),
         "near": ((x, y - half_y - WALL_HALF, z), (outer_x, WALL_HALF, z)),
@@ -127,7 +129,7 @@ def build_xml(num_blocks: int) -> str:
   </default>
   <worldbody>
     <geom name="table" type="plane" size="2 2 0.1" rgba="0.55 0.54 0.52 1" friction="0.8 0.01 0.001"/>
-    {_bin_xml("left", "0.86 0.86 0.86 1")}{_bin_xml("right", "0.20 0.20 0.20 1")}
+    {"".join(map(_bin_xml, BINS))}
     <camera name="front" pos="{_vector(FRONT_POSITION)}" fovy="{FRONT_FOVY}"
             xyaxes="{_vector([right, np.cross(right, forward)])}"/>
     <body name="hand" gravcomp="1">

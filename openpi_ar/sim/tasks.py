@@ -35,6 +35,8 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str, str, str]] = frozenset(
 )
 """(first colour, bin, second colour, bin) of `pair` prompts never seen in training, though each half is."""
 
+_ADVERBS = {"middle": "in the middle"}
+
 LIFTED_Z = 0.07
 """Height of a held block's centre (its bottom then clears walls and blocks) from which it is being placed, metres."""
 
@@ -87,12 +89,11 @@ def clear_task(bin_name: str, colors: tuple[str, ...]) -> Task:
     return Task("clear", f"clear the table into the {bin_name} bin", targets)
 
 
-def sort_task(warm_bin: str, colors: tuple[str, ...]) -> Task:
-    """Warm colours into `warm_bin`, cool ones into the other."""
-    cool_bin = _other(warm_bin)
+def sort_task(warm_bin: str, cool_bin: str, colors: tuple[str, ...]) -> Task:
+    """Warm colours into one bin, cool ones into another."""
     targets = tuple((color, warm_bin if color in WARM else cool_bin) for color in COLORS if color in colors)
-    first, second = ("warm", "cool") if warm_bin == "left" else ("cool", "warm")
-    return Task("sort", f"put {first} colours left and {second} colours right", targets)
+    where = [_ADVERBS.get(name, name) for name in (warm_bin, cool_bin)]
+    return Task("sort", f"put warm colours {where[0]} and cool colours {where[1]}", targets)
 
 
 def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
@@ -115,11 +116,12 @@ def parse_prompt(prompt: str, colors: tuple[str, ...]) -> Task:
     Raises:
         ValueError: no task has such a prompt, or it names a block that is not on the table.
     """
-    if match := re.fullmatch(r"clear the table into the (left|right) bin", prompt):
-        return clear_task(match[1], colors)
-    if match := re.fullmatch(r"put (warm|cool) colours left and (warm|cool) colours right", prompt):
-        if match[1] != match[2]:
-            return sort_task("left" if match[1] == "warm" else "right", colors)
+    if match := re.fullmatch(r"clear the table into the (\w+) bin", prompt):
+        if match[1] in BINS:
+            return clear_task(match[1], colors)
+    elif match := re.fullmatch(r"put warm colours (?:in the )?(\w+) and cool colours (?:in the )?(\w+)", prompt):
+        if set(match.groups()) <= set(BINS) and sort_task(*match.groups(), ()).prompt == prompt and match[1] != match[2]:
+            return sort_task(*match.groups(), colors)
     elif match := re.fullmatch(r"put the (\w+) block in the (\w+) bin, then the (\w+) one in the (\w+)", prompt):
         first, first_bin, second, second_bin = match.groups()
         if first != second and {first, second} <= set(COLORS) and {first_bin, second_bin} <= set(BINS):
@@ -135,7 +137,7 @@ def known_prompts() -> tuple[str, ...]:
         dict.fromkeys(
             [
                 *(clear_task(name, ()).prompt for name in BINS),
-                *(sort_task(name, ()).prompt for name in BINS),
+                *(sort_task(*names, ()).prompt for names in itertools.permutations(BINS, 2)),
                 *(task.prompt for task in _all_pairs()),
             ]
         )
@@ -143,7 +145,7 @@ def known_prompts() -> tuple[str, ...]:
 
 
 def known_subtasks() -> tuple[str, ...]:
-    """Every subtask there is: 5 to pick up, 10 to place, and "done"."""
+    """Every subtask there is: 5 to pick up, 15 to place, and "done"."""
     places = itertools.product(COLORS, BINS)
     return (*map(pick_up, COLORS), *(place(color, name) for color, name in places), "done")
 
@@ -179,14 +181,15 @@ def next_subtask(task: Task, facts: Facts) -> str:
 
 
 def sample_task(
-    rng: np.random.Generator, *, split: Split = "train", asked: Collection[str] = COLORS
+    rng: np.random.Generator, *, split: Split = "train", asked: Collection[str] = COLORS, pairs: float = 1 / 3
 ) -> tuple[Task, Layout]:
-    """Draw an episode; the three kinds are equally likely.
+    """Draw an episode; by default the three kinds are equally likely.
 
     Args:
         rng: source of all randomness.
         split: `train` never asks for a held-out combination or pair; `held_out` always does.
         asked: only tasks whose targets all have one of these colours; other blocks may stand by.
+        pairs: probability of a `pair`; the other two kinds are equally likely.
 
     Raises:
         ValueError: unknown split, or `asked` is not at least two of `scene.COLORS`.
@@ -195,7 +198,7 @@ def sample_task(
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
     if len(set(asked)) < 2 or not set(asked) <= set(COLORS):
         raise ValueError(f"asked must be at least two of {', '.join(COLORS)}, got {tuple(asked)}")
-    kind = int(rng.integers(3))
+    kind = "pair" if rng.random() < pairs else ("clear", "sort")[rng.integers(2)]
     while True:
         task, colors = _propose(rng, kind)
         if task.is_held_out == (split == "held_out") and all(color in asked for color, _ in task.targets):
@@ -217,20 +220,16 @@ def sample_layout(rng: np.random.Generator, colors: tuple[str, ...]) -> Layout:
     return Layout(colors, xy, yaw, tool, float(opening))
 
 
-def _propose(rng: np.random.Generator, kind: int) -> tuple[Task, tuple[str, ...]]:
+def _propose(rng: np.random.Generator, kind: str) -> tuple[Task, tuple[str, ...]]:
     colors = tuple(str(color) for color in rng.permutation(COLORS)[: rng.integers(2, 5)])
-    bins = [BINS[i] for i in rng.integers(2, size=2)]
-    if kind == 0:
+    if kind == "sort":
+        return sort_task(*(BINS[i] for i in rng.permutation(len(BINS))[:2]), colors), colors
+    bins = [BINS[i] for i in rng.integers(len(BINS), size=2)]
+    if kind == "clear":
         return clear_task(bins[0], colors), colors
-    if kind == 1:
-        return sort_task(bins[0], colors), colors
     return pair_task(colors[0], bins[0], colors[1], bins[1]), colors
 
 
 def _all_pairs() -> list[Task]:
     pairs = itertools.permutations(COLORS, 2)
     return [pair_task(a, x, b, y) for (a, b), x, y in itertools.product(pairs, BINS, BINS)]
-
-
-def _other(bin_name: str) -> str:
-    return BINS[1 - BINS.index(bin_name)]

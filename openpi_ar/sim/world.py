@@ -29,7 +29,7 @@ _RAMP = 5
 
 
 class Tabletop:
-    """Tabletop with two bins and 2-4 blocks; same seed and same actions, same pixels.
+    """Tabletop with three bins and 2-4 blocks; same seed and same actions, same pixels.
 
     Observation: {"images": {camera: uint8 [H, W, 3]}, "state": float32 [4], "prompt": str}; state is tool x, y, z and
     finger opening in metres. Action: float [4], the absolute tool target x, y, z in metres (clipped to the workspace,
@@ -148,7 +148,7 @@ class Tabletop:
         if not self._rays:
             self._rays = {name: RayCamera(model, name, self.image_size) for name in self.cameras}
         self._bodies = [model.body(f"block{i}").id for i in range(num_blocks)]
-        self._fingers = [model.body(f"{side}_finger").id for side in scene.BINS]
+        self._fingers = [model.body(f"{side}_finger").id for side in ("left", "right")]
 
     def _place(self, layout: Layout) -> None:
         missing = {color for color, _ in self.task.targets} - set(layout.colors)

@@ -35,7 +35,7 @@ _QUESTIONS = (
 _ANSWERS = (
     "yes", "no", "the {a} is on the {b}", "the {a} is in the {b}", "there are two objects", "there is a {a} and a {b}", "nothing",
     "the robot is holding the {a}", "the {a} is left of the {b}", "it is {c}", "the {c} block", "not yet", "one", "two", "three", "four",
-    "the gripper is empty", "the task is done", "between the {a} and the {b}", "I do not know", "in the left bin", "in the right bin",
+    "the gripper is empty", "the task is done", "between the {a} and the {b}", "I do not know", "in the left bin", "in the right bin", "in the middle bin",
 )  # fmt: skip
 _PHRASES = (
     "clean the kitchen", "make the bed", "set the table", "do the dishes", "do the laundry", "bus the table", "tidy up the living room",
@@ -60,7 +60,7 @@ _PHRASES = (
 def sentences() -> list[str]:
     """The training corpus, the same list every time. Most begin with a space, as words inside a prompt do."""
     prompts = known_prompts()
-    rare = tuple(prompt for prompt in prompts if ", then" not in prompt)  # the pairs are many, the other kinds four
+    rare = tuple(prompt for prompt in prompts if ", then" not in prompt)  # the pairs are many, the other kinds nine
     lines = [*prompts, *(known_subtasks() * TABLETOP_WEIGHT), *(rare * TABLETOP_WEIGHT)]
     # Neighbours in the list are paired up: every thing occurs in every place without writing out all pairs.
     things = [
