@@ -251,6 +251,10 @@ class AugmentConfig:
     """Factor on the distance from the mean grey, drawn from 1 +- this (0.4)."""
     saturation: float = 0.0
     """Factor on the distance from each pixel's own grey, drawn from 1 +- this (0.5)."""
+    mistakes: float = 0.0
+    """Fraction of the rows whose text so far is fed with mistakes: a third of its tokens are those of another row. What is to
+    be said stays. Without them a model reads the next word off its own last ones, where the prompt should decide it. These
+    rows train no actions."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,11 +102,11 @@ def test_expert_follows_a_given_subtask(world: Tabletop):
 
 
 def test_every_subtask_can_be_parsed_and_others_are_refused(world: Tabletop):
-    assert len(known_subtasks()) == 16
+    assert len(known_subtasks()) == 5 + 5 * 3 + 1
     assert parse_subtask("place the blue block in the left bin") == ("blue", "left")
     assert [parse_subtask(subtask) for subtask in known_subtasks()][-1] == (None, None)
     world.reset(0, task=pair_task("red", "left", "blue", "left"), layout=LAYOUT, render=False)
-    for bad in ("", "pick up the pink block", "place the red block in the middle bin"):
+    for bad in ("", "pick up the pink block", "place the red block in the upper bin"):
         with pytest.raises(ValueError, match="unknown subtask"):
             expert_action(world.facts(), bad)
         with pytest.raises(ValueError, match="unknown subtask"):
@@ -206,5 +206,7 @@ def test_commanded_episodes_are_marked_and_follow_no_prompt(tmp_path: Path):
     assert cache_path(base) != cache_path(dataclasses.replace(base, commanded=0.5))
     with pytest.raises(ValueError, match="commanded must be in"):
         load_or_generate(dataclasses.replace(base, commanded=1.5))
+    with pytest.raises(ValueError, match="pairs must be in"):
+        load_or_generate(dataclasses.replace(base, pairs=-0.1))
     with pytest.raises(ValueError, match="asked two or more"):
         load_or_generate(dataclasses.replace(base, asked=("red",)))

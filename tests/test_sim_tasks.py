@@ -19,7 +19,7 @@ def facts(held: str | None = None, **moved: tuple[float, float, float]) -> Facts
 
 def test_training_never_asks_for_what_is_held_out():
     rng = np.random.default_rng(0)
-    drawn = [tasks.sample_task(rng)[0] for _ in range(2000)]
+    drawn = [tasks.sample_task(rng)[0] for _ in range(8000)]
     combos = {target for task in drawn for target in task.targets}
     assert not combos & tasks.HELD_OUT_COMBOS
     pairs = {task.targets[0] + task.targets[1] for task in drawn if task.kind == "pair"}
@@ -29,6 +29,17 @@ def test_training_never_asks_for_what_is_held_out():
     unseen = set(tasks.known_prompts()) - {task.prompt for task in drawn}
     assert all(tasks.parse_prompt(prompt, scene.COLORS).is_held_out for prompt in unseen)
     assert {task.kind for task in drawn} == {"clear", "sort", "pair"}
+    # No colour is tied to one bin: where it goes must be read in the prompt.
+    assert all(len({name for c, name in combos if c == color}) >= 2 for color in scene.COLORS)
+
+
+def test_pairs_are_asked_for_as_often_as_wished():
+    rng = np.random.default_rng(0)
+    kinds = [tasks.sample_task(rng, pairs=0.6)[0].kind for _ in range(1000)]
+    counts = [kinds.count(kind) for kind in ("pair", "clear", "sort")]
+    # Three standard deviations of a binomial count.
+    np.testing.assert_allclose(counts, [600, 200, 200], atol=3 * (1000 * 0.6 * 0.4) ** 0.5)
+    assert {tasks.sample_task(rng, pairs=1.0)[0].kind for _ in range(20)} == {"pair"}
 
 
 def test_held_out_episodes_always_contain_something_held_out():
@@ -87,12 +98,13 @@ def test_layouts_keep_their_distance_and_hold_the_task():
 
 
 def test_prompts_read_back_as_their_task():
-    assert len(tasks.known_prompts()) == 2 + 2 + 5 * 4 * 4
+    assert len(tasks.known_prompts()) == 3 + 3 * 2 + 5 * 4 * 3 * 3
     for prompt in tasks.known_prompts():
         assert tasks.parse_prompt(prompt, scene.COLORS).prompt == prompt
-    assert sort_task("right", ("red", "blue")).targets == (("red", "right"), ("blue", "left"))
-    with pytest.raises(ValueError, match="unknown prompt"):
-        tasks.parse_prompt("put warm colours left and warm colours right", scene.COLORS)
+    assert sort_task("right", "middle", ("red", "blue")).targets == (("red", "right"), ("blue", "middle"))
+    for wrong in ("put warm colours left and warm colours right", "put warm colours left and cool colours left"):
+        with pytest.raises(ValueError, match="unknown prompt"):
+            tasks.parse_prompt(wrong, scene.COLORS)
     with pytest.raises(ValueError, match="names \\['red'\\]"):
         tasks.parse_prompt(pair_task("red", "left", "blue", "left").prompt, ("blue", "green"))
 

@@ -1,6 +1,7 @@
 """If this fails, an option that should only save time or memory changes what is learnt, or an augmentation does damage."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import optax
 import pytest
 
 from configs import PRESETS
+from openpi_ar.algorithms import losses
 from openpi_ar.config import AugmentConfig, OptimizerConfig
-from openpi_ar.data.augment import augment
+from openpi_ar.data.augment import augment, with_mistakes
 from openpi_ar.errors import UserError
 from openpi_ar.training import experiment
 from openpi_ar.training import step as steps
@@ -192,3 +194,31 @@ def test_training_sees_augmented_images_and_each_step_others(monkeypatch):
     assert plain[0] == pytest.approx(plain[1], rel=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0])
     assert seen.count(cfg.augment) == 1  # traced once, run twice
+
+
+def test_mistakes_are_fed_never_asked_for():
+    batch, key = six_rows(), jax.random.key(3)
+    same, said = with_mistakes(batch, key, 0.0)
+    assert same is batch and said is batch.target
+    other, said = with_mistakes(batch, key, 0.5)
+    assert other.target is batch.target
+    ids, before = np.asarray(batch.target.ids), np.roll(batch.target.ids, 1, axis=0)
+    changed = np.asarray(said.ids) != ids
+    assert changed.any()
+    np.testing.assert_array_equal(np.asarray(said.ids)[changed], before[changed])
+    assert batch.target.valid[changed].all() and np.roll(batch.target.valid, 1, axis=0)[changed].all()
+    # Rows with mistakes train no actions, the others all of theirs.
+    acting = np.asarray(other.action_mask).any((1, 2))
+    assert not acting[changed.any(1)].any() and 0 < acting.sum() < 6
+    np.testing.assert_array_equal(np.asarray(other.action_mask)[acting], batch.action_mask[acting])
+
+
+def test_training_feeds_mistakes_and_divides_by_what_is_left():
+    cfg = dataclasses.replace(CFG, augment=AugmentConfig(mistakes=0.9))
+    model, batch, key = tiny_model(cfg.model), six_rows(), jax.random.key(3)
+    metrics = gradients(model, model, batch, key, cfg=cfg)[1]
+    other, said = with_mistakes(batch, jax.random.fold_in(key, steps._MISTAKES), 0.9)
+    want = jax.jit(functools.partial(losses.compute_loss, cfg=cfg.loss))(model, other, key, said=said)[1]
+    for name in ("text_ce", "flow"):
+        np.testing.assert_allclose(metrics[name], want[name], rtol=1e-5)
+    assert abs(float(want["text_ce"]) - float(compute_loss(model, batch, key, cfg.loss)[1]["text_ce"])) > 1e-3

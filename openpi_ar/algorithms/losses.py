@@ -114,15 +114,16 @@ def flow_loss(
 
 
 def compute_loss(
-    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None
+    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, said: Text | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
     """The training loss and its parts: `loss`, `flow`, `text_ce`, `exact_match`, `first_token` (float32 scalars).
 
     The ground-truth text is the text run of the prefill, so the actions are conditioned on it exactly as they are on
-    generated text at inference. `counts` stand in for the batch's own where it is a slice of a larger one.
+    generated text at inference. `counts` stand in for the batch's own where it is a slice of a larger one. `said` is fed
+    in place of the true text, which stays the target.
     """
     counts = batch_counts(batch) if counts is None else counts
-    out, cache = prefill(model, batch.observation, batch.target)
+    out, cache = prefill(model, batch.observation, batch.target if said is None else said)
     assert out.text is not None
     ce, metrics = text_loss(model, out.prompt_last, out.text, batch.target, counts)
     if cfg.knowledge_insulation:

@@ -1,4 +1,4 @@
-"""Random changes of training images inside the jitted step: uint8 goes to the device, what the model sees is made there."""
+"""Random changes of training batches inside the jitted step: uint8 goes to the device, what the model sees is made there."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -9,19 +9,21 @@ from jaxtyping import Float
 import numpy as np
 
 from openpi_ar.config import AugmentConfig
-from openpi_ar.types import Array, Observation
+from openpi_ar.types import Array, Batch, Observation, Text
 
+_MISTAKEN = 1 / 3
+"""Of the tokens of a row that is fed mistakes."""
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 
 def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[str]) -> Observation:
-    """The observation with its images changed, every image on its own; the very same observation if all is off.
+    """The observation with its images changed, every image on its own; the very same observation if none is to be.
 
     Images come back float32 in [-1, 1]. Cameras with `wrist` in their name are not cropped, as in openpi: what a gripper
     camera sees is tied to the gripper's place in its image.
     """
-    if cfg == AugmentConfig():
+    if dataclasses.replace(cfg, mistakes=0.0) == AugmentConfig():
         return obs
     images = jnp.asarray(obs.images)
     images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else (images + 1.0) / 2.0
@@ -37,6 +39,23 @@ def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[
     flat = images.reshape(-1, *images.shape[2:])
     flat = jax.vmap(_colours, in_axes=(0, 0, None))(flat, jax.random.split(colour_key, flat.shape[0]), cfg)
     return dataclasses.replace(obs, images=flat.reshape(images.shape) * 2.0 - 1.0)
+
+
+def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Text]:
+    """The batch, and the text to feed in place of its target: in this fraction of rows some tokens of the row before.
+
+    Those rows have no action in the loss any more: their actions do not follow from such a text. A kin of word dropout
+    (S. Bowman et al., "Generating Sentences from a Continuous Space", CoNLL 2016, section 3.1).
+    """
+    target = batch.target
+    if not fraction:
+        return batch, target
+    ids, valid = jnp.asarray(target.ids), jnp.asarray(target.valid)
+    row_key, token_key = jax.random.split(key)
+    rows = jax.random.uniform(row_key, (ids.shape[0], 1)) < fraction
+    swapped = rows & (jax.random.uniform(token_key, ids.shape) < _MISTAKEN) & valid & jnp.roll(valid, 1, axis=0)
+    said = dataclasses.replace(target, ids=jnp.where(swapped, jnp.roll(ids, 1, axis=0), ids))
+    return dataclasses.replace(batch, action_mask=batch.action_mask & ~rows[:, :, None]), said
 
 
 def _random_window(image: Float[Array, "h w 3"], key: Array, crop: float) -> Float[Array, "h w 3"]:

@@ -120,7 +120,11 @@ def parse_prompt(prompt: str, colors: tuple[str, ...]) -> Task:
         if match[1] in BINS:
             return clear_task(match[1], colors)
     elif match := re.fullmatch(r"put warm colours (?:in the )?(\w+) and cool colours (?:in the )?(\w+)", prompt):
-        if set(match.groups()) <= set(BINS) and sort_task(*match.groups(), ()).prompt == prompt and match[1] != match[2]:
+        if (
+            set(match.groups()) <= set(BINS)
+            and sort_task(*match.groups(), ()).prompt == prompt
+            and match[1] != match[2]
+        ):
             return sort_task(*match.groups(), colors)
     elif match := re.fullmatch(r"put the (\w+) block in the (\w+) bin, then the (\w+) one in the (\w+)", prompt):
         first, first_bin, second, second_bin = match.groups()

@@ -40,7 +40,8 @@ def check_config(cfg: TrainConfig) -> None:
         raise UserError(f"optimizer.ema_decay must lie in [0, 1) or be None, found {decay}")
     _check_optimizer(cfg)
     unsupervised = ("prompt_swap", "commanded") if isinstance(cfg.data, TabletopData) else ("prompt_swap",)
-    for name in unsupervised:
+    fractions = (*unsupervised, "pairs") if isinstance(cfg.data, TabletopData) else unsupervised
+    for name in fractions:
         if not 0 <= getattr(cfg.data, name) <= 1:
             raise UserError(f"data.{name} must lie in [0, 1], found {getattr(cfg.data, name)}")
     if cfg.text.template not in TEMPLATES:
@@ -67,7 +68,7 @@ def _check_optimizer(cfg: TrainConfig) -> None:
     # A bfloat16 has 8 bits: a second moment that moves by less than 1/512 of itself a step would never come down again.
     if o.moment_dtype == "bfloat16" and o.b2 > 0.99:
         raise UserError(f"optimizer.moment_dtype bfloat16 needs --optimizer.b2 0.99 or less, found {o.b2}")
-    for name in ("crop", "brightness", "contrast", "saturation"):
+    for name in ("crop", "brightness", "contrast", "saturation", "mistakes"):
         if not 0 <= getattr(cfg.augment, name) < 1:
             raise UserError(f"augment.{name} must lie in [0, 1), found {getattr(cfg.augment, name)}")
 

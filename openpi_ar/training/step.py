@@ -13,14 +13,14 @@ import optax
 from openpi_ar.algorithms import decode
 from openpi_ar.algorithms.losses import Counts, Metrics, batch_counts, compute_loss
 from openpi_ar.config import DecodeConfig, LossConfig, TrainConfig
-from openpi_ar.data.augment import augment
+from openpi_ar.data.augment import augment, with_mistakes
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
-from openpi_ar.types import Array, Batch, Observation
+from openpi_ar.types import Array, Batch, Observation, Text
 
 # Stream of a step's key from which images are changed; the key itself draws noise and times.
-_AUGMENT = 1
+_AUGMENT, _MISTAKES = 1, 2
 
 StepFn = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
@@ -59,28 +59,29 @@ def accumulated_gradients(
     """
     slices = cfg.optimizer.accumulate
 
-    def gradients(part: Batch, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
+    def gradients(part: Batch, said: Text, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
         loss_key, augment_key = part_key, jax.random.fold_in(part_key, _AUGMENT)
         seen = augment(part.observation, augment_key, cfg.augment, cfg.model.cameras)
         part = dataclasses.replace(part, observation=seen)
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], Metrics]:
-            return compute_loss(freeze.join(model, params), part, loss_key, cfg.loss, counts)
+            return compute_loss(freeze.join(model, params), part, loss_key, cfg.loss, counts, said)
 
         return jax.grad(loss_fn, has_aux=True)(params)
 
+    batch, said = with_mistakes(batch, jax.random.fold_in(key, _MISTAKES), cfg.augment.mistakes)
     counts = batch_counts(batch)
     if slices == 1:
-        return gradients(batch, key, counts)
+        return gradients(batch, said, key, counts)
     share = jax.tree.map(lambda count: count / slices, counts)
-    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), batch)
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), (batch, said))
 
-    def one(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def one(total: Any, xs: tuple[Batch, Text, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradients(*xs, share)), None
 
-    shapes = jax.eval_shape(lambda: gradients(jax.tree.map(lambda x: x[0], parts), key, share))
+    shapes = jax.eval_shape(lambda: gradients(*jax.tree.map(lambda x: x[0], parts), key, share))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(one, zero, (parts, jax.random.split(key, slices)))
+    total, _ = jax.lax.scan(one, zero, (*parts, jax.random.split(key, slices)))
     return jax.tree.map(lambda x: x / slices, total)
 
 
