@@ -29,13 +29,12 @@ from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 from openpi_ar.training import cli, distributed, experiment, memory
 from openpi_ar.training.best import KeepBest
 from openpi_ar.training.evaluate import Evaluator
-from openpi_ar.training.initial import load_initial
+from openpi_ar.training.initial import initial_model
 from openpi_ar.training.metrics import Display, MetricsLog, Window
 from openpi_ar.training.optimizer import check_schedule, make_optimizer, make_schedule
 from openpi_ar.training.sharding import Placement, make_placement, shardings
-from openpi_ar.training.state import TrainState, init_model, init_state, state_of, train_key
+from openpi_ar.training.state import TrainState, init_state, state_of, train_key
 from openpi_ar.training.step import StepFn, make_train_step
-from openpi_ar.training.vision import pretrain_vision
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data
@@ -112,29 +111,17 @@ def placed_state(cfg: TrainConfig, placement: Placement) -> TrainState:
     )
 
 
-def make_state(
-    cfg: TrainConfig, placement: Placement, source: TrainingSource, resume_from: Path | None
-) -> tuple[TrainState, int]:
-    """(state, data position): restored, started from `init_from`, or random (the vision tower perhaps pre-trained)."""
+def make_state(cfg: TrainConfig, placement: Placement, data: Data, resume_from: Path | None) -> tuple[TrainState, int]:
+    """(state, data position): restored, started from `init_from`, or random (towers perhaps pre-trained)."""
     tx = make_optimizer(cfg.optimizer, cfg.num_steps)
     abstract = placed_state(cfg, placement)
     if resume_from is not None:
         return store.restore_train_state(resume_from, abstract, placement.replicated)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    if cfg.init_from:
-        model, notes = load_initial(cfg)
-        distributed.say(f"starting from {cfg.init_from}", *notes)
-    elif cfg.data.vision_steps:
-        model, steps = jax.jit(lambda: init_model(cfg))(), cfg.data.vision_steps
-        quiet = not distributed.is_primary()
-        model, error = pretrain_vision(model, source, steps=steps, seed=cfg.seed, quiet=quiet)
-        # Every process has trained it; machines may round differently.
-        model.img = distributed.same_everywhere(model.img)
-        distributed.say(f"vision tower: objects placed to {error:.2f} cm after {steps} steps")
-    else:
+    if not (cfg.init_from or cfg.data.vision_steps or cfg.data.naming_steps):
         # One program, kept by the compilation cache; eagerly it is a hundred small ones.
         return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
-    model = distributed.spread(model, where.model)
+    model = distributed.spread(initial_model(cfg, data.train, data.transform), where.model)
     return jax.jit(lambda model: state_of(cfg, tx, model), out_shardings=where)(model), 0
 
 
@@ -265,7 +252,7 @@ def run(argv: Sequence[str]) -> None:
     distributed.say(memory.describe(need, have, source))
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
-    state, data.loader.position = make_state(cfg, placement, data.train, resume_from)
+    state, data.loader.position = make_state(cfg, placement, data, resume_from)
     if int(state.step) >= cfg.num_steps:
         distributed.say(
             f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to go on"

@@ -154,6 +154,9 @@ class TabletopData:
     """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
     vision_steps: int = 0
     """Steps in which the vision tower first learns where everything is (`training/vision.py`); only a fresh start."""
+    naming_steps: int = 0
+    """Steps in which tower 1 then learns where the block is that a text names (`training/grounding.py`); also of a model that
+    `init_from` names."""
     commanded: float = 0.0
     """Fraction of the episodes in which the expert follows a random plan that the prompt does not tell, and whose text is
     not supervised: the actions can then follow only the subtask, which is what makes the conditioning on it real."""
@@ -216,6 +219,8 @@ class LeRobotData:
     """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
     vision_steps: int = 0
     """As for the tabletop; needs the feature `observation.environment_state` that its export writes."""
+    naming_steps: int = 0
+    """As for the tabletop; needs the same feature."""
     prompt_swap: float = 0.0
     """Fraction of training rows whose task is replaced by another one and whose text is not supervised."""
 

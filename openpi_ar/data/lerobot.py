@@ -146,6 +146,12 @@ class LeRobotSource:
         """Statistics of `numbers`."""
         return stats_of(self.numbers(), mode)
 
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Colours of the objects of `poses`, from the names of its dimensions ("red.x", ...)."""
+        names = self.table.frames.meta.features[POSES].names or ()
+        return tuple(dict.fromkeys(str(name).partition(".")[0] for name in names))
+
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(images uint8 [B C h w 3], objects [B O 3] in metres, NaN where absent, tool [B 3]) of these rows.
 

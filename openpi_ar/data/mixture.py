@@ -85,6 +85,14 @@ class Mixture:
             stats[name] = column_stats(columns, mode, weights)
         return stats
 
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """As of the parts, which must have the same ones to be used together."""
+        found = {part.objects for part in self.parts}
+        if len(found) > 1:
+            raise UserError(f"the parts of {self.name} have different objects: set --data.grounding-steps 0")
+        return found.pop()
+
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As of the parts; raises UserError as they do."""
         places = [self._at(int(i)) for i in index]

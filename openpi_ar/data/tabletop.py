@@ -94,6 +94,11 @@ class TabletopSource:
         """Statistics of states and actions over all frames of this source."""
         return stats_of(self.numbers(), mode)
 
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Every block's colour, in the order of `poses`."""
+        return COLORS
+
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(images uint8 [B C h w 3], blocks [B O 3] in metres, NaN where absent, tool [B 3]) of these rows."""
         d, frames = self.demos, self.frames[index]

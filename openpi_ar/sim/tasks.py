@@ -120,12 +120,9 @@ def parse_prompt(prompt: str, colors: tuple[str, ...]) -> Task:
         if match[1] in BINS:
             return clear_task(match[1], colors)
     elif match := re.fullmatch(r"put warm colours (?:in the )?(\w+) and cool colours (?:in the )?(\w+)", prompt):
-        if (
-            set(match.groups()) <= set(BINS)
-            and sort_task(*match.groups(), ()).prompt == prompt
-            and match[1] != match[2]
-        ):
-            return sort_task(*match.groups(), colors)
+        warm, cool = match.groups()
+        if {warm, cool} <= set(BINS) and warm != cool and sort_task(warm, cool, ()).prompt == prompt:
+            return sort_task(warm, cool, colors)
     elif match := re.fullmatch(r"put the (\w+) block in the (\w+) bin, then the (\w+) one in the (\w+)", prompt):
         first, first_bin, second, second_bin = match.groups()
         if first != second and {first, second} <= set(COLORS) and {first_bin, second_bin} <= set(BINS):
@@ -227,7 +224,8 @@ def sample_layout(rng: np.random.Generator, colors: tuple[str, ...]) -> Layout:
 def _propose(rng: np.random.Generator, kind: str) -> tuple[Task, tuple[str, ...]]:
     colors = tuple(str(color) for color in rng.permutation(COLORS)[: rng.integers(2, 5)])
     if kind == "sort":
-        return sort_task(*(BINS[i] for i in rng.permutation(len(BINS))[:2]), colors), colors
+        warm, cool = (BINS[i] for i in rng.permutation(len(BINS))[:2])
+        return sort_task(warm, cool, colors), colors
     bins = [BINS[i] for i in rng.integers(len(BINS), size=2)]
     if kind == "clear":
         return clear_task(bins[0], colors), colors

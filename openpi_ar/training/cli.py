@@ -108,7 +108,7 @@ def _is_path(arg: str) -> bool:
 
 def _carried_over(data: TabletopData | LeRobotData) -> dict[str, Any]:
     """What a preset says about training that holds for any data."""
-    return {name: getattr(data, name) for name in ("prompt_swap", "vision_steps", "cache_dir")}
+    return {name: getattr(data, name) for name in ("prompt_swap", "vision_steps", "naming_steps", "cache_dir")}
 
 
 @dataclasses.dataclass(frozen=True)

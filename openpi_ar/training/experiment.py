@@ -20,7 +20,15 @@ from openpi_ar.training.cli import Arguments
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
-_FREE = ("data.cache_dir", "data.vision_steps", "data.frames", "text.tokenizer", "model.remat", "model.dtype")
+_FREE = (
+    "data.cache_dir",
+    "data.vision_steps",
+    "data.naming_steps",
+    "data.frames",
+    "text.tokenizer",
+    "model.remat",
+    "model.dtype",
+)
 _FREE += ("model.remat_policy",)
 
 

@@ -77,9 +77,11 @@ def accumulated_gradients(
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), (batch, said))
 
     def one(total: Any, xs: tuple[Batch, Text, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradients(*xs, share)), None
+        part, said, part_key = xs
+        return jax.tree.map(jnp.add, total, gradients(part, said, part_key, share)), None
 
-    shapes = jax.eval_shape(lambda: gradients(*jax.tree.map(lambda x: x[0], parts), key, share))
+    first, first_said = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: gradients(first, first_said, key, share))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(one, zero, (*parts, jax.random.split(key, slices)))
     return jax.tree.map(lambda x: x / slices, total)

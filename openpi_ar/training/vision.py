@@ -5,7 +5,7 @@ only after hours: the actions are a thin, noisy signal for it. Here the tower fi
 frames of the same demonstrations; the readout is then thrown away and training proper starts from the tower.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import nnx
@@ -21,7 +21,7 @@ from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.siglip import SigLIP
 from openpi_ar.types import Array
 
-_SCALE = 0.1
+POSITION_SCALE = 0.1
 """Metres that count as one in the loss: the spread of positions on the table."""
 _WRIST_REACH = 0.1
 """Horizontal distance from the tool, in metres, within which the wrist camera sees an object."""
@@ -56,7 +56,7 @@ def pose_targets(
         if on_wrist:
             visible &= (np.abs(np.nan_to_num(at[..., :2], nan=9.0)) < _WRIST_REACH).all(-1)
             visible[:, -1] = False
-        positions.append(np.nan_to_num(at) / _SCALE)
+        positions.append(np.nan_to_num(at) / POSITION_SCALE)
         seen.append(visible)
     return np.stack(positions, 1).astype(np.float32), np.stack(seen, 1)
 
@@ -72,7 +72,7 @@ def pose_loss(
     out = head(tokens.reshape(batch, cameras, *tokens.shape[1:]))
     presence = optax.sigmoid_binary_cross_entropy(out[..., 0], seen).mean()
     error = jnp.sum(jnp.abs(out[..., 1:] - positions).mean(-1) * seen) / jnp.maximum(seen.sum(), 1)
-    return presence + 5.0 * error, error * (100 * _SCALE)
+    return presence + 5.0 * error, error * (100 * POSITION_SCALE)
 
 
 def pretrain_vision(
@@ -92,26 +92,42 @@ def pretrain_vision(
     objects = source.poses(np.zeros(1, int), model.cfg.cameras)[1].shape[1] + 1
     rngs = nnx.Rngs(seed)
     head = PoseHead(len(model.cfg.cameras), objects, model.cfg.vlm.width, rngs=rngs)
+    tower: Any = (jax.tree.map(jnp.copy, model.img), head)  # a copy: the fit takes it over
+    batches = _batches(model, source, steps, batch_size, seed)
+    tower, error = fit(tower, pose_loss, batches, steps, peak_lr, "vision tower: poses", quiet=quiet)
+    trained = nnx.clone(model)
+    trained.img = tower[0]
+    return trained, error
+
+
+def fit(
+    parts: Any,
+    loss: Callable[..., tuple[Array, Array]],
+    batches: Iterator[tuple[Any, ...]],
+    steps: int,
+    peak_lr: float,
+    label: str,
+    *,
+    quiet: bool = False,
+) -> tuple[Any, float]:
+    """The parts (a pytree that is used up) after `steps` of AdamW on `loss(parts, *batch) -> (loss, error in centimetres)`,
+    and the mean error over the last 100 steps. `label` heads the progress bar; `quiet`: none.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak_lr, min(100, steps // 10), steps, 0.01 * peak_lr)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
 
-    def step(tower: Any, opt_state: optax.OptState, batch: tuple[Array, ...]) -> tuple[Any, optax.OptState, Array]:
-        (_, error), grads = jax.value_and_grad(pose_loss, has_aux=True)(tower, *batch)
-        updates, opt_state = tx.update(grads, opt_state, tower)
-        return optax.apply_updates(tower, updates), opt_state, error
+    def step(parts: Any, opt_state: optax.OptState, batch: tuple[Any, ...]) -> tuple[Any, optax.OptState, Array]:
+        (_, error), grads = jax.value_and_grad(loss, has_aux=True)(parts, *batch)
+        updates, opt_state = tx.update(grads, opt_state, parts)
+        return optax.apply_updates(parts, updates), opt_state, error
 
     run = jax.jit(step, donate_argnums=(0, 1))
-    tower: Any = (jax.tree.map(jnp.copy, model.img), head)  # a copy: the step donates it
-    opt_state = tx.init(tower)
+    opt_state = tx.init(parts)
     errors: list[Array] = []
-    for batch in track(
-        _batches(model, source, steps, batch_size, seed), "vision tower: poses", total=steps, disable=quiet
-    ):
-        tower, opt_state, error = run(tower, opt_state, batch)
+    for batch in track(batches, label, total=steps, disable=quiet):
+        parts, opt_state, error = run(parts, opt_state, batch)
         errors.append(error)
-    trained = nnx.clone(model)
-    trained.img = tower[0]
-    return trained, float(jnp.mean(jnp.stack(errors[-100:])))
+    return parts, float(jnp.mean(jnp.stack(errors[-100:])))
 
 
 def _batches(
