@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.models.cache import KVCache, decode_mask
+from openpi_ar.models.fast import FastTower, slots_last, slots_second
+from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Text
 
@@ -82,7 +84,7 @@ def generate(
     tokens that it would have said and goes on from there; the others become holes in the cache. The text is that of
     decoding without a draft. Raises ValueError if the text is not greedy.
     """
-    batch = last_hidden.shape[0]
+    batch, vlm = last_hidden.shape[0], model.vlm
 
     def choose(hidden: Array, key: Array) -> Array:
         logits = jnp.where(allowed, model.logits(hidden), -jnp.inf)
@@ -107,12 +109,22 @@ def generate(
             valid=state.valid | here,
         )
 
+    def say(x: Array, on: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """One token through the tower, and into the cache, where it is valid if `on`."""
+        no, pos = jnp.zeros_like(on), cache.next_pos[:, None]
+        if not isinstance(vlm, FastTower):
+            hidden, (k, v) = vlm(x, pos, decode_mask(cache), cache)
+            return hidden, cache.append(k, v, on, no)
+        past = tuple(zip(cache.k, cache.v, strict=True))
+        mask = (cache.valid | (jnp.arange(cache.valid.shape[1]) == cache.fill))[:, None]
+        hidden, (k, v) = vlm.run(x, rotary(pos, vlm.head_dim), mask, past, None, at=cache.fill)
+        return hidden, cache.wrote(k, v, on, no)
+
     def body(state: _State) -> _State:
         on = live(state)[:, None]
         x = model.embed_text(state.last[:, None])
-        hidden, (k, v) = model.vlm(x, state.cache.next_pos[:, None], decode_mask(state.cache), state.cache)
+        hidden, cache = say(x, on, state.cache)
         key, now = jax.random.split(state.key)
-        cache = state.cache.append(k, v, on, jnp.zeros_like(on))
         state = dataclasses.replace(state, count=state.count + 1, cache=cache, key=key)
         return record(state, choose(hidden[:, 0], now))
 
@@ -132,6 +144,9 @@ def generate(
         cache = cache.forget(jnp.arange(length) < agreed[:, None])
         ids = ids.at[:, :length].set(draft.ids)
     kept = jnp.arange(max_tokens) < agreed[:, None]
+    cache = cache.grow(max_tokens)
+    if isinstance(vlm, FastTower):
+        cache = dataclasses.replace(cache, k=slots_last(cache.k))
     start = _State(
         count=jnp.zeros((), jnp.int32),
         step=agreed,
@@ -139,9 +154,12 @@ def generate(
         done=jnp.zeros((batch,), bool),
         ids=jnp.where(kept, ids, 0),
         valid=kept,
-        cache=cache.grow(max_tokens),
+        cache=cache,
         key=key,
     )
     start = record(start, first)
     end = jax.lax.while_loop(lambda s: live(s).any(), body, start)
-    return Generated(ids=end.ids, valid=end.valid, steps=end.count), end.cache
+    cache = end.cache
+    if isinstance(vlm, FastTower):
+        cache = dataclasses.replace(cache, k=slots_second(cache.k))
+    return Generated(ids=end.ids, valid=end.valid, steps=end.count), cache

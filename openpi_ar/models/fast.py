@@ -2,9 +2,14 @@
 
 Layers are a list and the program is unrolled, so no slice of a stack is copied per step; queries, keys and values come from
 one matmul, gate and up from another; low-rank adapters are added into their weights. Keys and values stay one array per
-layer, which a decode loop updates in place. Nothing here is trained.
+layer, which a decode loop updates in place; keys that a loop reads have their slots last, so that no step transposes them.
+Nothing here is trained.
 """
 
+from collections.abc import Sequence
+import functools
+
+from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -12,11 +17,44 @@ from jaxtyping import Bool, Float, Int
 
 from openpi_ar.models.cache import KVCache
 from openpi_ar.models.gemma import Block, Tower
-from openpi_ar.models.layers import AdaRMSNorm, Einsum, RMSNorm, attend, matmul, merge_lora, modulated, rotary, rotate
+from openpi_ar.models.layers import MASKED, AdaRMSNorm, Einsum, RMSNorm, matmul, merge_lora, modulated, rotary, rotate
 from openpi_ar.models.stack import Stack
 from openpi_ar.types import Array
 
 Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+Run = tuple[Float[Array, "B K H S"], Float[Array, "B S K H"]]
+"""One layer's keys, slots last (as a product with queries reads them), and values."""
+
+
+def slots_last(keys: Sequence[Float[Array, "B S K H"]]) -> tuple[Float[Array, "B K H S"], ...]:
+    """The keys of all layers as `FastTower.run` reads them."""
+    return tuple(jnp.moveaxis(k, 1, -1) for k in keys)
+
+
+def slots_second(keys: Sequence[Float[Array, "B K H S"]]) -> tuple[Float[Array, "B S K H"], ...]:
+    """The keys of all layers as a cache holds them."""
+    return tuple(jnp.moveaxis(k, -1, 1) for k in keys)
+
+
+def attend_apart(
+    q: Float[Array, "B T N H"], runs: Sequence[Run], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T N H"]:
+    """`layers.attend`, but one softmax over runs that are never joined, and its division after the product with the values."""
+    q = rearrange(q, "B T (K G) H -> B K T G H", K=runs[0][0].shape[1])
+    logits, start = [], 0
+    for k, v in runs:
+        seen = mask[:, None, :, None, start : start + v.shape[1]]
+        here = jnp.einsum("BKTGH,BKHS->BKTGS", q, k, preferred_element_type=jnp.float32)
+        logits.append(jnp.where(seen, here, MASKED))
+        start += v.shape[1]
+    top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
+    weights = [jnp.exp(x - top) for x in logits]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    parts = [
+        jnp.einsum("BKTGS,BSKH->BKTGH", w.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v) in zip(weights, runs, strict=True)
+    ]
+    return rearrange((sum(parts) / total).astype(q.dtype), "B K T G H -> B T (K G) H")
 
 
 def _merged(layer: Einsum) -> Array:
@@ -61,11 +99,15 @@ class FastBlock(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         mask: Bool[Array, "B T S"],
-        cached: tuple[Array, Array] | None,
+        past: Run | None,
         modulation: tuple[Array, Array] | None,
         rows: Int[Array, "B R"] | None = None,
+        at: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B _ D"], tuple[Array, Array]]:
-        """As `Block`; with `rows` only these tokens are computed on, though all of them write keys and values."""
+        """As `Block`; with `rows` only these tokens are computed on, though all of them write keys and values.
+
+        With `at`, keys and values are written to the slots from there on of `past`, which is returned.
+        """
         y, gate = _norm(self.attn_norm, x, None if modulation is None else modulation[0])
         weights, n, h = self.qkv[...].astype(y.dtype), self.heads * self.dim, self.dim
         if rows is None:
@@ -78,8 +120,16 @@ class FastBlock(nnx.Module):
         q = rotate(q.reshape(*q.shape[:-1], self.heads, h), *own)
         k, v = jnp.split(kv.reshape(*kv.shape[:-1], 2 * self.kv_heads, h), 2, axis=-2)
         k = rotate(k, *rope)
-        runs = [(k, v)] if cached is None else [cached, (k, v)]
-        y = attend(q * h**-0.5, runs, mask)
+        own = (jnp.moveaxis(k, 1, -1), v)
+        if at is None:
+            runs = [own] if past is None else [past, own]
+        else:
+            assert past is not None, "there is nothing to write to"
+            # Written before it is read: the old array is due no more, so XLA writes in place and copies nothing.
+            write = jax.lax.dynamic_update_slice_in_dim
+            k, v = write(past[0], own[0], at, 3), write(past[1], v, at, 1)
+            runs = [(k, v)]
+        y = attend_apart(q * h**-0.5, runs, mask)
         y = matmul(y.reshape(*y.shape[:-2], n), self.out[...].astype(y.dtype))
         x = x + (y if gate is None else gate * y)
         y, gate = _norm(self.mlp_norm, x, None if modulation is None else modulation[1])
@@ -117,7 +167,8 @@ class FastTower(nnx.Module):
         table = None
         if cond is not None:
             table = jnp.repeat(self.modulations(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
-        return self.run(x, rotary(positions, self.head_dim), mask, cache, table, rows)
+        past = None if cache is None else tuple(zip(slots_last(cache.k), cache.v, strict=True))
+        return self.run(x, rotary(positions, self.head_dim), mask, past, table, rows)
 
     def modulations(self, cond: Float[Array, "*b D"]) -> Float[Array, "*b m W"]:
         """What the condition makes of every norm: two per layer, then the final one (m = 2 L + 1)."""
@@ -129,19 +180,20 @@ class FastTower(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         mask: Bool[Array, "B T S"],
-        cache: KVCache | None,
+        past: Sequence[Run] | None,
         table: Float[Array, "... m W"] | None,
         rows: Int[Array, "B R"] | None = None,
+        at: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B _ D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         """`__call__` with RoPE and modulations ([m W] for all tokens alike, or [B T m W], W = 3 D) computed beforehand.
 
-        With `rows`, only these tokens come out: the last layer computes no others.
+        With `rows`, only these tokens come out: the last layer computes no others. With `at`, the tokens are written to the
+        slots of `past` from there on, S counts no others, and what comes back with them is all of `past`.
         """
         keys, values, last = [], [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            cached = None if cache is None else (cache.k[i], cache.v[i])
             pair = None if table is None else (table[..., 2 * i, :], table[..., 2 * i + 1, :])
-            x, (k, v) = block(x, rope, mask, cached, pair, rows if i == last else None)
+            x, (k, v) = block(x, rope, mask, None if past is None else past[i], pair, rows if i == last else None, at)
             keys.append(k)
             values.append(v)
         return _norm(self.norm, x, None if table is None else table[..., -1, :])[0], (tuple(keys), tuple(values))
