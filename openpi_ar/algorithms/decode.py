@@ -16,7 +16,7 @@ import numpy as np
 
 from openpi_ar.algorithms.generate import Generated, as_draft, generate
 from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
-from openpi_ar.models.fast import FastTower, slots_last
+from openpi_ar.models.fast import FastTower, runs_of
 from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Observation, Text
@@ -144,7 +144,7 @@ def denoise(
         causal = model.suffix_causal
         rope = rotary(cache.action_pos[:, None] + jnp.arange(causal.shape[0]), expert.head_dim)
         mask = action_mask(cache, causal, 1)
-        past = tuple(zip(slots_last(cache.k), cache.v, strict=True))
+        past = runs_of(cache)
 
     def velocity_at(i: Array, x: Array) -> Array:
         t = jnp.full((batch,), times[i])

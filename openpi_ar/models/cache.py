@@ -1,5 +1,5 @@
-"""The key/value cache and every attention mask. `KVCache.append` is the only writer (an inference form, which writes before
-it reads, reports by `wrote`); attention only reads."""
+"""The key/value cache and every attention mask. `KVCache.append` is the only writer, but for the decode loop of an
+inference form, which keeps new keys and values apart until it ends (`KVCache.mark`); attention only reads."""
 
 import dataclasses
 
@@ -89,16 +89,19 @@ class KVCache(nnx.Pytree):
         def write_layer(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=old.ndim - 3)
 
-        return self.wrote(jax.tree.map(write_layer, self.k, k), jax.tree.map(write_layer, self.v, v), valid, hidden)
+        marked = self.mark(valid, hidden)
+        return dataclasses.replace(
+            marked, k=jax.tree.map(write_layer, self.k, k), v=jax.tree.map(write_layer, self.v, v)
+        )
 
-    def wrote(self, k: Layers, v: Layers, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
-        """The cache with these arrays, in which T more tokens stand in the slots from `fill` on."""
+    def mark(self, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
+        """The cache as if T more tokens stood in the slots from `fill` on."""
 
-        def mark(old: Array, new: Array) -> Array:
+        def write(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=1)
 
-        return KVCache(
-            k=k, v=v, valid=mark(self.valid, valid), hidden=mark(self.hidden, hidden), fill=self.fill + valid.shape[1]
+        return dataclasses.replace(
+            self, valid=write(self.valid, valid), hidden=write(self.hidden, hidden), fill=self.fill + valid.shape[1]
         )
 
 

@@ -2,11 +2,12 @@
 
 Layers are a list and the program is unrolled, so no slice of a stack is copied per step; queries, keys and values come from
 one matmul, gate and up from another; low-rank adapters are added into their weights. Keys and values stay one array per
-layer, which a decode loop updates in place; keys that a loop reads have their slots last, so that no step transposes them.
-Nothing here is trained.
+layer; those that a loop reads have their slots last, so that no step transposes them, and a decode loop writes to short
+arrays of its own, so that no step copies the rest. Nothing here is trained.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 
 from einops import rearrange
@@ -26,14 +27,25 @@ Run = tuple[Float[Array, "B K H S"], Float[Array, "B S K H"]]
 """One layer's keys, slots last (as a product with queries reads them), and values."""
 
 
-def slots_last(keys: Sequence[Float[Array, "B S K H"]]) -> tuple[Float[Array, "B K H S"], ...]:
-    """The keys of all layers as `FastTower.run` reads them."""
-    return tuple(jnp.moveaxis(k, 1, -1) for k in keys)
+def runs_of(cache: KVCache) -> list[list[Run]]:
+    """What a cache of unrolled layers holds, as `FastTower.run` reads it: one run per layer."""
+    return [[(jnp.moveaxis(k, 1, -1), v)] for k, v in zip(cache.k, cache.v, strict=True)]
 
 
-def slots_second(keys: Sequence[Float[Array, "B K H S"]]) -> tuple[Float[Array, "B S K H"], ...]:
-    """The keys of all layers as a cache holds them."""
-    return tuple(jnp.moveaxis(k, -1, 1) for k in keys)
+def room_for(runs: Sequence[Sequence[Run]], slots: int) -> list[Run]:
+    """An empty run of so many slots for each layer."""
+
+    def blank(x: Array, axis: int) -> Array:
+        return jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
+
+    return [(blank(layer[0][0], 3), blank(layer[0][1], 1)) for layer in runs]
+
+
+def extend(cache: KVCache, new: Sequence[Run]) -> KVCache:
+    """The cache with a further run at the end of each layer's keys and values."""
+    k = [jnp.concatenate([old, jnp.moveaxis(k, -1, 1)], axis=1) for old, (k, _) in zip(cache.k, new, strict=True)]
+    v = [jnp.concatenate([old, v], axis=1) for old, (_, v) in zip(cache.v, new, strict=True)]
+    return dataclasses.replace(cache, k=tuple(k), v=tuple(v))
 
 
 def attend_apart(
@@ -101,14 +113,14 @@ class FastBlock(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         mask: Bool[Array, "B T S"],
-        past: Run | None,
+        past: Sequence[Run],
         modulation: tuple[Array, Array] | None,
         rows: Int[Array, "B R"] | None = None,
         at: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B _ D"], tuple[Array, Array]]:
         """As `Block`; with `rows` only these tokens are computed on, though all of them write keys and values.
 
-        With `at`, keys and values are written to the slots from there on of `past`, which is returned.
+        With `at`, keys and values are written to the last run of `past`, from that slot on, and this run is returned.
         """
         y, gate = _norm(self.attn_norm, x, None if modulation is None else modulation[0])
         weights, n, h = self.qkv[...].astype(y.dtype), self.heads * self.dim, self.dim
@@ -123,14 +135,11 @@ class FastBlock(nnx.Module):
         k, v = jnp.split(kv.reshape(*kv.shape[:-1], 2 * self.kv_heads, h), 2, axis=-2)
         k = rotate(k, *rope)
         own = (jnp.moveaxis(k, 1, -1), v)
-        if at is None:
-            runs = [own] if past is None else [past, own]
-        else:
-            assert past is not None, "there is nothing to write to"
-            # Written before it is read: the old array is due no more, so XLA writes in place and copies nothing.
+        runs = [*past, own]
+        if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
-            k, v = write(past[0], own[0], at, 3), write(past[1], v, at, 1)
-            runs = [(k, v)]
+            k, v = write(past[-1][0], own[0], at, 3), write(past[-1][1], v, at, 1)
+            runs = [*past[:-1], (k, v)]
         y = attend_apart(q * h**-0.5, runs, mask)
         y = matmul(y.reshape(*y.shape[:-2], n), self.out[...].astype(y.dtype))
         x = x + (y if gate is None else gate * y)
@@ -171,7 +180,7 @@ class FastTower(nnx.Module):
         table = None
         if cond is not None:
             table = jnp.repeat(self.modulations(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
-        past = None if cache is None else tuple(zip(slots_last(cache.k), cache.v, strict=True))
+        past = [[]] * len(self.blocks) if cache is None else runs_of(cache)
         return self.run(x, rotary(positions, self.head_dim), mask, past, table, rows)
 
     def modulations(self, cond: Float[Array, "*b D"]) -> Float[Array, "*b m W"]:
@@ -184,20 +193,21 @@ class FastTower(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         mask: Bool[Array, "B T S"],
-        past: Sequence[Run] | None,
+        past: Sequence[Sequence[Run]],
         table: Float[Array, "... m W"] | None,
         rows: Int[Array, "B R"] | None = None,
         at: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B _ D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         """`__call__` with RoPE and modulations ([m W] for all tokens alike, or [B T m W], W = 3 D) computed beforehand.
 
-        With `rows`, only these tokens come out: the last layer computes no others. With `at`, the tokens are written to the
-        slots of `past` from there on, S counts no others, and what comes back with them is all of `past`.
+        `past` has the runs of every layer that come before the tokens, in the order of the mask. With `rows`, only these
+        tokens come out: the last layer computes no others. With `at`, the tokens are written to the last run from that slot
+        on, S counts no others, and the keys (slots last) and values that come back are this run's.
         """
         keys, values, last = [], [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             pair = None if table is None else (table[..., 2 * i, :], table[..., 2 * i + 1, :])
-            x, (k, v) = block(x, rope, mask, None if past is None else past[i], pair, rows if i == last else None, at)
+            x, (k, v) = block(x, rope, mask, past[i], pair, rows if i == last else None, at)
             keys.append(k)
             values.append(v)
         return _norm(self.norm, x, None if table is None else table[..., -1, :])[0], (tuple(keys), tuple(values))
