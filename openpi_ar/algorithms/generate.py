@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.models.cache import KVCache, decode_mask
-from openpi_ar.models.fast import FastTower, extend, room_for, runs_of
+from openpi_ar.models.fast import FastTower, joined, room_for, runs_of
 from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Text
@@ -168,5 +168,6 @@ def generate(
     end = jax.lax.while_loop(lambda s: live(s).any(), body, start)
     longer = end.cache
     if isinstance(vlm, FastTower):
-        longer = extend(dataclasses.replace(longer, k=cache.k, v=cache.v), end.new)
+        k, v = joined(cache, end.new)
+        longer = dataclasses.replace(longer, k=k, v=v)
     return Generated(ids=end.ids, valid=end.valid, steps=end.count), longer

@@ -7,7 +7,6 @@ arrays of its own, so that no step copies the rest. Nothing here is trained.
 """
 
 from collections.abc import Sequence
-import dataclasses
 import functools
 
 from einops import rearrange
@@ -23,8 +22,8 @@ from openpi_ar.models.stack import Stack
 from openpi_ar.types import Array
 
 Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
-Run = tuple[Float[Array, "B K H S"], Float[Array, "B S K H"]]
-"""One layer's keys, slots last (as a product with queries reads them), and values."""
+Run = tuple[Float[Array, "B K H _"], Float[Array, "B _ K H"]]
+"""Keys of one layer, slots last (as a product with queries reads them), and values."""
 
 
 def runs_of(cache: KVCache) -> list[list[Run]]:
@@ -41,11 +40,11 @@ def room_for(runs: Sequence[Sequence[Run]], slots: int) -> list[Run]:
     return [(blank(layer[0][0], 3), blank(layer[0][1], 1)) for layer in runs]
 
 
-def extend(cache: KVCache, new: Sequence[Run]) -> KVCache:
-    """The cache with a further run at the end of each layer's keys and values."""
+def joined(cache: KVCache, new: Sequence[Run]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Keys and values of all layers as a cache holds them, with a further run at the end of each."""
     k = [jnp.concatenate([old, jnp.moveaxis(k, -1, 1)], axis=1) for old, (k, _) in zip(cache.k, new, strict=True)]
     v = [jnp.concatenate([old, v], axis=1) for old, (_, v) in zip(cache.v, new, strict=True)]
-    return dataclasses.replace(cache, k=tuple(k), v=tuple(v))
+    return tuple(k), tuple(v)
 
 
 def attend_apart(
