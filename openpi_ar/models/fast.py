@@ -60,12 +60,12 @@ def attend_apart(
         start += v.shape[1]
     top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
     weights = [jnp.exp(x - top) for x in logits]
-    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    total = functools.reduce(jnp.add, [w.sum(-1, keepdims=True) for w in weights])
     parts = [
         jnp.einsum("BKTGS,BSKH->BKTGH", w.astype(q.dtype), v, preferred_element_type=jnp.float32)
         for w, (_, v) in zip(weights, runs, strict=True)
     ]
-    return rearrange((sum(parts) / total).astype(q.dtype), "B K T G H -> B T (K G) H")
+    return rearrange((functools.reduce(jnp.add, parts) / total).astype(q.dtype), "B K T G H -> B T (K G) H")
 
 
 def _merged(layer: Einsum) -> Array:
