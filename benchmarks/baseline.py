@@ -1,12 +1,24 @@
 """The same numbers the way public implementations compute them: what our times are compared with.
 
-Layers are scanned over stacked parameters, keys are joined to the cache before attention, RoPE is computed in every layer,
-the time MLP and AdaRMS modulation in every denoising step, whose loop runs on a float time; each camera has a vision call of
-its own; all prefix positions go through the LM head; there is no draft. In training, all text positions go through it and
-the cross-entropy is a product with one-hot targets.
+What is done as where (read at openpi 15a9616, github.com/BrunoFANG1/openpi_subtask_generation 74ac1d7; the latter's
+`gemma_05.py` and `pi05.py` are used alike by github.com/Ke-Wang1017/openpi_subtask):
+
+* openpi `siglip.py` `_Module`, `Encoder`: patches by a strided convolution, blocks scanned; `pi0.py` `embed_prefix`: one
+  call per camera.
+* openpi `gemma.py` `Module`, `Block`, `Attention`: blocks scanned over stacked parameters and cache, all of them under remat,
+  RoPE in every layer; keys joined to the cache before attention; `lora.py` `FeedForward`: gate, up and down as three matmuls
+  of [B T D].
+* `pi0.py` `sample_actions`: time MLP, AdaRMS, positions and masks in every denoising step, a loop on a float time.
+* `pi0_fast.py` `sample_actions` and the fork's `sample_low_level_task`: tokens rolled to the right, a cache as long as
+  everything will be, over which the prefill attends too; it goes through the scan of every token's layers as input and output.
+  All prefix positions go through the LM head (`pi0_fast.py`; the fork takes the last); decoding does so with one, takes a
+  log-softmax, writes the token by a one-hot product, and spends a step on the token after the last.
+* the fork's `compute_loss`: prefix once, then actions on its cache; all text positions through the head, a product with
+  one-hot targets.
+
+Left out, though they do it: random keys split in every step, Beta times by rejection (the draws are ours, to compare losses).
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,7 +28,7 @@ import optax
 from openpi_ar.algorithms.losses import mean_where, sample_time
 from openpi_ar.models.cache import positions, prefix_lm_mask
 from openpi_ar.models.gemma import Tower
-from openpi_ar.models.layers import MASKED, rotary, rotate
+from openpi_ar.models.layers import MASKED, GatedMLP, Linear, rotary, rotate
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Batch, Observation, Text
 
@@ -25,9 +37,41 @@ Cache = tuple[Array, Array, Array]
 
 
 def embed_images(model: Pi0, obs: Observation) -> Array:
-    """One call of the vision tower per camera."""
-    one = [dataclasses.replace(obs, images=obs.images[:, i : i + 1]) for i in range(obs.images.shape[1])]
-    return jnp.concatenate([model.embed_images(o) for o in one], axis=1)
+    """One call of the vision tower per camera; uint8 images of the model's size."""
+    images = jnp.asarray(obs.images).astype(jnp.float32) / 127.5 - 1.0
+    return jnp.concatenate([see(model, images[:, i]) for i in range(images.shape[1])], axis=1)
+
+
+def see(model: Pi0, images: Array) -> Array:
+    """[B T D] from [B h w 3] in [-1, 1]."""
+    img, step = model.img, (model.img.patch, model.img.patch)
+    kernel = img.patch_kernel[...].astype(jnp.float32)
+    axes = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(images, kernel, step, "VALID", dimension_numbers=axes) + img.patch_bias[...]
+    x = (x.reshape(x.shape[0], -1, x.shape[-1]) + img.pos_embedding[...]).astype(model.dtype)
+
+    def body(x: Array, block: Any) -> tuple[Array, None]:
+        x = x + block.attn(block.norm1(x))
+        y = jax.nn.gelu(dense(block.fc1, block.norm2(x)), approximate=True)
+        return x + dense(block.fc2, y), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if model.cfg.remat else body, x, img.blocks.layers)
+    return dense(img.head, img.norm(x))
+
+
+def dense(layer: Linear, x: Array) -> Array:
+    return jnp.dot(x, layer.kernel[...].astype(x.dtype)) + layer.bias[...].astype(x.dtype)
+
+
+def feed_forward(layer: GatedMLP, x: Array) -> Array:
+    gate_up = layer.gate_up[...].astype(x.dtype)
+    y = jax.nn.gelu(jnp.dot(x, gate_up[0]), approximate=True) * jnp.dot(x, gate_up[1])
+    return jnp.dot(y, layer.down[...].astype(x.dtype))
+
+
+def logits_of(model: Pi0, hidden: Array) -> Array:
+    """Float32 logits [B T V]."""
+    return jnp.dot(hidden, model.embedder.table[...].astype(hidden.dtype).T, preferred_element_type=jnp.float32)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -46,9 +90,12 @@ def run_tower(
     cached: Any = None,
     cond: Array | None = None,
     *,
+    at: Array | None = None,
     remat: bool = False,
 ) -> tuple[Array, Any]:
-    """Hidden states after the final norm, and the new tokens' keys and values."""
+    """Hidden states after the final norm, and the cache: `cached` with one new token in slot `at`, or a new one, as long as
+    the mask is wide. Without `at`, `cached` (read only) and the new tokens' keys and values are joined.
+    """
 
     def body(x: Array, xs: Any) -> tuple[Array, Any]:
         block, past = xs
@@ -56,21 +103,37 @@ def run_tower(
         y, gate = block.attn_norm(x, cond)
         q, (k, v) = rotate(block.q(y), sin, cos), block.kv(y)
         k = rotate(k, sin, cos)
-        keys, values = (
-            (k, v) if past is None else (jnp.concatenate([a, b], 1) for a, b in zip(past, (k, v), strict=True))
-        )
-        y = block.out(attention(q, keys, values, mask))
+        if past is None:
+            kept = joined = tuple(
+                jnp.pad(a, [(0, 0), (0, mask.shape[-1] - a.shape[1]), (0, 0), (0, 0)]) for a in (k, v)
+            )
+        elif at is not None:
+            update = jax.lax.dynamic_update_slice_in_dim
+            kept = joined = tuple(update(a, b, at, 1) for a, b in zip(past, (k, v), strict=True))
+        else:
+            kept, joined = past, tuple(jnp.concatenate([a, b], 1) for a, b in zip(past, (k, v), strict=True))
+        y = block.out(attention(q, *joined, mask))
         x = x + (y if gate is None else gate * y)
         y, gate = block.mlp_norm(x, cond)
-        y = block.mlp(y)
-        return x + (y if gate is None else gate * y), (k, v)
+        y = feed_forward(block.mlp, y)
+        return x + (y if gate is None else gate * y), kept
 
-    x, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (tower.blocks.layers, cached))
+    again = jax.checkpoint(body, prevent_cse=False) if remat else body
+    x, kv = jax.lax.scan(again, x, (tower.blocks.layers, cached))
     return tower.norm(x, cond)[0], kv
 
 
-def prefill(model: Pi0, obs: Observation, text: Text | None = None, images: Array | None = None) -> tuple[Array, Cache]:
-    """Hidden states of the whole prefix, and the cache."""
+@jax.vmap
+def align_right(x: Array, valid: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """[T D], [T] and [T T] rolled so that the last valid token is the last of all."""
+    by = -jnp.max(valid * jnp.arange(valid.shape[0])) - 1
+    return jnp.roll(x, by, axis=0), jnp.roll(valid, by), jnp.roll(mask, by, axis=(0, 1))
+
+
+def prefill(
+    model: Pi0, obs: Observation, text: Text | None = None, images: Array | None = None, *, room: int = 0
+) -> tuple[Array, Cache]:
+    """Hidden states of the whole prefix, and the cache with `room` for more tokens. What is decoded from is aligned."""
     images = embed_images(model, obs) if images is None else images
     runs = [obs.prompt] if text is None else [obs.prompt, text]
     x = jnp.concatenate([images, *(model.embed_text(r.ids) for r in runs)], axis=1)
@@ -78,35 +141,40 @@ def prefill(model: Pi0, obs: Observation, text: Text | None = None, images: Arra
     valid = jnp.concatenate([seen, *(r.valid for r in runs)], axis=1)
     causal = jnp.concatenate([jnp.zeros_like(seen), *(r.causal for r in runs)], axis=1)
     mask = prefix_lm_mask(valid, causal)
+    if room:
+        x, valid, mask = align_right(x, valid, mask)
+    mask = jnp.pad(mask, [(0, 0), (0, 0), (0, room)])
     hidden, (k, v) = run_tower(model.vlm, x, positions(valid), mask, remat=model.cfg.remat)
-    return hidden, (k, v, valid)
+    return hidden, (k, v, jnp.pad(valid, [(0, 0), (0, room)]))
 
 
 def first_logits(model: Pi0, hidden: Array) -> Array:
-    """Logits of the first text token, by way of those of all positions (the prompt fills its slots)."""
-    return model.logits(hidden)[:, -1]
+    """Logits [B 1 V] of the first text token, by way of those of all positions."""
+    return logits_of(model, hidden)[:, -1:]
 
 
-def generate(model: Pi0, cache: Cache, logits: Array, tokens: int) -> tuple[Array, Cache]:
-    """Greedy tokens [B M], and the cache with them."""
-    k, v, valid = cache
-    start, batch = k.shape[2], k.shape[1]
-    pad = [(0, 0), (0, 0), (0, tokens), (0, 0), (0, 0)]
-    first = jnp.argmax(logits, -1).astype(jnp.int32)
-    ids = jnp.zeros((batch, tokens), jnp.int32).at[:, 0].set(first)
+def generate(model: Pi0, cache: Cache, logits: Array, tokens: int, *, eos_id: int = -1) -> tuple[Array, Cache]:
+    """Greedy tokens [B M], and the cache (which has room for them) with them."""
+    slots = cache[0].shape[2]
+    size = slots - tokens
+    length = cache[2].sum(-1, dtype=jnp.int32)
 
     def body(state: Any) -> Any:
-        i, ids, last, k, v, valid = state
-        mask = jnp.concatenate([valid[:, None], jnp.ones((batch, 1, 1), bool)], axis=-1)
-        x = model.embed_text(last[:, None])
-        hidden, (k1, v1) = run_tower(model.vlm, x, valid.sum(-1, dtype=jnp.int32)[:, None], mask, (k, v))
-        k, v = (jax.lax.dynamic_update_slice_in_dim(a, b, start + i, axis=2) for a, b in ((k, k1), (v, v1)))
-        token = jnp.argmax(model.logits(hidden[:, 0]), -1).astype(jnp.int32)
-        return i + 1, ids.at[:, i + 1].set(token, mode="drop"), token, k, v, valid.at[:, start + i].set(True)
+        i, ids, logits, k, v, _ = state
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+        one_hot = jax.nn.one_hot(jnp.broadcast_to(i, token.shape), tokens, dtype=jnp.int32)
+        ids = jnp.where(jnp.einsum("Bi,BiM->BM", jnp.ones_like(token), one_hot) != 0, token, ids)
+        slot = jnp.arange(slots)[None, None]
+        mask = (slot >= (size - length)[:, None, None]) & (slot < size + i + 1)
+        x = model.embed_text(token)
+        hidden, (k, v) = run_tower(model.vlm, x, length[:, None] + i, mask, (k, v), at=size + i, remat=model.cfg.remat)
+        logits = jax.nn.log_softmax(logits_of(model, hidden[:, -1:]), axis=-1)
+        return i + 1, ids, logits, k, v, jnp.all(token == eos_id)
 
-    state = (0, ids, first, jnp.pad(k, pad), jnp.pad(v, pad), jnp.pad(valid, pad[1:3]))
-    _, ids, _, k, v, valid = jax.lax.while_loop(lambda s: s[0] < tokens, body, state)
-    return ids, (k, v, valid)
+    start = (jnp.int32(0), jnp.zeros((length.shape[0], tokens), jnp.int32), logits, *cache[:2], jnp.bool_(False))
+    count, ids, _, k, v, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < tokens), body, start)
+    said = jnp.broadcast_to(jnp.arange(tokens) < count, ids.shape)
+    return ids, (k, v, jnp.concatenate([cache[2][:, :size], said], axis=1))
 
 
 def velocity(model: Pi0, obs: Observation, cache: Cache, x: Array, t: Array) -> Array:
@@ -135,7 +203,7 @@ def denoise(model: Pi0, obs: Observation, cache: Cache, noise: Array, steps: int
 
 def text_and_actions(model: Pi0, obs: Observation, noise: Array, tokens: int, steps: int) -> tuple[Array, Array]:
     """What is said, then what is done."""
-    hidden, cache = prefill(model, obs)
+    hidden, cache = prefill(model, obs, room=tokens)
     ids, cache = generate(model, cache, first_logits(model, hidden), tokens)
     return ids, denoise(model, obs, cache, noise, steps)
 
@@ -144,7 +212,7 @@ def text_ce(model: Pi0, hidden: Array, prompt: Text, target: Text) -> Array:
     """Cross-entropy from the hidden states of all text positions [B P+T D], against one-hot targets."""
     ids = jnp.concatenate([prompt.ids, target.ids], axis=1)
     counted = jnp.concatenate([jnp.zeros_like(prompt.loss), target.loss], axis=1)
-    logits = model.logits(hidden[:, :-1])
+    logits = logits_of(model, hidden[:, :-1])
     one_hot = jax.nn.one_hot(ids[:, 1:], logits.shape[-1])
     log_p = jnp.sum(one_hot * jax.nn.log_softmax(logits, axis=-1), axis=-1)
     return mean_where(-log_p, counted[:, 1:])

@@ -82,11 +82,11 @@ def programs(size: Size, dtype: str, *, batch: int = 1) -> tuple[Programs, dict[
     gaps = {"vision": close(seen, seen0, dtype)}
 
     def prefill0(m: Pi0, o: Observation, images: Array) -> Any:
-        hidden, cache = baseline.prefill(m, o, images=images)
+        hidden, cache = baseline.prefill(m, o, images=images, room=n)
         return baseline.first_logits(m, hidden), cache
 
     (last, cache), (logits0, cache0) = add("prefill", (ours.prefill, fast, obs, seen), (prefill0, model, obs, seen))
-    gaps["prefill"] = close(jax.jit(lambda m, x: m.logits(x))(fast, last), logits0, dtype)
+    gaps["prefill"] = close(jax.jit(lambda m, x: m.logits(x))(fast, last), logits0[:, 0], dtype)
     (ids, cache), (ids0, cache0) = add(
         "token",
         (ours.generate, fast, cache, last),

@@ -75,6 +75,7 @@ def programs(size: Size) -> tuple[Programs, dict[str, float]]:
     variants = {
         "ours": (cfg, 1),
         "ours, 4 draws": (cfg, 4),
+        "ours, remat narrow": (dataclasses.replace(cfg, remat_policy="narrow"), 1),
         "ours, remat weights": (dataclasses.replace(cfg, remat_policy="weights"), 1),
         "ours, remat dots": (dataclasses.replace(cfg, remat_policy="dots"), 1),
         "ours, no remat": (dataclasses.replace(cfg, remat=False), 1),

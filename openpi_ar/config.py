@@ -71,9 +71,10 @@ class ModelConfig:
     """Compute dtype of matmuls. Norms, softmax, RoPE, logits, losses and the flow state are always float32."""
     remat: bool = True
     """Recompute each block in the backward pass: a block's input is all that is kept."""
-    remat_policy: Literal["full", "weights", "dots"] = "full"
-    """What `remat` recomputes. `full`: everything. `weights`: all but the products with weights, so mostly attention scores
-    and activation functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
+    remat_policy: Literal["full", "narrow", "weights", "dots"] = "full"
+    """What `remat` recomputes. `full`: everything. `narrow`: all but the narrower products with weights, so the MLP's wide
+    ones and attention scores. `weights`: all but the products with weights, so mostly attention scores and activation
+    functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
 
     def __post_init__(self):
         s, v, e = self.siglip, self.vlm, self.expert

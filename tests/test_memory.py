@@ -43,7 +43,7 @@ def test_activations_scale_with_rows_and_shrink_with_remat_and_devices():
     assert memory.estimate(optimizer(FULL, accumulate=4)).activations * 4 == e.activations
     by_policy = [
         memory.estimate(dataclasses.replace(FULL, model=dataclasses.replace(FULL.model, remat_policy=p))).activations
-        for p in ("full", "weights", "dots")
+        for p in ("full", "narrow", "weights", "dots")
     ]
     assert by_policy == sorted(by_policy) and by_policy[0] == e.activations
     without = memory.estimate(dataclasses.replace(FULL, model=dataclasses.replace(FULL.model, remat=False)))

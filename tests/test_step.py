@@ -126,12 +126,12 @@ def test_what_is_recomputed_changes_the_memory_and_no_gradient():
 
     plain, most = gradient(remat=False)
     used = []
-    for policy in ("full", "weights", "dots"):
+    for policy in ("full", "narrow", "weights", "dots"):
         got, size = gradient(remat=True, remat_policy=policy)
         used.append(size)
         for a, b in zip(got, plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    assert used[0] < used[1] < used[2] <= most
+    assert used[0] < used[1] < used[2] < used[3] <= most
 
 
 # ---- augmentation ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 
 from openpi_ar.algorithms.generate import Generated, as_draft, generate
 from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
-from openpi_ar.models.fast import FastTower
+from openpi_ar.models.fast import FastTower, runs_of
 from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Observation, Text
@@ -144,13 +144,14 @@ def denoise(
         causal = model.suffix_causal
         rope = rotary(cache.action_pos[:, None] + jnp.arange(causal.shape[0]), expert.head_dim)
         mask = action_mask(cache, causal, 1)
+        past = runs_of(cache)
 
     def velocity_at(i: Array, x: Array) -> Array:
         t = jnp.full((batch,), times[i])
         if not isinstance(expert, FastTower):
             return velocity(model, obs, cache, x, t)
         tokens, _ = model.embed_suffix(obs, x[:, None], t[:, None])
-        hidden, _ = expert.run(tokens[:, 0], rope, mask, cache, None if table is None else table[i])
+        hidden, _ = expert.run(tokens[:, 0], rope, mask, past, None if table is None else table[i])
         return model.project_velocity(hidden[:, None])[:, 0]
 
     def step(i: Array, x: Array) -> Array:

@@ -6,6 +6,7 @@ what greedy decoding would give. The agreed tokens are already in the cache.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.models.cache import KVCache, decode_mask
+from openpi_ar.models.fast import FastTower, joined, room_for, runs_of
+from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Text
 
@@ -38,7 +41,8 @@ class Generated(nnx.Pytree):
 class _State(nnx.Pytree):
     """State of the decode loop: a row has chosen `step` tokens, of which `last` is not in the cache yet.
 
-    Rows stand at different steps when different parts of their drafts were right.
+    Rows stand at different steps when different parts of their drafts were right. `new` has the keys and values of the tokens
+    said so far where they are kept apart from the cache (an inference form).
     """
 
     count: Int[Array, ""] = nnx.data()
@@ -48,6 +52,7 @@ class _State(nnx.Pytree):
     ids: Int[Array, "B M"] = nnx.data()
     valid: Bool[Array, "B M"] = nnx.data()
     cache: KVCache = nnx.data()
+    new: Any = nnx.data()
     key: Array = nnx.data()
 
 
@@ -82,7 +87,7 @@ def generate(
     tokens that it would have said and goes on from there; the others become holes in the cache. The text is that of
     decoding without a draft. Raises ValueError if the text is not greedy.
     """
-    batch = last_hidden.shape[0]
+    batch, vlm = last_hidden.shape[0], model.vlm
 
     def choose(hidden: Array, key: Array) -> Array:
         logits = jnp.where(allowed, model.logits(hidden), -jnp.inf)
@@ -107,13 +112,23 @@ def generate(
             valid=state.valid | here,
         )
 
+    def say(x: Array, on: Array, cache: KVCache, new: Any) -> tuple[Array, KVCache, Any]:
+        """One token through the tower, and into the cache, where it is valid if `on`."""
+        no, pos = jnp.zeros_like(on), cache.next_pos[:, None]
+        if not isinstance(vlm, FastTower):
+            hidden, (k, v) = vlm(x, pos, decode_mask(cache), cache)
+            return hidden, cache.append(k, v, on, no), new
+        mask = (cache.valid | (jnp.arange(cache.valid.shape[1]) == cache.fill))[:, None]
+        past = [[*runs, own] for runs, own in zip(before, new, strict=True)]
+        hidden, (k, v) = vlm.run(x, rotary(pos, vlm.head_dim), mask, past, None, at=cache.fill - slots)
+        return hidden, cache.mark(on, no), list(zip(k, v, strict=True))
+
     def body(state: _State) -> _State:
         on = live(state)[:, None]
         x = model.embed_text(state.last[:, None])
-        hidden, (k, v) = model.vlm(x, state.cache.next_pos[:, None], decode_mask(state.cache), state.cache)
+        hidden, cache, new = say(x, on, state.cache, state.new)
         key, now = jax.random.split(state.key)
-        cache = state.cache.append(k, v, on, jnp.zeros_like(on))
-        state = dataclasses.replace(state, count=state.count + 1, cache=cache, key=key)
+        state = dataclasses.replace(state, count=state.count + 1, cache=cache, new=new, key=key)
         return record(state, choose(hidden[:, 0], now))
 
     key, now = jax.random.split(key)
@@ -132,6 +147,12 @@ def generate(
         cache = cache.forget(jnp.arange(length) < agreed[:, None])
         ids = ids.at[:, :length].set(draft.ids)
     kept = jnp.arange(max_tokens) < agreed[:, None]
+    slots, before, new = cache.valid.shape[1], [], []
+    longer = dataclasses.replace(cache.grow(max_tokens), fill=jnp.asarray(slots, jnp.int32))
+    if isinstance(vlm, FastTower):
+        before = runs_of(cache)
+        new = room_for(before, max_tokens)
+        longer = dataclasses.replace(longer, k=(), v=())  # the loop writes to `new` and only reads `before`
     start = _State(
         count=jnp.zeros((), jnp.int32),
         step=agreed,
@@ -139,9 +160,14 @@ def generate(
         done=jnp.zeros((batch,), bool),
         ids=jnp.where(kept, ids, 0),
         valid=kept,
-        cache=cache.grow(max_tokens),
+        cache=longer,
+        new=new,
         key=key,
     )
     start = record(start, first)
     end = jax.lax.while_loop(lambda s: live(s).any(), body, start)
-    return Generated(ids=end.ids, valid=end.valid, steps=end.count), end.cache
+    longer = end.cache
+    if isinstance(vlm, FastTower):
+        k, v = joined(cache, end.new)
+        longer = dataclasses.replace(longer, k=k, v=v)
+    return Generated(ids=end.ids, valid=end.valid, steps=end.count), longer

@@ -1,4 +1,5 @@
-"""The key/value cache and every attention mask. `KVCache.append` is the only writer; attention only reads."""
+"""The key/value cache and every attention mask. `KVCache.append` is the only writer, but for the decode loop of an
+inference form, which keeps new keys and values apart until it ends (`KVCache.mark`); attention only reads."""
 
 import dataclasses
 
@@ -85,18 +86,22 @@ class KVCache(nnx.Pytree):
     def append(self, k: Layers, v: Layers, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
         """The cache with T more tokens in the slots from `fill` on. There must be room: see `grow`."""
 
-        def write(old: Array, new: Array, axis: int) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=axis)
-
         def write_layer(old: Array, new: Array) -> Array:
-            return write(old, new, old.ndim - 3)
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=old.ndim - 3)
 
-        return KVCache(
-            k=jax.tree.map(write_layer, self.k, k),
-            v=jax.tree.map(write_layer, self.v, v),
-            valid=write(self.valid, valid, 1),
-            hidden=write(self.hidden, hidden, 1),
-            fill=self.fill + valid.shape[1],
+        marked = self.mark(valid, hidden)
+        return dataclasses.replace(
+            marked, k=jax.tree.map(write_layer, self.k, k), v=jax.tree.map(write_layer, self.v, v)
+        )
+
+    def mark(self, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
+        """The cache as if T more tokens stood in the slots from `fill` on."""
+
+        def write(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=1)
+
+        return dataclasses.replace(
+            self, valid=write(self.valid, valid), hidden=write(self.hidden, hidden), fill=self.fill + valid.shape[1]
         )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from openpi_ar.config import TowerConfig
 from openpi_ar.models.cache import KVCache
 from openpi_ar.models.layers import AdaRMSNorm, Einsum, GatedMLP, RMSNorm, attend, rotary, rotate
-from openpi_ar.models.stack import Stack
+from openpi_ar.models.stack import Stack, narrow
 from openpi_ar.types import Array
 
 KV = tuple[Float[Array, "*L B _ K H"], Float[Array, "*L B _ K H"]]
@@ -49,14 +49,14 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The block's output and the keys (after RoPE) and values of its T tokens. S covers cache, then own tokens."""
         y, gate = self.attn_norm(x, cond)
-        q = rotate(self.q(y), sin, cos)
-        k, v = self.kv(y)
+        q = rotate(narrow(self.q(y)), sin, cos)
+        k, v = narrow(self.kv(y))
         k = rotate(k, sin, cos)
         runs = [(k, v)] if cached is None else [cached, (k, v)]
         y = attend(q * q.shape[-1] ** -0.5, runs, mask)
-        x = _residual(x, self.out(y), gate)
+        x = _residual(x, narrow(self.out(y)), gate)
         y, gate = self.mlp_norm(x, cond)
-        return _residual(x, self.mlp(y), gate), (k, v)
+        return _residual(x, narrow(self.mlp(y)), gate), (k, v)
 
 
 class Tower(nnx.Module):

@@ -68,7 +68,7 @@ class Pi0(nnx.Module):
         new.cfg = dataclasses.replace(self.cfg, dtype=dtype, remat=False)
         new.img.blocks = cast_matrices(self.img.blocks.unstacked(), jnp.dtype(dtype))
         new.embedder.table = nnx.Param(self.embedder.table[...].astype(dtype))
-        new.vlm = FastTower(self.vlm, jnp.dtype(dtype))
+        new.vlm = FastTower(self.vlm, jnp.dtype(dtype), decodes=True)
         new.expert = FastTower(self.expert, jnp.dtype(dtype))
         return new
 

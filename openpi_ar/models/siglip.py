@@ -13,7 +13,7 @@ import numpy as np
 
 from openpi_ar.config import SigLIPConfig
 from openpi_ar.models.layers import Einsum, LayerNorm, Linear, fan_in_init, matmul
-from openpi_ar.models.stack import Stack
+from openpi_ar.models.stack import Stack, narrow
 from openpi_ar.types import Array
 
 
@@ -46,11 +46,11 @@ class Attention(nnx.Module):
         self.out_bias = nnx.Param(jnp.zeros((width,)))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        q = self.q(x) + self.q_bias[...].astype(x.dtype)
-        k = self.k(x) + self.k_bias[...].astype(x.dtype)
-        v = self.v(x) + self.v_bias[...].astype(x.dtype)
+        q = narrow(self.q(x)) + self.q_bias[...].astype(x.dtype)
+        k = narrow(self.k(x)) + self.k_bias[...].astype(x.dtype)
+        v = narrow(self.v(x)) + self.v_bias[...].astype(x.dtype)
         y = jax.nn.dot_product_attention(q, k, v)  # scales by head_dim ** -0.5; softmax in float32
-        return self.out(y) + self.out_bias[...].astype(x.dtype)
+        return narrow(self.out(y)) + self.out_bias[...].astype(x.dtype)
 
 
 class Block(nnx.Module):

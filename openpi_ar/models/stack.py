@@ -10,13 +10,24 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from openpi_ar.types import Array
+
+NARROW = "narrow"
+"""Name of the products that are as wide as the residual stream or narrower (queries, keys, values, output, down)."""
 _POLICIES = {
     "full": None,
+    "narrow": jax.checkpoint_policies.save_only_these_names(NARROW),
     "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
 }
+
+
+def narrow(x: Array) -> Array:
+    """`x`, which the policy `narrow` keeps."""
+    return checkpoint_name(x, NARROW)
 
 
 class Stack(nnx.Module):

@@ -208,9 +208,12 @@ def _kept(m: ModelConfig, t: TowerConfig, tokens: int, keys: int, size: int) -> 
     """Bytes that one block keeps for the backward pass: its input only, when the rest is recomputed."""
     if not m.remat:
         return _block(t, tokens, keys, size)
+    narrow = 2 * t.width + (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
     products = 2 * t.width + 2 * (t.num_heads + t.num_kv_heads) * t.head_dim + 2 * t.mlp_dim
     scores = t.num_heads * keys * _F32 + t.num_heads * t.head_dim * size
-    kept = {"full": 0, "weights": products * size, "dots": products * size + scores}[m.remat_policy]
+    kept = {"full": 0, "narrow": narrow * size, "weights": products * size, "dots": products * size + scores}[
+        m.remat_policy
+    ]
     return tokens * (t.width * size + kept)
 
 
