@@ -1,0 +1,184 @@
+"""The scripted expert for LIBERO: one rule from (what can be seen now, subtask) to LIBERO's action. It remembers nothing.
+
+As on the tabletop, having no memory makes it a fair teacher for a policy that sees one frame, and lets it recover: a slipped
+object is simply one that is not held. Grasps are planned on boxes: along which edge, and where, the open hand fits between
+the neighbours.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from openpi_ar.sim.libero.tasks import BASKET, Box, Facts, is_lifted, parse_subtask
+
+MAX_STEP, MAX_TURN = 0.05, 0.5
+"""What an action of 1 commands: metres and radians ahead of where the hand is."""
+MAX_OPENING = 0.067
+"""Between the pads of the open fingers, metres."""
+
+_GAIN, _TURN_GAIN = 1.6, 1.0
+_CLEARANCE = 0.035
+"""Between a carried object and what stands on the table, metres."""
+_TIP = 0.015
+"""The fingers reach this far below the tool point."""
+_PALM = 0.022
+"""The palm begins this far above the tool point."""
+_GRIP_DEPTH = 0.022
+"""The tool goes this far below an object's top, if the table lets it."""
+_ALIGNED, _TURNED = 0.004, 0.06
+"""Horizontal distance (metres) and angle (radians) from which the hand may come down around an object."""
+_DOWN = 0.005
+_OVER_BASKET = 0.015
+_SPREAD = 0.03
+"""Objects are let go this far from the basket's middle, on different sides, so that they do not pile up."""
+
+# The open hand seen along its fingers, as rectangles |u - u0| < du, |v| < dv; u: along which the fingers open.
+_FINGER_U, _FINGER_DU, _FINGER_DV = 0.048, 0.018, 0.014
+_PALM_DU, _PALM_DV = 0.106, 0.036
+_CLEAR_ENOUGH = 0.02
+"""More room than this is of no use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grasp:
+    """Where the hand closes: tool point [3] (metres), direction [2] along which the fingers open, free room (metres)."""
+
+    point: np.ndarray
+    across: np.ndarray
+    room: float
+
+
+def expert_action(facts: Facts, subtask: str) -> np.ndarray:
+    """LIBERO's action float32 [7] (translation, turn, grip: +1 close, -1 open; in [-1, 1]) that carries out a subtask.
+
+    Raises:
+        ValueError: unknown subtask.
+        KeyError: the object it names is not there.
+    """
+    name, goes_in = parse_subtask(subtask)
+    travel = _travel_height(facts)
+    if name is None:
+        return _towards(facts, np.array([*facts.tool[:2], travel]), facts.axes[:2, 1], close=False)
+    if facts.held not in (None, name):
+        return _towards(facts, facts.tool, facts.axes[:2, 1], close=False)  # another object: let it go
+    if facts.held is None:
+        return _grasp(facts, name, travel)
+    across = facts.axes[:2, 1]
+    if not goes_in or not is_lifted(facts, name):
+        return _towards(facts, np.array([*facts.tool[:2], travel]), across, close=True)
+    return _put(facts, name, travel)
+
+
+def drop_point(facts: Facts, name: str) -> np.ndarray:
+    """Where [2] an object is let go: on the side of the basket that others in it leave free, else nearest to the hand's."""
+    basket = facts.objects[BASKET]
+    middle = basket.center[:2]
+    inside = [
+        box.center[0] - middle[0]
+        for other, box in facts.objects.items()
+        if other not in (BASKET, name) and (np.abs(box.center[:2] - middle) < basket.extent[:2]).all()
+    ]
+    side = -np.sign(np.mean(inside)) if inside else -1.0
+    return middle + np.array([side * _SPREAD, 0.0])
+
+
+def plan_grasp(facts: Facts, name: str) -> Grasp:
+    """The roomiest grasp from above, with the least turning and the least off the middle."""
+    box = facts.objects[name]
+    others = [_outline(other) for key, other in facts.objects.items() if key != name]
+    z = max(box.top - _GRIP_DEPTH, facts.table + _TIP)
+    best, best_score = None, -np.inf
+    for across, width, along in _directions(box):
+        if width > MAX_OPENING - 0.003:
+            continue
+        side = np.array([-across[1], across[0]])
+        turn = np.arccos(np.clip(abs(across @ facts.axes[:2, 1]), 0, 1))
+        for shift in np.linspace(-1, 1, 9) * max(0.0, along - 0.012):
+            point = np.array([*(box.center[:2] + shift * side), z])
+            room = min((_room(point, across, side, other) for other in others), default=_CLEAR_ENOUGH)
+            room = min(room, _CLEAR_ENOUGH)
+            score = room - 0.1 * abs(shift) - 0.01 * turn
+            if score > best_score:
+                best, best_score = Grasp(point, across, float(room)), score
+    if best is None:  # too wide every way, e.g. tilted against a wall: try along its shortest edge
+        across, _, _ = min(_directions(box), key=lambda d: d[1])
+        best = Grasp(np.array([*box.center[:2], z]), across, 0.0)
+    return best
+
+
+def _grasp(facts: Facts, name: str, travel: float) -> np.ndarray:
+    grasp = plan_grasp(facts, name)
+    distance = float(np.linalg.norm(grasp.point[:2] - facts.tool[:2]))
+    turned = float(np.arccos(np.clip(abs(grasp.across @ facts.axes[:2, 1]), 0, 1)))
+    width = min(width for _, width, _ in _directions(facts.objects[name]))
+    low = facts.tool[2] < grasp.point[2] + _DOWN + 0.004
+    closing = facts.opening < 0.93 * MAX_OPENING
+    if low and distance < 3 * _ALIGNED and facts.opening > width - 0.012:
+        return _towards(facts, grasp.point, grasp.across, close=distance < _ALIGNED + 0.003 or closing)
+    if facts.opening < 0.9 * MAX_OPENING:  # a missed grasp, or just released: rise and open before anything else
+        return _towards(facts, np.array([*facts.tool[:2], travel]), facts.axes[:2, 1], close=False)
+    off = max(0.0, distance - _ALIGNED) + 0.1 * max(0.0, turned - _TURNED)
+    # A funnel with room for the fingers above the object, steep below it.
+    above = facts.objects[name].top + _TIP + 0.02
+    z = grasp.point[2] if off == 0 else min(above + 3.0 * off, travel)
+    return _towards(facts, np.array([*grasp.point[:2], z]), grasp.across, close=False)
+
+
+def _put(facts: Facts, name: str, travel: float) -> np.ndarray:
+    box, rim = facts.objects[name], facts.objects[BASKET].top
+    target = drop_point(facts, name) - (box.center[:2] - facts.tool[:2])
+    across = np.array([0.0, 1.0])
+    hangs = facts.tool[2] - box.bottom
+    if np.linalg.norm(target - facts.tool[:2]) > _OVER_BASKET:
+        high = box.bottom > rim + 0.01
+        xy = target if high else facts.tool[:2]
+        return _towards(facts, np.array([*xy, travel + max(0.0, hangs - _TIP)]), across, close=True)
+    release = rim + max(_TIP, hangs - 0.04)
+    return _towards(facts, np.array([*target, release]), across, close=facts.tool[2] > release + 0.012)
+
+
+def _travel_height(facts: Facts) -> float:
+    return max(box.top for box in facts.objects.values() if box.bottom < facts.table + 0.02) + _CLEARANCE + _TIP
+
+
+def _towards(facts: Facts, target: np.ndarray, across: np.ndarray, *, close: bool) -> np.ndarray:
+    move = _GAIN * (np.asarray(target) - facts.tool) / MAX_STEP
+    # One direction for the whole move: a clipped corner would leave the planned path.
+    move /= max(1.0, float(np.abs(move).max()))
+    y = np.array([*across, 0.0]) / np.linalg.norm(across)
+    if y @ facts.axes[:, 1] < 0:  # the fingers are alike: turn the short way
+        y = -y
+    z = np.array([0.0, 0.0, -1.0])
+    wanted = np.stack([np.cross(y, z), y, z], axis=1)
+    turn = Rotation.from_matrix(wanted @ facts.axes.T).as_rotvec()
+    turn = np.clip(_TURN_GAIN * turn / MAX_TURN, -1, 1)
+    return np.array([*move, *turn, 1.0 if close else -1.0], np.float32)
+
+
+def _directions(box: Box) -> list[tuple[np.ndarray, float, float]]:
+    """Horizontal directions [2] to grip along, the object's width there, and its half length across them."""
+    upright = int(np.argmax(np.abs(box.axes[2])))
+    found = []
+    for i in range(3):
+        if i != upright:
+            flat = box.axes[:2, i] / np.linalg.norm(box.axes[:2, i])
+            found.append((flat, 2 * float(box.half[i]), float(box.half[3 - upright - i])))
+    return found
+
+
+def _outline(box: Box) -> np.ndarray:
+    """Points [n 3] all over a box."""
+    ticks = np.linspace(-1, 1, 7)
+    grid = np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"), -1).reshape(-1, 3)
+    return box.center + (grid * box.half) @ box.axes.T
+
+
+def _room(point: np.ndarray, across: np.ndarray, side: np.ndarray, outline: np.ndarray) -> float:
+    """Horizontal distance of the open hand at `point` from another object; negative: they overlap."""
+    offset = outline[:, :2] - point[:2]
+    u, v = np.abs(offset @ across), np.abs(offset @ side)
+    fingers = np.maximum(np.abs(u - _FINGER_U) - _FINGER_DU, v - _FINGER_DV)
+    palm = np.maximum(u - _PALM_DU, v - _PALM_DV)
+    height = outline[:, 2] - point[2]
+    return float(np.min(np.where(height > _PALM, np.minimum(palm, fingers), np.where(height > -_TIP, fingers, np.inf))))
