@@ -6,6 +6,7 @@ the neighbours.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -30,6 +31,8 @@ _ALIGNED, _TURNED = 0.004, 0.06
 """Horizontal distance (metres) and angle (radians) from which the hand may come down around an object."""
 _DOWN = 0.005
 _OVER_BASKET = 0.015
+_NEAREST = -0.15
+"""Least x of a hand that rises, metres: the arm's base is at -0.6."""
 _SPREAD = 0.03
 """Objects are let go this far from the basket's middle, on different sides, so that they do not pile up."""
 
@@ -64,9 +67,8 @@ def expert_action(facts: Facts, subtask: str) -> np.ndarray:
         return _towards(facts, facts.tool, facts.axes[:2, 1], close=False)  # another object: let it go
     if facts.held is None:
         return _grasp(facts, name, travel)
-    across = facts.axes[:2, 1]
     if not goes_in or not is_lifted(facts, name):
-        return _towards(facts, np.array([*facts.tool[:2], travel]), across, close=True)
+        return _towards(facts, _straight_up(facts, travel), facts.axes[:2, 1], close=True)
     return _put(facts, name, travel)
 
 
@@ -86,21 +88,24 @@ def drop_point(facts: Facts, name: str) -> np.ndarray:
 def plan_grasp(facts: Facts, name: str) -> Grasp:
     """The roomiest grasp from above, with the least turning and the least off the middle."""
     box = facts.objects[name]
-    others = [_outline(other) for key, other in facts.objects.items() if key != name]
+    others = np.concatenate([np.empty((0, 3)), *(_outline(b) for key, b in facts.objects.items() if key != name)])
     z = max(box.top - _GRIP_DEPTH, facts.table + _TIP)
     best, best_score = None, -np.inf
     for across, width, along in _directions(box):
         if width > MAX_OPENING - 0.003:
             continue
         side = np.array([-across[1], across[0]])
-        turn = np.arccos(np.clip(abs(across @ facts.axes[:2, 1]), 0, 1))
-        for shift in np.linspace(-1, 1, 9) * max(0.0, along - 0.012):
-            point = np.array([*(box.center[:2] + shift * side), z])
-            room = min((_room(point, across, side, other) for other in others), default=_CLEAR_ENOUGH)
-            room = min(room, _CLEAR_ENOUGH)
-            score = room - 0.1 * abs(shift) - 0.01 * turn
+        turn = float(
+            np.arccos(np.clip(abs(across[1]), 0, 1))
+        )  # from the arm's own rest: its last joint is soon at its end
+        slack = max(0.0, (MAX_OPENING - width) / 2 - 0.004)  # a finger may be nearer than the other: closing centres
+        shifts = np.linspace(-1, 1, 7) * max(0.0, along - 0.012)
+        for shift, aside in itertools.product(shifts, (0.0, slack, -slack) if slack else (0.0,)):
+            point = np.array([*(box.center[:2] + shift * side + aside * across), z])
+            room = min(_room(point, across, side, others), _CLEAR_ENOUGH)
+            score = (room if room > 0 else 3 * room) - 0.1 * abs(shift) - 0.3 * abs(aside) - 0.015 * turn
             if score > best_score:
-                best, best_score = Grasp(point, across, float(room)), score
+                best, best_score = Grasp(point, across, room), score
     if best is None:  # too wide every way, e.g. tilted against a wall: try along its shortest edge
         across, _, _ = min(_directions(box), key=lambda d: d[1])
         best = Grasp(np.array([*box.center[:2], z]), across, 0.0)
@@ -131,11 +136,17 @@ def _put(facts: Facts, name: str, travel: float) -> np.ndarray:
     across = np.array([0.0, 1.0])
     hangs = facts.tool[2] - box.bottom
     if np.linalg.norm(target - facts.tool[:2]) > _OVER_BASKET:
+        height = travel + max(0.0, hangs - _TIP)
         high = box.bottom > rim + 0.01
-        xy = target if high else facts.tool[:2]
-        return _towards(facts, np.array([*xy, travel + max(0.0, hangs - _TIP)]), across, close=True)
+        goal = np.array([*target, height]) if high else _straight_up(facts, height)
+        return _towards(facts, goal, across, close=True)
     release = rim + max(_TIP, hangs - 0.04)
-    return _towards(facts, np.array([*target, release]), across, close=facts.tool[2] > release + 0.012)
+    return _towards(facts, np.array([*target, release]), across, close=bool(facts.tool[2] > release + 0.012))
+
+
+def _straight_up(facts: Facts, height: float) -> np.ndarray:
+    # Close to its base the arm drifts backwards as it rises, until its joints are at their ends.
+    return np.array([max(facts.tool[0], _NEAREST), facts.tool[1], height])
 
 
 def _travel_height(facts: Facts) -> float:
@@ -147,7 +158,8 @@ def _towards(facts: Facts, target: np.ndarray, across: np.ndarray, *, close: boo
     # One direction for the whole move: a clipped corner would leave the planned path.
     move /= max(1.0, float(np.abs(move).max()))
     y = np.array([*across, 0.0]) / np.linalg.norm(across)
-    if y @ facts.axes[:, 1] < 0:  # the fingers are alike: turn the short way
+    # The fingers are alike: turn less than a quarter from the arm's own rest; at about a quarter, the short way.
+    if (y[1] if abs(y[1]) > 0.3 else y @ facts.axes[:, 1]) < 0:
         y = -y
     z = np.array([0.0, 0.0, -1.0])
     wanted = np.stack([np.cross(y, z), y, z], axis=1)
@@ -175,10 +187,11 @@ def _outline(box: Box) -> np.ndarray:
 
 
 def _room(point: np.ndarray, across: np.ndarray, side: np.ndarray, outline: np.ndarray) -> float:
-    """Horizontal distance of the open hand at `point` from another object; negative: they overlap."""
+    """Horizontal distance of the open hand at `point` from points [n 3] of other objects; negative: they overlap."""
     offset = outline[:, :2] - point[:2]
     u, v = np.abs(offset @ across), np.abs(offset @ side)
     fingers = np.maximum(np.abs(u - _FINGER_U) - _FINGER_DU, v - _FINGER_DV)
     palm = np.maximum(u - _PALM_DU, v - _PALM_DV)
     height = outline[:, 2] - point[2]
-    return float(np.min(np.where(height > _PALM, np.minimum(palm, fingers), np.where(height > -_TIP, fingers, np.inf))))
+    gap = np.where(height > _PALM, np.minimum(palm, fingers), np.where(height > -_TIP, fingers, np.inf))
+    return float(gap.min(initial=np.inf))

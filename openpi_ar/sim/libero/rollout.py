@@ -163,8 +163,8 @@ def _check(cfg: EvalConfig, world: LiberoWorld) -> None:
     wrong = [f"{name} is {v}" for name in ("episodes", "execute") if (v := getattr(cfg, name)) < 1]
     if wrong:
         raise UserError(f"must be at least 1: {', '.join(wrong)}")
-    if unknown := [task for task in cfg.tasks if task not in TASKS] or not cfg.tasks:
-        raise UserError(f"there is no task {unknown or ''}: choose some of {', '.join(map(str, TASKS))} of libero_10")
+    if not cfg.tasks or not set(cfg.tasks) <= set(TASKS):
+        raise UserError(f"tasks are {list(cfg.tasks)}: choose some of {', '.join(map(str, TASKS))} of libero_10")
     for task in cfg.tasks:
         count = world.num_states(task)
         if cfg.first < 0 or cfg.first + cfg.episodes > count:

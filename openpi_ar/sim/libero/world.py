@@ -68,6 +68,7 @@ class LiberoWorld:
         self._task: Task | None = None
         self._env: Any = None
         self._cameras: Any = None
+        self._boxes: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
 
     def reset(
         self, task: int, state: int | None = 0, *, seed: int = 0, render: bool = True
@@ -184,7 +185,7 @@ class LiberoWorld:
             raise UserError(f"task {task.index} of the installed LIBERO is {prompt!r}, expected {task.prompt!r}")
         self._model, self._data = self._env.sim.model._model, self._env.sim.data._data
         self._tool_site = self._model.site("gripper0_grip_site").id
-        bodies = {NAMES.get(name, name): body for name, body in self._env.env.obj_body_id.items()}
+        bodies = {NAMES.get(str(name), str(name)): body for name, body in self._env.env.obj_body_id.items()}
         movable = {name: body for name, body in bodies.items() if self._model.body_jntnum[body]}
         self._boxes = {name: self._box(body) for name, body in movable.items()}
         self._task = task
