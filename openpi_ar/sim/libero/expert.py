@@ -5,6 +5,7 @@ object is simply one that is not held. Grasps are planned on boxes: along which 
 the neighbours.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import itertools
 
@@ -29,7 +30,14 @@ _GRIP_DEPTH = 0.022
 """The tool goes this far below an object's top, if the table lets it."""
 _ALIGNED, _TURNED = 0.004, 0.06
 """Horizontal distance (metres) and angle (radians) from which the hand may come down around an object."""
-_DOWN = 0.005
+_DOWN = 0.009
+_FUNNEL_SLOPE = 3.0
+_PLAY = 0.003
+"""Least room between the open fingers and what they come down around, both sides together, metres."""
+_OPENED = 0.061
+"""Finger opening from which the hand may come down, metres."""
+_EMPTY = 0.012
+"""Fingers this much closer than the object is wide hold nothing, metres."""
 _OVER_BASKET = 0.015
 _NEAREST = -0.15
 """Least x of a hand that rises, metres: the arm's base is at -0.6."""
@@ -73,7 +81,7 @@ def expert_action(facts: Facts, subtask: str) -> np.ndarray:
 
 
 def drop_point(facts: Facts, name: str) -> np.ndarray:
-    """Where [2] an object is let go: on the side of the basket that others in it leave free, else nearest to the hand's."""
+    """Where [2] an object is let go: on the side of the basket that others in it leave free."""
     basket = facts.objects[BASKET]
     middle = basket.center[:2]
     inside = [
@@ -91,25 +99,30 @@ def plan_grasp(facts: Facts, name: str) -> Grasp:
     others = np.concatenate([np.empty((0, 3)), *(_outline(b) for key, b in facts.objects.items() if key != name)])
     z = max(box.top - _GRIP_DEPTH, facts.table + _TIP)
     best, best_score = None, -np.inf
-    for across, width, along in _directions(box):
-        if width > MAX_OPENING - 0.003:
-            continue
-        side = np.array([-across[1], across[0]])
-        turn = float(
-            np.arccos(np.clip(abs(across[1]), 0, 1))
-        )  # from the arm's own rest: its last joint is soon at its end
-        slack = max(0.0, (MAX_OPENING - width) / 2 - 0.004)  # a finger may be nearer than the other: closing centres
-        shifts = np.linspace(-1, 1, 7) * max(0.0, along - 0.012)
-        for shift, aside in itertools.product(shifts, (0.0, slack, -slack) if slack else (0.0,)):
-            point = np.array([*(box.center[:2] + shift * side + aside * across), z])
-            room = min(_room(point, across, side, others), _CLEAR_ENOUGH)
-            score = (room if room > 0 else 3 * room) - 0.1 * abs(shift) - 0.3 * abs(aside) - 0.015 * turn
-            if score > best_score:
-                best, best_score = Grasp(point, across, room), score
+    for across, side, shift, aside in _grips(box):
+        point = np.array([*(box.center[:2] + shift * side + aside * across), z])
+        room = min(_room(point, across, side, others), _CLEAR_ENOUGH)
+        # Turning counts from the arm's own rest: its last joint soon comes to its end.
+        turn = float(np.arccos(np.clip(abs(across[1]), 0, 1)))
+        score = (room if room > 0 else 3 * room) - 0.1 * abs(shift) - 0.3 * abs(aside) - 0.015 * turn
+        if score > best_score:
+            best, best_score = Grasp(point, across, room), score
     if best is None:  # too wide every way, e.g. tilted against a wall: try along its shortest edge
         across, _, _ = min(_directions(box), key=lambda d: d[1])
         best = Grasp(np.array([*box.center[:2], z]), across, 0.0)
     return best
+
+
+def _grips(box: Box) -> Iterator[tuple[np.ndarray, np.ndarray, float, float]]:
+    """Directions [2] across and along the hand's closing, and how far off the object's middle along each, in metres."""
+    for across, width, along in _directions(box):
+        if width > MAX_OPENING - _PLAY:
+            continue
+        side = np.array([-across[1], across[0]])
+        slack = (MAX_OPENING - width) / 2 - _PLAY
+        # One finger may come down nearer than the other: closing centres them.
+        for shift, aside in itertools.product(np.linspace(-1, 1, 7), (0, 1, -1) if slack > 0 else (0,)):
+            yield across, side, float(shift * max(0.0, along - 0.012)), aside * slack
 
 
 def _grasp(facts: Facts, name: str, travel: float) -> np.ndarray:
@@ -117,16 +130,16 @@ def _grasp(facts: Facts, name: str, travel: float) -> np.ndarray:
     distance = float(np.linalg.norm(grasp.point[:2] - facts.tool[:2]))
     turned = float(np.arccos(np.clip(abs(grasp.across @ facts.axes[:2, 1]), 0, 1)))
     width = min(width for _, width, _ in _directions(facts.objects[name]))
-    low = facts.tool[2] < grasp.point[2] + _DOWN + 0.004
-    closing = facts.opening < 0.93 * MAX_OPENING
-    if low and distance < 3 * _ALIGNED and facts.opening > width - 0.012:
-        return _towards(facts, grasp.point, grasp.across, close=distance < _ALIGNED + 0.003 or closing)
-    if facts.opening < 0.9 * MAX_OPENING:  # a missed grasp, or just released: rise and open before anything else
+    down = facts.tool[2] < grasp.point[2] + _DOWN and distance < 3 * _ALIGNED
+    if down and facts.opening > width - _EMPTY:
+        began = facts.opening < _OPENED
+        return _towards(facts, grasp.point, grasp.across, close=began or distance < 2 * _ALIGNED)
+    if facts.opening < _OPENED:  # a missed grasp, or just released: rise and open before anything else
         return _towards(facts, np.array([*facts.tool[:2], travel]), facts.axes[:2, 1], close=False)
     off = max(0.0, distance - _ALIGNED) + 0.1 * max(0.0, turned - _TURNED)
-    # A funnel with room for the fingers above the object, steep below it.
+    # A funnel: the tips stay clear above the object until the hand is aligned.
     above = facts.objects[name].top + _TIP + 0.02
-    z = grasp.point[2] if off == 0 else min(above + 3.0 * off, travel)
+    z = grasp.point[2] if off == 0 else min(above + _FUNNEL_SLOPE * off, travel)
     return _towards(facts, np.array([*grasp.point[:2], z]), grasp.across, close=False)
 
 

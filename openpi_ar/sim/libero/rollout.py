@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +13,13 @@ from openpi_ar.sim.libero.expert import expert_action
 from openpi_ar.sim.libero.tasks import TASKS, next_subtask
 from openpi_ar.sim.libero.world import FPS, LiberoWorld
 from openpi_ar.sim.video import Shot, VideoWriter
+
+
+@runtime_checkable
+class SinglePolicy(Protocol):
+    """What an episode needs of a policy; see `openpi_ar.policy.Policy`."""
+
+    def infer(self, raw: Any) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +88,12 @@ class ExpertPolicy:
 
 
 def run_episodes(
-    policy: Any, cfg: EvalConfig, world: LiberoWorld, *, video: str | Path | None = None, progress: bool = True
+    policy: SinglePolicy, cfg: EvalConfig, world: LiberoWorld, *, video: str | Path | None = None, progress: bool = True
 ) -> EvalResult:
     """Runs the episodes, task by task.
 
     Args:
-        policy: has `infer(raw)` like `openpi_ar.policy.Policy`; is asked with the world's observations.
+        policy: is asked with the world's observations.
         cfg: which episodes.
         world: where.
         video: .mp4 or .gif to write.
@@ -118,7 +125,7 @@ def run_episodes(
 
 
 def _run(
-    policy: Any, cfg: EvalConfig, world: LiberoWorld, task: int, state: int, *, record: bool
+    policy: SinglePolicy, cfg: EvalConfig, world: LiberoWorld, task: int, state: int, *, record: bool
 ) -> tuple[EpisodeResult, list[Shot]]:
     sees = record or not isinstance(policy, ExpertPolicy)  # drawing takes most of the time
     obs, info = world.reset(task, state, render=sees)
