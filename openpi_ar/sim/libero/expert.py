@@ -120,9 +120,11 @@ def _grips(box: Box) -> Iterator[tuple[np.ndarray, np.ndarray, float, float]]:
             continue
         side = np.array([-across[1], across[0]])
         slack = (MAX_OPENING - width) / 2 - _PLAY
+        # What is as long as it is wide may be round: off its middle the fingers slide away.
+        reach = along - 0.012 if along > 0.6 * width else 0.25 * along
         # One finger may come down nearer than the other: closing centres them.
         for shift, aside in itertools.product(np.linspace(-1, 1, 7), (0, 1, -1) if slack > 0 else (0,)):
-            yield across, side, float(shift * max(0.0, along - 0.012)), aside * slack
+            yield across, side, float(shift * max(0.0, reach)), aside * slack
 
 
 def _grasp(facts: Facts, name: str, travel: float) -> np.ndarray:
