@@ -68,14 +68,14 @@ class Shot:
 
 
 class VideoWriter:
-    """Writes frames of one size to an .mp4 (H.264) or .gif file, 10 a second. A context manager.
+    """Writes frames of one size to an .mp4 (H.264) or .gif file, `fps` a second. A context manager.
 
     Raises:
         UserError: another extension, or a folder that does not exist.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, fps: int = FPS):
+        self.path, self.fps = Path(path), fps
         check_path(self.path)
         self._open: tuple[OutputContainer, VideoStream] | None = None
         self._gif: list[Image.Image] = []
@@ -108,13 +108,13 @@ class VideoWriter:
             self._open = None
         if self._gif:
             first, *rest = self._gif
-            first.save(self.path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0)
+            first.save(self.path, save_all=True, append_images=rest, duration=1000 // self.fps, loop=0)
             self._gif = []
 
     def _encode(self, frame: np.ndarray) -> None:
         if self._open is None:
             container = av.open(str(self.path), "w")
-            stream = container.add_stream("libx264", rate=FPS)
+            stream = container.add_stream("libx264", rate=self.fps)
             stream.height, stream.width = frame.shape[:2]
             stream.pix_fmt = "yuv420p"
             self._open = container, stream
