@@ -72,7 +72,7 @@ def test_a_run_killed_while_saving_leaves_only_whole_checkpoints(tmp_path, momen
     assert store.latest_step(tmp_path) != last
 
 
-STEPS, KILLS = 50, 5
+STEPS, KILLS = 60, 5
 LONGER = ["--num-steps", str(STEPS), "--eval-every", "10"]
 
 
@@ -98,7 +98,7 @@ def test_training_killed_at_random_moments_ends_as_if_never_stopped(tmp_path):
         run = launch(killed, 1, *LONGER, "--auto-resume", "--save-every", "2")
         reached = 0
         if kill:  # the first one dies at some moment of starting
-            reached = resumed_from[-1] + int(rng.integers(1, 5))
+            reached = resumed_from[-1] + int(rng.integers(4, 10))
             run.wait_for(f"step {reached}/{STEPS}")
         time.sleep(rng.uniform(0.0, 0.2 if kill else 5.0))
         run.all[0].kill()
