@@ -217,7 +217,7 @@ def test_bench_measures_every_stage_of_a_dataset(capsys, monkeypatch, name):
 @pytest.mark.parametrize(
     ("step", "loader", "workers", "words"),
     [
-        (100, {0: 250, 1: 200}, 0, "compute is the bottleneck: .* 2.5 times as many"),
+        (100, {0: 250, 1: 200}, 0, "compute is the bottleneck: .*2.5 times as many"),
         (100, {0: 50, 1: 60, 2: 120}, 0, "data is the bottleneck: .* --workers 2 makes 120"),
         (100, {0: 50, 1: 40, 2: 52}, 0, "data is the bottleneck: .* more workers do not help"),
         (100, {0: 150, 1: 90}, 1, "data is the bottleneck: .* --workers 0 makes 150"),
