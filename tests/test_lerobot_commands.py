@@ -1,6 +1,7 @@
 """Broken if this fails: a dataset cannot be looked at, measured or trained on from the command line."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from openpi_ar.data.__main__ import main
 from openpi_ar.data.normalize import load_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.policy import Policy
-from openpi_ar.training import cli
+from openpi_ar.training import cli, throughput
 from openpi_ar.training.metrics import read_metrics
 from tests.lerobot_fixtures import DATASETS, GOLDEN, broken, edit_column, rows, source
 import train
@@ -198,3 +199,31 @@ def test_a_constant_dimension_is_flagged(capsys, tmp_path, mode):
     )
     lines = [line for line in printed(capsys, "stats", path, "--mode", mode).splitlines() if "action.j" in line]
     assert ["constant" in line for line in lines] == [True] + [False] * 6
+
+
+@pytest.mark.parametrize("name", ["v30_images_lang", "v30_video"])
+def test_bench_measures_every_stage_of_a_dataset(capsys, monkeypatch, name):
+    monkeypatch.setattr(throughput, "_SECONDS", 0.02)
+    cfg = throughput.for_dataset(str(GOLDEN / name), get_preset("debug"))
+    assert cfg.model.cameras == ("base_0_rgb", "left_wrist_0_rgb")  # the dataset's, not the preset's
+    rates = throughput.bench(dataclasses.replace(cfg, batch_size=4), step=False, workers=(0,))
+    out = capsys.readouterr().out
+    for stage in ("decode", "resize", "into the cache", "statistics", "read", "tokenize, normalise", "batch"):
+        assert any(key.startswith(stage) and rates[key] > 0 for key in rates) and stage in out, stage
+    assert rates["loader, threads (samples)"] > 0
+    assert not [*GOLDEN.rglob("frames.npy")]  # its cache was a temporary one
+
+
+@pytest.mark.parametrize(
+    ("step", "loader", "workers", "words"),
+    [
+        (100, {0: 250, 1: 200}, 0, "compute is the bottleneck: .*2.5 times as many"),
+        (100, {0: 50, 1: 60, 2: 120}, 0, "data is the bottleneck: .* --workers 2 makes 120"),
+        (100, {0: 50, 1: 40, 2: 52}, 0, "data is the bottleneck: .* more workers do not help"),
+        (100, {0: 150, 1: 90}, 1, "data is the bottleneck: .* --workers 0 makes 150"),
+        (100, {0: 50, 1: 110}, 1, "compute is the bottleneck"),
+    ],
+)
+def test_bench_says_what_limits_training(step, loader, workers, words):
+    rates = {count: float(rate) for count, rate in loader.items()}
+    assert re.search(words, throughput.verdict(float(step), rates, workers))

@@ -11,8 +11,9 @@ import pytest
 from configs.debug import DEBUG
 from openpi_ar.config import LeRobotData
 from openpi_ar.data.inputs import InputTransform
-from openpi_ar.data.lerobot import POSES, load_lerobot
+from openpi_ar.data.lerobot import load_lerobot
 from openpi_ar.data.lerobot_meta import read_meta
+from openpi_ar.data.lerobot_source import POSES
 from openpi_ar.data.lerobot_stats import pixel_counts, pixel_stats, vector_stats
 from openpi_ar.data.lerobot_write import LeRobotWriter, Spec
 from openpi_ar.data.loader import Loader

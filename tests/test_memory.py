@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import memory_plan
 from configs import PRESETS
 from openpi_ar.data.inputs import collate
 from openpi_ar.errors import UserError
@@ -63,6 +65,17 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
     assert "MiB" in memory.describe(need, have, source)
 
 
+def test_what_might_fit_is_decided_by_the_compiled_step(monkeypatch):
+    need = memory.estimate(DEBUG)
+    monkeypatch.setattr(memory, "available_bytes", lambda: (int(0.8 * need.total), "host memory"))
+    memory.check_fits(DEBUG, PRESETS)
+    with pytest.raises(UserError, match="training debug needs about .* no preset fits"):
+        memory.check(DEBUG, need, *memory.available_bytes(), PRESETS)
+    monkeypatch.setattr(memory, "available_bytes", lambda: (int(0.7 * need.total), "host memory"))
+    with pytest.raises(UserError, match="training debug needs about"):
+        memory.check_fits(DEBUG, PRESETS)
+
+
 def test_nothing_fits_in_nothing(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: (0, "host memory"))
     with pytest.raises(UserError, match="no preset fits"):
@@ -110,3 +123,17 @@ def test_slices_hold_a_part_of_the_activations():
 def test_state_is_donated():
     compiled, state = analysis(4)
     assert compiled.alias_size_in_bytes == memory.nbytes(state)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured as Linux counts them")
+def test_the_compiled_plan_is_what_a_process_takes():
+    small, large = (memory_plan.measure(f"debug:{rows}") for rows in (64, 512))
+    assert abs(large.errors[1]) < 0.15
+    # What no plan of a program lists is of one size whatever the program takes: panels into which the threads pack matrices
+    # for their products, and code of the libraries that runs for the first time.
+    beside = [plan.measured - plan.compiled for plan in (small, large)]
+    assert all(0 < size < 40 * memory_plan.MIB for size in beside), beside
+    assert large.measured - small.measured == pytest.approx(large.compiled - small.compiled, rel=0.1)
+    # Negative control: the plan of another batch is found out.
+    assert abs(small.compiled / large.measured - 1) > 0.5

@@ -17,7 +17,9 @@ import pytest
 from configs import get_preset
 from openpi_ar.checkpoints import store
 from openpi_ar.data.inputs import collate
+from openpi_ar.data.tabletop_export import export_tabletop
 from openpi_ar.errors import UserError
+from openpi_ar.sim.demos import DemoConfig
 from openpi_ar.training import memory
 from openpi_ar.training.metrics import MetricsLog, read_metrics
 from openpi_ar.training.optimizer import make_optimizer, make_schedule
@@ -119,6 +121,22 @@ def test_resumed_run_equals_one_never_stopped(uninterrupted, tmp_path, monkeypat
     # Negative control: the comparison tells step 40 from step 60.
     with pytest.raises(AssertionError):
         assert_same(saved(uninterrupted, 40)[0].model, b.model)
+
+
+def test_the_exported_dataset_trains_to_the_same_figures(uninterrupted, tmp_path):
+    data = CFG.data
+    demos = DemoConfig(episodes=data.episodes, seed=data.seed, image_size=data.image_size, noise=data.noise)
+    path = export_tabletop(tmp_path / "dataset", demos, images="png")
+    # Of three episodes either kind of data holds out the last one.
+    train.main([*FLAGS, "--checkpoint-dir", str(tmp_path), "--eval-every", "1000", "--data.path", str(path)])
+
+    def figures(directory: Path) -> list[dict]:
+        records = read_metrics(directory / "metrics.jsonl")
+        return [{k: v for k, v in r.items() if k not in ("samples_per_s", "wait_s")} for r in records]
+
+    directory = tmp_path / "debug" / "default"
+    assert figures(directory) == figures(uninterrupted) and len(figures(directory)) == STEPS + 1
+    assert_same(saved(directory, STEPS), saved(uninterrupted, STEPS))
 
 
 def test_sigterm_saves_and_resume_goes_on(uninterrupted, tmp_path):

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from rich.progress import track
 
-from openpi_ar.data.lerobot import POSES, SUPERVISE
+from openpi_ar.data.lerobot import SUPERVISE
+from openpi_ar.data.lerobot_source import POSES
 from openpi_ar.data.lerobot_write import LeRobotWriter, Spec
 from openpi_ar.data.tabletop import ACTION, STATE
 from openpi_ar.errors import UserError

@@ -91,7 +91,8 @@ def make_placement(cfg: TrainConfig) -> Placement:
             f"{', '.join(str(n) for n in range(1, devices + 1) if devices % n == 0)}"
         )
     if fsdp > 1 and jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # Seen with jaxlib 0.10.2: gathers of different size that one step has under way at once take each other's data.
+        # Seen with jaxlib 0.10.2: gathers of different size that one step has under way at once take each other's data, since
+        # XLA gives all of them one tag. One thread (NPROC=1) ends in a standstill, 64 fail at once.
         raise UserError(
             f"fsdp_devices is {fsdp}, but gloo, which joins the CPUs of several processes, mixes up the gathers of such a step: "
             f"use 1 (GPUs and TPUs have collectives of their own)"

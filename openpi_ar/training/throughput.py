@@ -65,6 +65,7 @@ def bench(cfg: TrainConfig, *, step: bool, workers: Sequence[int] = WORKERS) -> 
     UserError for what does not fit, as training does.
     """
     out, rates = console(), {}
+    workers = sorted({*workers, cfg.workers})
     table = new_table("stage", "a second", "", title=f"{cfg.name}: batches of {cfg.batch_size}")
     with tempfile.TemporaryDirectory() as folder:
         cfg = _some_frames(cfg, folder)

@@ -28,8 +28,10 @@ def tensorboard(directory: Path, start_step: int) -> Any:
 def wandb(directory: Path, cfg: TrainConfig) -> Any:
     """The W&B run of an experiment: the one whose id is kept in its directory, else a new one.
 
-    Steps that were reported before the run was stopped come again with the same values, and W&B keeps the first. With `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and
-    `wandb sync --append` puts them together. Raises UserError if wandb is not installed.
+    Steps that were reported before the run was stopped come again with the same values, and W&B keeps the first. With
+    `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and `wandb sync` of
+    all these folders puts them together (older versions of wandb: `wandb sync --append`). Raises UserError if wandb is not
+    installed.
     """
     try:
         import wandb  # pyright: ignore[reportMissingImports]
