@@ -111,7 +111,13 @@ def placed_state(cfg: TrainConfig, placement: Placement) -> TrainState:
     )
 
 
-def make_state(cfg: TrainConfig, placement: Placement, data: Data, resume_from: Path | None) -> tuple[TrainState, int]:
+def make_state(
+    cfg: TrainConfig,
+    placement: Placement,
+    source: TrainingSource,
+    transform: InputTransform,
+    resume_from: Path | None,
+) -> tuple[TrainState, int]:
     """(state, data position): restored, started from `init_from`, or random (towers perhaps pre-trained)."""
     tx = make_optimizer(cfg.optimizer, cfg.num_steps)
     abstract = placed_state(cfg, placement)
@@ -121,7 +127,7 @@ def make_state(cfg: TrainConfig, placement: Placement, data: Data, resume_from: 
     if not (cfg.init_from or cfg.data.vision_steps or cfg.data.naming_steps):
         # One program, kept by the compilation cache; eagerly it is a hundred small ones.
         return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
-    model = distributed.spread(initial_model(cfg, data.train, data.transform), where.model)
+    model = distributed.spread(initial_model(cfg, source, transform), where.model)
     return jax.jit(lambda model: state_of(cfg, tx, model), out_shardings=where)(model), 0
 
 
@@ -252,7 +258,7 @@ def run(argv: Sequence[str]) -> None:
     distributed.say(memory.describe(need, have, source))
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
-    state, data.loader.position = make_state(cfg, placement, data, resume_from)
+    state, data.loader.position = make_state(cfg, placement, data.train, data.transform, resume_from)
     if int(state.step) >= cfg.num_steps:
         distributed.say(
             f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to go on"

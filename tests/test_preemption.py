@@ -72,7 +72,7 @@ def test_a_run_killed_while_saving_leaves_only_whole_checkpoints(tmp_path, momen
     assert store.latest_step(tmp_path) != last
 
 
-STEPS, KILLS = 60, 5
+STEPS, KILLS = 50, 4
 LONGER = ["--num-steps", str(STEPS), "--eval-every", "10"]
 
 

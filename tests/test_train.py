@@ -167,7 +167,7 @@ def test_finished_run_has_nothing_left_to_do(uninterrupted, capsys):
 
 def test_init_from_starts_at_the_averaged_parameters(uninterrupted):
     cfg = dataclasses.replace(CFG, init_from=str(uninterrupted))
-    state, position = train.make_state(cfg, train.make_placement(cfg), sources()[0], None)
+    state, position = train.make_state(cfg, train.make_placement(cfg), sources()[0], transform(), None)
     expected = saved(uninterrupted, STEPS)[0].ema
     assert_same(state.model, expected)
     assert_same(state.ema, expected)
@@ -180,7 +180,7 @@ def test_overfits_one_batch_keeps_its_average_and_compiles_once():
     step = train.compiled_step(cfg, placement)
     t, data = transform(), sources()[0]
     batch = jax.device_put(collate([t.sample(data[i]) for i in range(4)]), placement.batch)
-    state, _ = train.make_state(cfg, placement, data, None)
+    state, _ = train.make_state(cfg, placement, data, t, None)
     history = []
     for n in range(STEPS):
         old = jax.tree.map(np.array, state.ema)
