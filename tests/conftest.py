@@ -19,6 +19,25 @@ if TYPE_CHECKING:
 _LOW, _HIGH = np.float32([-0.16, -0.18, 0.022, 0.0]), np.float32([0.16, 0.2, 0.2, 0.09])
 
 
+# Files that take longest, longest first. Each process takes the next file, so that both end at about the same time.
+_LONG = (
+    "test_train.py",
+    "test_goldens.py",
+    "test_checkpoint_formats.py",
+    "test_preemption.py",
+    "test_step.py",
+    "test_decode.py",
+    "test_memory.py",
+    "test_freeze.py",
+    "test_lerobot_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 def tabletop_stats() -> dict[str, NormStats]:
     from openpi_ar.data.normalize import NormStats
 

@@ -130,6 +130,7 @@ def run(tmp_path, monkeypatch):
 SHORT = (*CAMERAS, "--eval-every", 0, "--num-steps", 3, "--save-every", 3, "--log-every", 1)
 
 
+@pytest.mark.slow
 def test_datasets_of_every_version_train_together_and_the_policy_moves_the_robot(run, tmp_path, capsys):
     """One run on all of them; the checkpoint alone then knows how the robot is spoken to."""
     others = [f"{GOLDEN / name}={weight}" for name, weight in zip(DATASETS[:3], (1, 2, 0.5), strict=True)]

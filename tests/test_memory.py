@@ -116,6 +116,7 @@ def test_compiled_plan_counts_every_array_of_state_and_batch_and_grows_with_the_
     assert 3 * four.activations < sixteen.activations < 5 * four.activations
 
 
+@pytest.mark.slow
 def test_slices_hold_a_part_of_the_activations():
     assert analysis(16, accumulate=8)[0].temp_size_in_bytes < 0.4 * analysis(16)[0].temp_size_in_bytes
 

@@ -123,6 +123,7 @@ def test_resumed_run_equals_one_never_stopped(uninterrupted, tmp_path, monkeypat
         assert_same(saved(uninterrupted, 40)[0].model, b.model)
 
 
+@pytest.mark.slow
 def test_the_exported_dataset_trains_to_the_same_figures(uninterrupted, tmp_path):
     data = CFG.data
     demos = DemoConfig(episodes=data.episodes, seed=data.seed, image_size=data.image_size, noise=data.noise)
@@ -372,6 +373,7 @@ def test_batch_that_does_not_divide_among_devices_is_refused(monkeypatch, capsys
     assert "batch_size 3 does not divide among 2 devices" in refused(flags, capsys)
 
 
+@pytest.mark.slow
 def test_two_devices_compute_what_one_does(uninterrupted, tmp_path):
     env = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
