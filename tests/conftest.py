@@ -24,7 +24,6 @@ _LONG = (
     "test_train.py",
     "test_goldens.py",
     "test_checkpoint_formats.py",
-    "test_preemption.py",
     "test_step.py",
     "test_decode.py",
     "test_memory.py",

@@ -108,6 +108,7 @@ def test_only_what_is_not_frozen_moves(stepped):
     assert new["vlm/norm/scale"].dtype == jnp.float32 and new["vlm/blocks/layers/q/w"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_frozen_parameters_take_no_memory_for_gradients():
     """The compiled step of a model whose frozen table dwarfs everything else has no room for a gradient of it."""
     big = dataclasses.replace(DEBUG, model=dataclasses.replace(DEBUG.model, vocab_size=200_000))

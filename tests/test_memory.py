@@ -101,6 +101,7 @@ def analysis(rows: int, accumulate: int = 1):
     return step.lower(state, memory.abstract_batch(cfg), train_key(cfg)).compile().memory_analysis(), state
 
 
+@pytest.mark.slow
 def test_compiled_plan_counts_every_array_of_state_and_batch_and_grows_with_the_batch():
     def plan(rows: int) -> memory.Estimate:
         cfg, step = debug_step(rows)
