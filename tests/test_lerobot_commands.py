@@ -181,6 +181,7 @@ def test_every_version_trains_alone_out_of_a_worker_process(run, tmp_path, name)
         (("--data.path", GOLDEN / "v30_video", *CAMERAS, "--data.subtasks", "none"), "no subtask labels"),
         (("--data.path", GOLDEN / "v30_video", *CAMERAS[:3]), "--model.state-dim to 7"),
         (("--data.path", GOLDEN / "v30_video", *CAMERAS, "--data.vision-steps", 3), "--data.vision-steps 0"),
+        (("--data.path", GOLDEN / "v30_video", *CAMERAS, "--data.naming-steps", 3), "--data.naming-steps 0"),
         (("--data", "lerobot"), "--data.path DIR"),
     ],
 )

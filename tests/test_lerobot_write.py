@@ -98,6 +98,7 @@ def test_block_positions_come_back_for_the_vision_tower(tmp_path, demos):
     data, index = read_back(write_demos(tmp_path / "out", demos, "png")), np.arange(0, len(demos.state), 9)
     for a, b in zip(data.poses(index, CAMERAS), expected(demos).poses(index, CAMERAS), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert data.objects == expected(demos).objects
     meta = read_meta(tmp_path / "out")
     assert meta.features[POSES].names[3] == "red.present"
 

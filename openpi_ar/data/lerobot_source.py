@@ -143,12 +143,16 @@ class LeRobotSource:
         Raises UserError if the dataset does not say where its objects are.
         """
         table, rows = self.table, self.rows[index]
-        if POSES not in table.frames.columns:
-            raise UserError(
-                f"{table.frames.meta.root} has no feature {POSES!r} (where the objects are), which the vision tower learns "
-                f"from before training: set --data.vision-steps 0"
-            )
-        objects = table.frames.columns[POSES][rows].reshape(len(rows), -1, 4)
+        objects = self._positions()[rows].reshape(len(rows), -1, 4)
         at = np.where(objects[..., 3:] > 0.5, objects[..., :3], np.nan)
         images = np.stack([np.stack([table.images[name](int(row)) for name in cameras]) for row in rows])
         return images, at.astype(np.float32), table.state[rows, :3]
+
+    def _positions(self) -> np.ndarray:
+        frames = self.table.frames
+        if POSES not in frames.columns:
+            raise UserError(
+                f"{frames.meta.root} has no feature {POSES!r} (where the objects are), which the towers learn from before "
+                f"training: set --data.vision-steps 0 and --data.naming-steps 0"
+            )
+        return frames.columns[POSES]

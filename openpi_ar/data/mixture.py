@@ -87,11 +87,9 @@ class Mixture:
 
     @property
     def objects(self) -> tuple[str, ...]:
-        """As of the parts, which must have the same ones to be used together."""
+        """As of the parts; none if they differ."""
         found = {part.objects for part in self.parts}
-        if len(found) > 1:
-            raise UserError(f"the parts of {self.name} have different objects: set --data.grounding-steps 0")
-        return found.pop()
+        return found.pop() if len(found) == 1 else ()
 
     def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As of the parts; raises UserError as they do."""

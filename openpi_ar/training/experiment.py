@@ -52,6 +52,9 @@ def check_config(cfg: TrainConfig) -> None:
     for name in fractions:
         if not 0 <= getattr(cfg.data, name) <= 1:
             raise UserError(f"data.{name} must lie in [0, 1], found {getattr(cfg.data, name)}")
+    for name in ("vision_steps", "naming_steps"):
+        if getattr(cfg.data, name) < 0:
+            raise UserError(f"data.{name} must be 0 or more, found {getattr(cfg.data, name)}")
     if cfg.text.template not in TEMPLATES:
         raise UserError(f"unknown template {cfg.text.template!r}: choose one of {', '.join(TEMPLATES)}")
     if isinstance(cfg.data, TabletopData):

@@ -17,6 +17,7 @@ import numpy as np
 from openpi_ar.algorithms.decode import prefill
 from openpi_ar.data.inputs import InputTransform, collate, stack_rows
 from openpi_ar.data.layout import TrainingSource
+from openpi_ar.errors import UserError
 from openpi_ar.models.cache import action_mask
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.sim.tasks import pick_up
@@ -65,7 +66,9 @@ def naming_loss(
 
 
 def naming_texts(source: TrainingSource, transform: InputTransform) -> Text:
-    """A text that names each object of the source, cut to the longest one."""
+    """A text that names each object of the source, cut to the longest one. Raises UserError if the source names none."""
+    if not source.objects:
+        raise UserError(f"{source.name} does not name its objects: set --data.naming-steps 0")
     targets = [transform.target({"subtask": pick_up(color)}) for color in source.objects]
     longest = max(int(t["valid"].sum()) for t in targets)
     return Text(**{name: x[:, :longest] for name, x in stack_rows(targets).items()})
@@ -88,6 +91,7 @@ def pretrain_naming(
     cfg = model.cfg.vlm
     readout = PlaceReadout(cfg.depth - cfg.depth // 2, cfg.num_kv_heads * cfg.head_dim, rngs=nnx.Rngs(seed))
     parts: Any = (*jax.tree.map(jnp.copy, (model.img, model.embedder, model.vlm)), readout)
+    source.poses(np.zeros(1, int), transform.cfg.model.cameras)  # says what to do if there are none
     texts = naming_texts(source, transform)
 
     def loss(parts: Any, *batch: Any) -> tuple[Array, Array]:
