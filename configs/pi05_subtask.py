@@ -78,10 +78,10 @@ PI05_SUBTASK_TABLETOP = TrainConfig(
         peak_lr=1e-3, final_lr=1e-5, warmup_steps=200, b2=0.99, weight_decay=1e-4, ema_decay=0.999
     ),
     batch_size=32,
-    num_steps=2_000,
+    num_steps=1_500,
     log_every=20,
-    eval_every=400,
-    save_every=400,
+    eval_every=500,
+    save_every=500,
 )
 
 
