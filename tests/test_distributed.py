@@ -177,7 +177,8 @@ def test_two_processes_learn_what_one_does_and_lose_nothing_when_one_is_killed(t
     assert launch(one, 1).finish()[0] == [0]
 
     # Parameters whole in each process: gloo, the collectives of CPUs, mixes up those of a step that also gathers pieces.
-    run = launch(two, 2)
+    # Each makes its rows in a worker process of its own.
+    run = launch(two, 2, "--workers", "1")
     codes, errors = run.finish()
     assert codes == [0, 0], errors
     assert any(line.startswith("2 processes, 2 devices, 1 here") for line in run.lines)

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from openpi_ar import runtime
+from openpi_ar.algorithms import decode
 from openpi_ar.checkpoints import store
 from openpi_ar.policy import Policy
 from tests.model_fixtures import EOS, VOCAB, act, max_diff, ragged_observation, tiny_config, tiny_model
@@ -48,6 +50,28 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
     assert policy.infer(raw)["subtask"] == texts[0] and steps[-1] == steps[0]
     off = Policy(dataclasses.replace(cfg, decode=dataclasses.replace(cfg.decode, draft=False)), model, tok, stats)
     assert [off.infer(r)["subtask"] for r in (raw, other)] == [texts[0], texts[2]]
+
+
+def test_after_warming_up_prompts_of_all_lengths_are_served_without_compiling(tiny_checkpoint, monkeypatch):
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    left = "put the red block in the left bin"
+    raws = [raw_observation(1, prompt) for prompt in ("done", left, f"{left}, then the blue block in the right bin")]
+    transform = Policy(cfg, model, tok, stats).transform
+    lengths = [int(transform.observation(raw)["prompt"]["valid"].sum()) for raw in raws]
+    assert lengths[0] < lengths[1] < lengths[2]
+    cfg = dataclasses.replace(cfg, decode=dataclasses.replace(cfg.decode, prompt_buckets=tuple(lengths[:2])))
+    policy = Policy(cfg, model, tok, stats)
+    assert policy.warmup(batch_size=2).keys() == {*lengths[:2], cfg.text.max_prompt_tokens}
+
+    def traced(*args, **kwargs):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(decode, "act", traced)
+    for raw in raws:
+        for _ in range(2):  # without an earlier text to check, and with one
+            assert len(policy.infer_batch([raw, raw])) == 2
+    with pytest.raises(AssertionError, match="compiled again"):
+        policy.infer_batch(raws)
 
 
 def test_compiled_programs_are_kept_only_where_they_may_be(tmp_path, monkeypatch):
