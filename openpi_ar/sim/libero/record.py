@@ -3,7 +3,6 @@
 As on the tabletop (`sim/record.py`). Layouts are drawn anew by LIBERO's rules, so that its initial states are never trained on.
 """
 
-import atexit
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 import dataclasses
@@ -120,9 +119,7 @@ def _record(image_size: tuple[int, int], noise: float, job: tuple[int, tuple[int
 
 @functools.lru_cache(1)
 def _world(image_size: tuple[int, int]) -> LiberoWorld:
-    world = LiberoWorld(image_size)
-    atexit.register(world.close)  # left to the end of the process, its GL context would be freed after the display
-    return world
+    return LiberoWorld(image_size)
 
 
 def _attempt(world: LiberoWorld, task: int, rng: np.random.Generator, noise: float) -> Episode | None:

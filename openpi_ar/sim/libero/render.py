@@ -6,6 +6,8 @@ Everything else is LIBERO's own picture: same cameras, lights and textures, coll
 # pyright: reportAttributeAccessIssue=false
 # mujoco is a binary module without type stubs.
 
+import atexit
+
 import mujoco
 import numpy as np
 
@@ -39,6 +41,7 @@ class Cameras:
                 f"MuJoCo cannot draw: {e}. Install EGL or OSMesa (apt-get install libegl1 libosmesa6) and set MUJOCO_GL=egl "
                 "or MUJOCO_GL=osmesa before Python starts"
             ) from e
+        atexit.register(self.close)  # before MuJoCo's own handler, which ends the display that the context is freed from
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = False
         self._option = mujoco.MjvOption()
@@ -61,6 +64,7 @@ class Cameras:
     def close(self) -> None:
         """Free the GL context."""
         self._renderer.close()
+        atexit.unregister(self.close)
 
     def _out_of_sight(self, data: mujoco.MjData, camera: int) -> np.ndarray:
         """bool [geoms]: the sphere around the geom lies wholly behind one of the picture's four sides."""
