@@ -41,7 +41,8 @@ class Cameras:
                 f"MuJoCo cannot draw: {e}. Install EGL or OSMesa (apt-get install libegl1 libosmesa6) and set MUJOCO_GL=egl "
                 "or MUJOCO_GL=osmesa before Python starts"
             ) from e
-        atexit.register(self.close)  # before MuJoCo's own handler, which ends the display that the context is freed from
+        # It runs before MuJoCo's own handler, which ends the display that the context is freed from.
+        atexit.register(self.close)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = False
         self._option = mujoco.MjvOption()
