@@ -183,6 +183,7 @@ def test_mixed_types_stay_mixed_and_agree(tmp_path):
     assert_equal(full, params(load_model(LEROBOT, siglip_heads=4)))  # the values were bfloat16's all along
 
 
+@pytest.mark.slow
 def test_paligemma_npz_fills_the_vlm_and_says_so(tmp_path):
     base = load_model(GOLDEN / "pi0")
     arrays = {k: np.asarray(v) for k, v in export.to_openpi(params(base)).items()}
@@ -200,6 +201,7 @@ def test_paligemma_npz_fills_the_vlm_and_says_so(tmp_path):
     assert float(np.abs(a["expert/blocks/layers/q/w"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_lora_is_inferred_and_exported(tmp_path):
     cfg = load_model(GOLDEN / "pi0").config
     tower = lambda t, rank: TowerConfig(
@@ -343,6 +345,7 @@ def test_position_embedding_is_resampled_as_big_vision_does():
     assert np.abs(resample_pos_embedding(table, (16, 16), (27, 27)).reshape(27, 27, 3) - half_pixel).max() > 0.05
 
 
+@pytest.mark.slow
 def test_384_pixels_are_27_patches_a_side():
     """Two cameras and 32 tokens: 2 * 729 + 32 = 1490 slots, and what the 6 pixels at the edge show changes nothing."""
     loaded = load_model(TORCH, siglip_heads=4, dtype="float32", image_size=(384, 384), cameras=("base", "wrist"))

@@ -133,6 +133,7 @@ def test_max_tokens_and_allowed_are_obeyed():
     assert (cache.next_pos - prefill(model, obs)[1].next_pos).tolist() == [int(i != EOS) for i in one.ids[:, 0]]
 
 
+@pytest.mark.slow
 def test_temperature_samples_the_softmax():
     """First-token frequencies over many rows match the model's own distribution."""
     cfg, model, obs = settings()

@@ -187,6 +187,7 @@ def test_flow_gradients_are_openpis(model, golden):
         assert gap(ours[...], want.reshape(ours.shape)) <= 1e-4 * max(1.0, np.abs(want).max()), theirs
 
 
+@pytest.mark.slow
 def test_verify_command(tmp_path, capsys):
     """A changed weight is found, named, and ends in exit code 1; a directory that is no golden in 2."""
     folder = GOLDEN / "torch_pi0"

@@ -99,6 +99,7 @@ def test_many_saves_take_no_more_memory_than_a_few(tmp_path):
     assert len(store.complete_steps(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
     writer = store.CheckpointStore(tmp_path, keep_last=1, keep_every=4)
     for step in (2, 4, 6, 8, 10, 12, 13):

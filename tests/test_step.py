@@ -44,6 +44,7 @@ def six_rows() -> Batch:
     return dataclasses.replace(both, target=dataclasses.replace(both.target, loss=both.target.loss & silent))
 
 
+@pytest.mark.slow
 def test_accumulated_slices_weigh_every_token_and_entry_alike():
     cfg, model, batch, key = with_optimizer(accumulate=3), tiny_model(CFG.model), six_rows(), jax.random.key(7)
     sliced, metrics = gradients(model, model, batch, key, cfg=cfg)

@@ -140,6 +140,7 @@ def test_the_exported_dataset_trains_to_the_same_figures(uninterrupted, tmp_path
     assert_same(saved(directory, STEPS), saved(uninterrupted, STEPS))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(uninterrupted, tmp_path):
     command = [sys.executable, "train.py", *FLAGS, "--checkpoint-dir", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -40,6 +40,7 @@ def test_targets_are_what_each_camera_can_know():
     np.testing.assert_allclose(at[0, 1, 0], [0.2, -0.2, -1.0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_error_falls_and_only_the_vision_tower_changes(setting):
     model, train, _ = setting
     _, start = pretrain_vision(model, train, steps=2, batch_size=16)
@@ -85,6 +86,7 @@ def test_loss_reads_what_the_text_alone_would_write(setting):
     assert abs(float(other) - want) > 1e-4  # the words are read
 
 
+@pytest.mark.slow
 def test_error_falls_and_the_action_tower_stays(setting):
     model, source, transform = setting
     trained, error = pretrain_naming(model, source, transform, steps=60, batch_size=16, peak_lr=1e-2, quiet=True)
