@@ -91,9 +91,8 @@ def test_error_falls_and_the_action_tower_stays(setting):
     model, source, transform = setting
     trained, error = pretrain_naming(model, source, transform, steps=60, batch_size=16, peak_lr=1e-2, quiet=True)
     places = source.poses(np.arange(len(source)), DEBUG.model.cameras)[1]
-    assert error < 0.8 * 100 * np.nanmean(
-        np.abs(places)
-    )  # mean over all steps; zeros for answers would be off by the mean itself
+    # Mean over all steps; zeros for answers would be off by the mean itself.
+    assert error < 0.8 * 100 * np.nanmean(np.abs(places))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), model, trained)
     assert all(jax.tree.leaves((same.expert, same.action_in, same.action_out)))
     assert not any(jax.tree.leaves((same.img.patch_kernel, same.vlm.blocks.layers.q)))
