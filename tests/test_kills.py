@@ -13,7 +13,7 @@ from openpi_ar.training import memory
 from openpi_ar.training.state import TrainState
 from tests.test_distributed import curves, launch
 
-STEPS, KILLS = 50, 4
+STEPS, KILLS = 60, 5
 LONGER = ["--num-steps", str(STEPS), "--eval-every", "10"]
 
 
