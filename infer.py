@@ -15,13 +15,12 @@ from rich.table import Table
 import tyro
 
 import openpi_ar
-from openpi_ar import observations
 from openpi_ar.config import TabletopData
 from openpi_ar.errors import UserError
-from openpi_ar.policy import Policy
-from openpi_ar.sim import rollout
-from openpi_ar.sim.video import check_path
-from openpi_ar.sim.world import CAMERAS, STATE_DIM, Tabletop
+from openpi_ar.policy import Policy, observations
+from openpi_ar.worlds.tabletop import rollout
+from openpi_ar.worlds.tabletop.world import CAMERAS, STATE_DIM, Tabletop
+from openpi_ar.worlds.video import check_path
 
 TABLETOP = Path(openpi_ar.__file__).parent / "assets" / "tabletop"
 _TABLETOP_ACTIONS = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")

@@ -27,10 +27,10 @@ import optax
 
 from openpi_ar.algorithms.losses import mean_where, sample_time
 from openpi_ar.models.cache import positions, prefix_lm_mask
-from openpi_ar.models.gemma import Tower
+from openpi_ar.models.decoder import Tower
 from openpi_ar.models.layers import MASKED, GatedMLP, Linear, rotary, rotate
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Array, Batch, Observation, Text
+from openpi_ar.types import Array, Batch, Observation, Tokens
 
 Cache = tuple[Array, Array, Array]
 """Keys and values [L B S K H], valid [B S]."""
@@ -131,7 +131,7 @@ def align_right(x: Array, valid: Array, mask: Array) -> tuple[Array, Array, Arra
 
 
 def prefill(
-    model: Pi0, obs: Observation, text: Text | None = None, images: Array | None = None, *, room: int = 0
+    model: Pi0, obs: Observation, text: Tokens | None = None, images: Array | None = None, *, room: int = 0
 ) -> tuple[Array, Cache]:
     """Hidden states of the whole prefix, and the cache with `room` for more tokens. What is decoded from is aligned."""
     images = embed_images(model, obs) if images is None else images
@@ -208,7 +208,7 @@ def text_and_actions(model: Pi0, obs: Observation, noise: Array, tokens: int, st
     return ids, denoise(model, obs, cache, noise, steps)
 
 
-def text_ce(model: Pi0, hidden: Array, prompt: Text, target: Text) -> Array:
+def text_ce(model: Pi0, hidden: Array, prompt: Tokens, target: Tokens) -> Array:
     """Cross-entropy from the hidden states of all text positions [B P+T D], against one-hot targets."""
     ids = jnp.concatenate([prompt.ids, target.ids], axis=1)
     counted = jnp.concatenate([jnp.zeros_like(prompt.loss), target.loss], axis=1)

@@ -25,7 +25,7 @@ from openpi_ar.checkpoints import export, store
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.config import ModelConfig
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Observation, Text
+from openpi_ar.types import Observation, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +86,11 @@ def main(args: Args) -> None:
     figures["parameters_gb"] = sum(x.nbytes for x in leaves) / 1e9
     print(f"before {before:.2f} GB; {json.dumps(figures)}", flush=True)
 
-    bits = np.ones((1, args.prompt), bool)
     ids = np.arange(2, 2 + args.prompt, dtype=np.int32)[None]
     obs = Observation(
         images=np.zeros((1, 1, *cfg.siglip.image_size, 3), np.uint8),
         image_mask=np.ones((1, 1), bool),
-        prompt=Text(ids=ids, valid=bits, causal=~bits, loss=~bits, hidden=~bits),
+        prompt=Tokens.of(ids),
         state=np.zeros((1, cfg.state_dim), np.float32),
     )
     run = jax.jit(act, static_argnames=("eos_id", "max_tokens", "num_steps"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, SigLIPConfig, TowerConfig
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Batch, Observation, Text
+from openpi_ar.types import Batch, Kind, Observation, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,9 @@ def make_model(cfg: ModelConfig, dtype: str) -> Pi0:
     return jax.tree.map(fill, abstract)
 
 
-def text_run(ids: np.ndarray, *, target: bool) -> Text:
+def text_run(ids: np.ndarray, *, target: bool) -> Tokens:
     """Tokens that are all valid; as a target also causal and supervised."""
-    yes = np.ones(ids.shape, bool)
-    bit = yes if target else ~yes
-    return Text(ids=ids.astype(np.int32), valid=yes, causal=bit, loss=bit, hidden=~yes)
+    return Tokens.of(ids, kind=Kind.SUBTASK if target else Kind.PROMPT, causal=target, loss=target)
 
 
 def make_observation(

@@ -9,17 +9,30 @@
 say `nnx.data()` because flax does not recognise a tracer as data on Python 3.11.
 """
 
+import enum
+from typing import Any
+
 from flax import nnx
 import jax
-from jaxtyping import Bool, Float, Int, UInt8
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 import numpy as np
 
 # Batches are built from numpy on the host and become jax arrays when they enter a jitted function.
 Array = jax.Array | np.ndarray
 
 
+class Kind(enum.IntEnum):
+    """What a token belongs to. Losses and metrics go by kind, with one weight each."""
+
+    PROMPT = 0
+    SUBTASK = 1
+    ANSWER = 2
+    ACTION = 3
+
+
 @nnx.dataclass
-class Text(nnx.Pytree):
+class Tokens(nnx.Pytree):
     """A run of tokens. Slots are not positions: invalid slots are holes that nothing reads and no position counts.
 
     ids     token ids.
@@ -27,7 +40,8 @@ class Text(nnx.Pytree):
     causal  token opens a new attention block: it sees itself and everything before, nothing before sees it.
             A run of causal tokens is autoregressive, a run of non-causal ones is bidirectional.
     loss    token is a supervised target of the cross-entropy.
-    hidden  token is invisible to the action tower and holds none of its positions (FAST action tokens).
+    hidden  token is invisible to the action tower and holds none of its positions (EOS, FAST action tokens).
+    kind    a `Kind`.
     """
 
     ids: Int[Array, "B T"] = nnx.data()
@@ -35,6 +49,38 @@ class Text(nnx.Pytree):
     causal: Bool[Array, "B T"] = nnx.data()
     loss: Bool[Array, "B T"] = nnx.data()
     hidden: Bool[Array, "B T"] = nnx.data()
+    kind: Int8[Array, "B T"] = nnx.data()
+
+    @classmethod
+    def of(
+        cls,
+        ids: Any,
+        valid: Any = True,
+        *,
+        kind: Any = Kind.PROMPT,
+        causal: Any = False,
+        loss: Any = False,
+        hidden: Any = False,
+    ) -> "Tokens":
+        """A run with these ids [B T]; the other fields are arrays of that shape, or one value for every token.
+
+        A token that is not valid is neither supervised nor hidden. Numpy stays numpy.
+        """
+        xp = np if isinstance(ids, np.ndarray) else jnp
+        ids = xp.asarray(ids).astype(np.int32)
+
+        def bit(value: Any) -> Any:
+            return xp.broadcast_to(xp.asarray(value, bool), ids.shape)
+
+        valid = bit(valid)
+        return cls(
+            ids=ids,
+            valid=valid,
+            causal=bit(causal),
+            loss=bit(loss) & valid,
+            hidden=bit(hidden) & valid,
+            kind=xp.broadcast_to(xp.asarray(kind, np.int8), ids.shape),
+        )
 
 
 @nnx.dataclass
@@ -49,7 +95,7 @@ class Observation(nnx.Pytree):
 
     images: UInt8[Array, "B C h w 3"] | Float[Array, "B C h w 3"] = nnx.data()
     image_mask: Bool[Array, "B C"] = nnx.data()
-    prompt: Text = nnx.data()
+    prompt: Tokens = nnx.data()
     state: Float[Array, "B P"] = nnx.data()
 
 
@@ -64,6 +110,6 @@ class Batch(nnx.Pytree):
     """
 
     observation: Observation = nnx.data()
-    target: Text = nnx.data()
+    target: Tokens = nnx.data()
     actions: Float[Array, "B A X"] = nnx.data()
     action_mask: Bool[Array, "B A X"] = nnx.data()

@@ -7,9 +7,9 @@ import numpy as np
 from configs.debug import DEBUG
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
-from openpi_ar.data.tabletop import TabletopSource, split_sources
-from openpi_ar.sim.demos import Demos
 from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.worlds.tabletop.demos import Demos
+from openpi_ar.worlds.tabletop.source import TabletopSource, split_sources
 
 LENGTHS = (7, 5, 9, 6)
 PROMPTS = ("put the red block in the left bin", "put the blue block in the right bin", "put all blocks in the left bin")

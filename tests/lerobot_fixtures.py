@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openpi_ar.config import LeRobotData
-from openpi_ar.data.lerobot import load_lerobot
-from openpi_ar.data.lerobot_source import LeRobotSource
+from openpi_ar.data.lerobot.load import load_lerobot
+from openpi_ar.data.lerobot.source import LeRobotSource
 
 GOLDEN = Path(__file__).parent / "golden/lerobot"
 DATASETS = ("v21_images", "v21_video", "v30_images_lang", "v30_video")

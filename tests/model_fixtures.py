@@ -1,5 +1,6 @@
 """Tiny random models and ragged observations, shared by the model and algorithm tests."""
 
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -10,7 +11,7 @@ import numpy as np
 from openpi_ar.algorithms import decode, losses
 from openpi_ar.config import ModelConfig, SigLIPConfig, TowerConfig
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Batch, Observation, Text
+from openpi_ar.types import Batch, Kind, Observation, Tokens
 
 VOCAB, EOS = 64, 1
 
@@ -56,16 +57,11 @@ def tiny_model(cfg: ModelConfig | None = None, seed: int = 0) -> Pi0:
     return model
 
 
-def text_run(ids: np.ndarray, lengths: list[int], causal: bool, hidden: np.ndarray | None = None) -> Text:
+def text_run(ids: np.ndarray, lengths: list[int], causal: bool, hidden: np.ndarray | None = None) -> Tokens:
     valid = np.arange(ids.shape[1])[None] < np.asarray(lengths)[:, None]
-    flag = np.full(ids.shape, causal)
-    return Text(
-        ids=ids.astype(np.int32) * valid,
-        valid=valid,
-        causal=flag,
-        loss=flag & valid,
-        hidden=np.zeros(ids.shape, bool) if hidden is None else hidden,
-    )
+    kind = Kind.SUBTASK if causal else Kind.PROMPT
+    hidden = np.zeros(ids.shape, bool) if hidden is None else hidden
+    return Tokens.of(ids * valid, valid, kind=kind, causal=causal, loss=causal, hidden=hidden)
 
 
 def ragged_observation(cfg: ModelConfig, seed: int = 0, batch: int = 3, prompt: int = 7) -> Observation:
@@ -90,7 +86,7 @@ def ragged_batch(cfg: ModelConfig, seed: int = 0) -> Batch:
     ids = rng.integers(2, VOCAB, (3, 6))
     ids[np.arange(3), np.asarray(lengths) - 1] = EOS
     target = text_run(ids, lengths, causal=True)
-    target = Text(target.ids, target.valid, target.causal, target.loss, hidden=target.ids == EOS)
+    target = dataclasses.replace(target, hidden=target.ids == EOS)
     mask = np.ones((3, cfg.action_horizon, cfg.action_dim), bool)
     mask[2, 2:] = False
     mask[:, :, -1] = False

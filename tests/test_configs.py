@@ -133,7 +133,7 @@ def test_help_lists_the_presets_and_a_presets_fields(capsys):
 
 @pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if isinstance(c.data, TabletopData)])
 def test_text_budgets_hold_everything_the_tabletop_says(name):
-    from openpi_ar.sim.tasks import known_prompts, known_subtasks
+    from openpi_ar.worlds.tabletop.tasks import known_prompts, known_subtasks
 
     text, tok = PRESETS[name].text, load_tokenizer("embedded")
     assert tok.vocab_size <= PRESETS[name].model.vocab_size

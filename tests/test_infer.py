@@ -10,7 +10,7 @@ import pytest
 
 import infer
 from openpi_ar.policy import Policy
-from openpi_ar.sim.world import Tabletop
+from openpi_ar.worlds.tabletop.world import Tabletop
 
 
 def images(folder: Path) -> list[str]:

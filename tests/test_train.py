@@ -17,14 +17,14 @@ import pytest
 from configs import get_preset
 from openpi_ar.checkpoints import store
 from openpi_ar.data.inputs import collate
-from openpi_ar.data.tabletop_export import export_tabletop
 from openpi_ar.errors import UserError
-from openpi_ar.sim.demos import DemoConfig
 from openpi_ar.training import memory
 from openpi_ar.training.metrics import MetricsLog, read_metrics
 from openpi_ar.training.optimizer import make_optimizer, make_schedule
 from openpi_ar.training.state import init_state, train_key
 from openpi_ar.training.step import ema_decay, make_train_step
+from openpi_ar.worlds.tabletop.demos import DemoConfig
+from openpi_ar.worlds.tabletop.export import export_tabletop
 from tests.data_fixtures import sources, transform
 import train
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from openpi_ar.algorithms.generate import Generated, as_draft, generate
 from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
-from openpi_ar.models.fast import FastTower, runs_of
+from openpi_ar.models.fused import FastTower, runs_of
 from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Array, Observation, Text
+from openpi_ar.types import Array, Observation, Tokens
 
 
 @nnx.dataclass
@@ -49,7 +49,7 @@ class Act(nnx.Pytree):
 def prefill(
     model: Pi0,
     obs: Observation,
-    text: Text | None = None,
+    text: Tokens | None = None,
     *,
     image_tokens: Float[Array, "B _ D"] | None = None,
     lean: bool = False,
@@ -182,7 +182,7 @@ def act(
     max_tokens: int,
     num_steps: int,
     temperature: float = 0.0,
-    text: Text | None = None,
+    text: Tokens | None = None,
     draft: tuple[Int[Array, "B _"], Bool[Array, "B _"]] | None = None,
     table: Float[Array, "n m W"] | None = None,
 ) -> Act:

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.models.cache import KVCache, decode_mask
-from openpi_ar.models.fast import FastTower, joined, room_for, runs_of
+from openpi_ar.models.fused import FastTower, joined, room_for, runs_of
 from openpi_ar.models.layers import rotary
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Array, Text
+from openpi_ar.types import Array, Kind, Tokens
 
 
 @nnx.dataclass
@@ -56,12 +56,11 @@ class _State(nnx.Pytree):
     key: Array = nnx.data()
 
 
-def as_draft(ids: Int[Array, "B T"], valid: Bool[Array, "B T"], *, max_tokens: int, eos_id: int) -> Text:
+def as_draft(ids: Int[Array, "B T"], valid: Bool[Array, "B T"], *, max_tokens: int, eos_id: int) -> Tokens:
     """The text run that checks this guess: its first valid tokens, without the EOS (nothing is ever read after it)."""
     ids, valid = jnp.asarray(ids)[:, :max_tokens], jnp.asarray(valid)[:, :max_tokens]
     spoken = jnp.cumprod(valid & (ids != eos_id), axis=1).astype(bool)
-    no = jnp.zeros_like(spoken)
-    return Text(ids=jnp.where(spoken, ids, 0), valid=spoken, causal=~no, loss=no, hidden=no)
+    return Tokens.of(jnp.where(spoken, ids, 0), spoken, kind=Kind.SUBTASK, causal=True)
 
 
 def generate(
@@ -74,7 +73,7 @@ def generate(
     eos_id: int,
     allowed: Bool[Array, " V"],
     temperature: float = 0.0,
-    draft: Text | None = None,
+    draft: Tokens | None = None,
     draft_hidden: Float[Array, "B T D"] | None = None,
 ) -> tuple[Generated, KVCache]:
     """Decodes until every row has said EOS or `max_tokens` tokens are out. `last_hidden` predicts the first token.

@@ -11,7 +11,7 @@ from openpi_ar.algorithms.decode import prefill, velocities
 from openpi_ar.config import LossConfig
 from openpi_ar.models.cache import KVCache
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Array, Batch, Observation, Text
+from openpi_ar.types import Array, Batch, Observation, Tokens
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -32,12 +32,12 @@ class Counts(NamedTuple):
     entries: Float[Array, ""]
 
 
-def scored_tokens(target: Text) -> Bool[Array, "B T"]:
+def scored_tokens(target: Tokens) -> Bool[Array, "B T"]:
     """Tokens that the cross-entropy counts."""
     return jnp.asarray(target.loss) & target.valid
 
 
-def text_counts(target: Text) -> Counts:
+def text_counts(target: Tokens) -> Counts:
     """The counts of a target alone: `entries` is 1."""
     scored = scored_tokens(target)
     parts = (scored, scored.any(-1), scored[:, 0])
@@ -54,7 +54,7 @@ def text_loss(
     model: Pi0,
     prompt_last: Float[Array, "B D"],
     hidden: Float[Array, "B T D"],
-    target: Text,
+    target: Tokens,
     counts: Counts | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Cross-entropy of the target text given its teacher-forced hidden states. The target is right-padded.
@@ -114,7 +114,7 @@ def flow_loss(
 
 
 def compute_loss(
-    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, said: Text | None = None
+    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, said: Tokens | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
     """The training loss and its parts: `loss`, `flow`, `text_ce`, `exact_match`, `first_token` (float32 scalars).
 

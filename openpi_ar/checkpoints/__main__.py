@@ -16,8 +16,8 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.checkpoints import export, load
-from openpi_ar.checkpoints import verify as verification
 from openpi_ar.config import TowerConfig
+from openpi_ar.doctor import verify as verification
 from openpi_ar.errors import UserError
 
 Where = Annotated[str, tyro.conf.Positional]

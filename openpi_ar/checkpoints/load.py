@@ -25,7 +25,7 @@ from openpi_ar.checkpoints.sources import Source, open_source
 from openpi_ar.config import ModelConfig
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.models.siglip import resample_pos_embedding
+from openpi_ar.models.vit import resample_pos_embedding
 
 PUBLIC_SIGLIP_HEADS = 16
 PUBLIC_KV_HEADS = 1

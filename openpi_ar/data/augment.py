@@ -9,7 +9,7 @@ from jaxtyping import Float
 import numpy as np
 
 from openpi_ar.config import AugmentConfig
-from openpi_ar.types import Array, Batch, Observation, Text
+from openpi_ar.types import Array, Batch, Observation, Tokens
 
 _MISTAKEN = 1 / 3
 """Of the tokens of a row that is fed mistakes."""
@@ -41,7 +41,7 @@ def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[
     return dataclasses.replace(obs, images=flat.reshape(images.shape) * 2.0 - 1.0)
 
 
-def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Text]:
+def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Tokens]:
     """The batch, and the text to feed in place of its target: in this fraction of rows some tokens of the row before.
 
     Those rows have no action in the loss any more: their actions do not follow from such a text. A kin of word dropout

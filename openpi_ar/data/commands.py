@@ -9,14 +9,14 @@ import numpy as np
 from rich.table import Table
 import tyro
 
-from openpi_ar.data.lerobot_columns import Frames, label_columns, read_columns, runs, subtask_labels, subtask_source
-from openpi_ar.data.lerobot_meta import Meta, choose_episodes, read_meta
-from openpi_ar.data.lerobot_video import probe
+from openpi_ar.data.lerobot.columns import Frames, label_columns, read_columns, runs, subtask_labels, subtask_source
+from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
+from openpi_ar.data.lerobot.video import probe
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats, compute_stats, save_norm_stats
-from openpi_ar.data.tabletop_export import export_tabletop
 from openpi_ar.errors import UserError
-from openpi_ar.sim.demos import DemoConfig
 from openpi_ar.tables import console, new_table
+from openpi_ar.worlds.tabletop.demos import DemoConfig
+from openpi_ar.worlds.tabletop.export import export_tabletop
 
 Directory = Annotated[str, tyro.conf.Positional]
 

@@ -23,7 +23,7 @@ from openpi_ar.data.transforms import pad_dims
 from openpi_ar.errors import UserError
 from openpi_ar.text import prompts
 from openpi_ar.text.tokenizer import Tokenizer
-from openpi_ar.types import Batch, Observation, Text
+from openpi_ar.types import Batch, Observation, Tokens
 
 Arrays = dict[str, Any]
 """Nested dict of numpy arrays: images, image_mask, state, prompt (a dict), and for samples target (a dict), actions,
@@ -141,7 +141,7 @@ class InputTransform:
         """The text to be said; all padding if the template has none."""
         budget = self.cfg.text.max_target_tokens
         if not self.says_text:
-            tokens = {"ids": np.zeros(budget, np.int32)}
+            tokens = {"ids": np.zeros(budget, np.int32), "kind": np.zeros(budget, np.int8)}
             return tokens | {bit: np.zeros(budget, bool) for bit in ("valid", "causal", "loss", "hidden")}
         subtask = raw.get("subtask")
         if not isinstance(subtask, str) or not subtask.strip():
@@ -223,10 +223,10 @@ def stack_rows(rows: Sequence[Arrays]) -> Arrays:
 def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> Batch | Observation:
     """Stacked arrays to the model's types, on the device. A Batch if they hold actions."""
     a = place(arrays, sharding)
-    obs = Observation(images=a["images"], image_mask=a["image_mask"], prompt=Text(**a["prompt"]), state=a["state"])
+    obs = Observation(images=a["images"], image_mask=a["image_mask"], prompt=Tokens(**a["prompt"]), state=a["state"])
     if "actions" not in a:
         return obs
-    return Batch(observation=obs, target=Text(**a["target"]), actions=a["actions"], action_mask=a["action_mask"])
+    return Batch(observation=obs, target=Tokens(**a["target"]), actions=a["actions"], action_mask=a["action_mask"])
 
 
 def collate(rows: Sequence[Arrays]) -> Batch | Observation:

@@ -4,11 +4,11 @@ import dataclasses
 
 from openpi_ar.config import LeRobotData, RobotConfig, TabletopData, TrainConfig
 from openpi_ar.data.layout import SingleSource, TrainingSource
-from openpi_ar.data.lerobot import load_lerobot
+from openpi_ar.data.lerobot.load import load_lerobot
 from openpi_ar.data.mixture import Mixture
-from openpi_ar.data.tabletop import load_tabletop
 from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
+from openpi_ar.worlds.tabletop.source import load_tabletop
 
 TABLETOP = "tabletop"
 """In `data.mix`: the embedded demonstrations."""

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.config import ModelConfig
-from openpi_ar.models.fast import FastTower, cast_matrices
-from openpi_ar.models.gemma import Embedder, Tower
+from openpi_ar.images import resize_with_pad
+from openpi_ar.models.decoder import Embedder, Tower
+from openpi_ar.models.fused import FastTower, cast_matrices
 from openpi_ar.models.layers import Linear, sincos_embedding
-from openpi_ar.models.resize import resize_with_pad
-from openpi_ar.models.siglip import SigLIP
+from openpi_ar.models.vit import SigLIP
 from openpi_ar.types import Array, Observation
 
 

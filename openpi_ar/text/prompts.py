@@ -1,4 +1,4 @@
-"""Prompt templates as data, and their tokens with the four bits of `types.Text`.
+"""Prompt templates as data, and their tokens with the four bits of `types.Tokens`.
 
 Only the target is causal and supervised: a bidirectional target would be learnt by copying. The target's EOS is `hidden`:
 nothing reads it at inference, where decoding stops as it is chosen, so the action tower must not see it in training.
@@ -12,12 +12,13 @@ import numpy as np
 
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import Tokenizer
+from openpi_ar.types import Kind
 
 EOS = "<eos>"
 """In a template this stands for the EOS id; in a user's text it is just text."""
 
 TokenArrays = dict[str, np.ndarray]
-"""ids int32, valid, causal, loss, hidden bool, each [max_tokens], right-padded: the fields of `types.Text`."""
+"""ids int32, valid, causal, loss, hidden bool, each [max_tokens], right-padded: the fields of `types.Tokens`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,4 +193,5 @@ def _arrays(tok: Tokenizer, ids: list[int], max_tokens: int, what: str, *, targe
         "causal": valid.copy() if target else none.copy(),
         "loss": valid.copy() if target else none.copy(),
         "hidden": valid & (padded == tok.eos_id) if target else none.copy(),
+        "kind": np.full(max_tokens, Kind.SUBTASK if target else Kind.PROMPT, np.int8),
     }

@@ -12,11 +12,11 @@ import jax
 from openpi_ar import config_json
 from openpi_ar.checkpoints import remote, store
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
-from openpi_ar.data.tabletop import asked_colors
 from openpi_ar.errors import UserError
 from openpi_ar.text.prompts import TEMPLATES
 from openpi_ar.training import distributed
 from openpi_ar.training.cli import Arguments
+from openpi_ar.worlds.tabletop.source import asked_colors
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")

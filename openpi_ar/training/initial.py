@@ -12,9 +12,9 @@ from openpi_ar.data.layout import TrainingSource
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.training import distributed, freeze
-from openpi_ar.training.grounding import pretrain_naming
 from openpi_ar.training.state import init_model
-from openpi_ar.training.vision import pretrain_vision
+from openpi_ar.worlds.tabletop.pretrain_naming import pretrain_naming
+from openpi_ar.worlds.tabletop.pretrain_vision import pretrain_vision
 
 _ADAPTERS = ("lora_a", "lora_b")
 

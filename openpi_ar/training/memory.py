@@ -17,7 +17,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.training import freeze, sharding
 from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import TrainState, init_state, train_key
-from openpi_ar.types import Batch, Observation, Text
+from openpi_ar.types import Batch, Observation, Tokens
 
 GIB = 2**30
 _F32 = 4
@@ -76,8 +76,8 @@ def abstract_batch(cfg: TrainConfig, where: jax.sharding.Sharding | None = None)
     """Shapes and dtypes of a training batch, and where its rows are."""
     m, (h, w), rows = cfg.model, cfg.model.siglip.image_size, cfg.batch_size
 
-    def text(tokens: int) -> Text:
-        return Text(jnp.zeros((rows, tokens), jnp.int32), *(jnp.zeros((rows, tokens), bool) for _ in range(4)))
+    def text(tokens: int) -> Tokens:
+        return Tokens.of(jnp.zeros((rows, tokens), jnp.int32))
 
     def batch() -> Batch:
         obs = Observation(

@@ -17,7 +17,7 @@ from openpi_ar.data.augment import augment, with_mistakes
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
-from openpi_ar.types import Array, Batch, Observation, Text
+from openpi_ar.types import Array, Batch, Observation, Tokens
 
 # Stream of a step's key from which images are changed; the key itself draws noise and times.
 _AUGMENT, _MISTAKES = 1, 2
@@ -59,7 +59,7 @@ def accumulated_gradients(
     """
     slices = cfg.optimizer.accumulate
 
-    def gradients(part: Batch, said: Text, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
+    def gradients(part: Batch, said: Tokens, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
         loss_key, augment_key = part_key, jax.random.fold_in(part_key, _AUGMENT)
         seen = augment(part.observation, augment_key, cfg.augment, cfg.model.cameras)
         part = dataclasses.replace(part, observation=seen)
@@ -76,7 +76,7 @@ def accumulated_gradients(
     share = jax.tree.map(lambda count: count / slices, counts)
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), (batch, said))
 
-    def one(total: Any, xs: tuple[Batch, Text, jax.Array]) -> tuple[Any, None]:
+    def one(total: Any, xs: tuple[Batch, Tokens, jax.Array]) -> tuple[Any, None]:
         part, said, part_key = xs
         return jax.tree.map(jnp.add, total, gradients(part, said, part_key, share)), None
 

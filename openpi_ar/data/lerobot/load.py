@@ -1,0 +1,174 @@
+"""The training source over a LeRobot dataset: from a config to (training, held-out) frames of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+import math
+
+import numpy as np
+
+from openpi_ar.config import LeRobotData
+from openpi_ar.data.layout import Layout
+from openpi_ar.data.lerobot.columns import (
+    Frames,
+    label_columns,
+    read_columns,
+    subtask_labels,
+    subtask_source,
+    task_labels,
+)
+from openpi_ar.data.lerobot.frame_cache import CachedReader, DecodingReader, cached_frames
+from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
+from openpi_ar.data.lerobot.source import POSES, LeRobotSource, Table
+from openpi_ar.data.robots import MASKED, of_data
+from openpi_ar.errors import UserError
+
+SUPERVISE = "supervise_text"
+"""Optional boolean feature: False where the subtask does not follow from the prompt, so that saying it is not trained."""
+
+
+def load_lerobot(
+    cfg: LeRobotData, horizon: int, cameras: Sequence[str], size: tuple[int, int], *, says_text: bool
+) -> tuple[LeRobotSource, LeRobotSource, list[str]]:
+    """(training source, held-out source, remarks for the user). Decodes and caches the frames on first use.
+
+    Args:
+        horizon: actions in a sample.
+        cameras: the model's camera names.
+        size: height and width that frames are cached at.
+        says_text: the model learns to say the subtask; frames without one are then skipped, and counted in the remarks.
+
+    Raises:
+        UserError: anything in the dataset or the config that does not fit; names file, episode and frame.
+    """
+    if not 0 <= cfg.held_out < 1:
+        raise UserError(f"data.held_out is a fraction of the episodes, 0 to below 1, found {cfg.held_out}")
+    meta = read_meta(cfg.path)
+    mapping = map_cameras(meta, cameras, cfg.cameras)
+    source = subtask_source(meta, cfg.subtasks)
+    if source == "task" and not cfg.prompt:
+        raise UserError(
+            'data.subtasks is "task": the tasks are what is said, so --data.prompt must give the task of the whole episode'
+        )
+    optional = [key for key in (SUPERVISE, POSES) if key in meta.features]
+    keys = [*cfg.state, *cfg.actions, "task_index", *label_columns(source), *optional]
+    frames = read_columns(meta, choose_episodes(meta, cfg.episodes), keys)
+    table = _table(cfg, frames, mapping, source, size)
+    remarks = []
+    usable = np.ones(len(frames), bool)
+    if says_text:
+        usable = _labelled(table, source)
+        if not usable.all():
+            first = frames.where(int(np.argmin(usable)))
+            remarks.append(
+                f"{int((~usable).sum())} of {len(frames)} frames have no subtask and are skipped (first: {first})"
+            )
+    short = [e for e in frames.episodes if e.length < horizon]
+    if short:
+        remarks.append(
+            f"{len(short)} of {len(frames.episodes)} episodes are shorter than a chunk of {horizon} actions and padded "
+            f"(first: episode {short[0].index}, {short[0].length} frames)"
+        )
+    # Nobody can say a subtask that does not follow from the prompt, so episodes of such are not for evaluation.
+    judged = usable & table.supervise
+    episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
+    held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
+    robot = of_data(cfg, cameras, table.state.shape[1], table.actions.shape[1])
+    train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot)
+    if cfg.held_out == 0:
+        remarks.append("data.held_out is 0: evaluation runs on training frames")
+    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon, robot)
+    if not len(train) or not len(test):
+        raise UserError(
+            f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or set "
+            f"--data.held-out 0 to evaluate on the training frames"
+        )
+    return train, test, remarks
+
+
+def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dict[str, str | None]:
+    """Model camera -> feature; None: the dataset has no such camera, the model then sees none.
+
+    `given` holds "model camera=feature" or "model camera=none", or both as "feature|none"; a feature may be named by its last
+    part. Cameras that are
+    not given take the feature of their own name. Raises UserError that spells out a complete mapping.
+    """
+    by_name = {key: key for key in meta.cameras} | {_last(key): key for key in meta.cameras}
+    asked: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in given)}
+    mapping: dict[str, str | None] = {}
+    problems = [f"{name!r} is no camera of the model" for name in asked if name not in cameras]
+    for name in cameras:
+        keys = asked.get(name, name).split("|")
+        there = [by_name[k] for key in keys for k in (key, _last(key)) if k in by_name]
+        mapping[name] = next(iter(there), None)
+        if mapping[name] is None and not (name in asked and set(keys) & set(MASKED)):
+            problems.append(
+                f"nothing is known of {'|'.join(keys)!r}" if name in asked else f"model camera {name!r} has no feature"
+            )
+    if problems or not any(mapping.values()):
+        spare = [key for key in meta.cameras if key not in mapping.values()]
+        example = " ".join(f"{n}={k or (spare.pop(0) if spare else 'none')}" for n, k in mapping.items())
+        raise UserError(
+            f"cameras: {'; '.join(problems) or 'all are none'}. The model reads {', '.join(cameras)}; {meta.root} has "
+            f"{', '.join(meta.cameras) or 'no cameras'}. Say which is which, for example --data.cameras {example}"
+        )
+    return mapping
+
+
+def _table(
+    cfg: LeRobotData, frames: Frames, mapping: Mapping[str, str | None], source: str, size: tuple[int, int]
+) -> Table:
+    state, actions = frames.vector(cfg.state), frames.vector(cfg.actions)
+    prompts, prompt_id = ([cfg.prompt], np.zeros(len(frames), int)) if cfg.prompt else task_labels(frames)
+    subtasks, subtask_id = ([], np.full(len(frames), -1)) if source == "none" else subtask_labels(frames, source)
+
+    def reader(key: str) -> Callable[[int], np.ndarray]:
+        if cfg.frames == "cache":
+            return CachedReader(cached_frames(frames, key, size, cfg.cache_dir))
+        return DecodingReader(frames, key)
+
+    return Table(
+        frames=frames,
+        images={name: reader(key) for name, key in mapping.items() if key is not None},
+        masked=tuple(name for name, key in mapping.items() if key is None),
+        state=state,
+        actions=actions,
+        prompts=tuple(prompts),
+        prompt_id=prompt_id,
+        subtasks=tuple(subtasks),
+        subtask_id=subtask_id,
+        supervise=frames.columns[SUPERVISE][:, 0] > 0 if SUPERVISE in frames.columns else np.ones(len(frames), bool),
+        last=np.repeat(frames.starts[1:] - 1, np.diff(frames.starts)),
+        layout=Layout(
+            {name: key or "" for name, key in mapping.items()},
+            *([n for key in keys for n in frames.meta.dimension_names(key)] for keys in (cfg.state, cfg.actions)),
+        ),
+    )
+
+
+def _labelled(table: Table, source: str) -> np.ndarray:
+    usable = table.subtask_id >= 0
+    if not usable.any():
+        meta = table.frames.meta
+        looked = "neither subtask_index with meta/subtasks.parquet nor language_persistent is there"
+        raise UserError(
+            f"{meta.root} has no subtask labels ({looked if source == 'none' else f'data.subtasks {source}: all empty'}), but "
+            f"the config trains a model to say its subtask: annotate the data, name another column with --data.subtasks, or "
+            f"train actions only with --text.template openpi"
+        )
+    return usable
+
+
+def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
+    """Which episodes training never sees, bool [episodes]: that fraction of all, at least one, drawn among `candidates`.
+
+    Drawn with a fixed seed, not taken from the end: the last episodes of a recording are often of one task.
+    """
+    mask = np.zeros(len(candidates), bool)
+    if fraction:
+        order = np.random.default_rng(0).permutation(np.flatnonzero(candidates))
+        mask[order[: max(1, math.ceil(fraction * len(candidates)))]] = True
+    return mask
+
+
+def _last(key: str) -> str:
+    """The last part of a feature's name, or of a robot's key for it."""
+    return key.replace("/", ".").rsplit(".", 1)[-1]

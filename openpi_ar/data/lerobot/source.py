@@ -1,0 +1,158 @@
+"""Frames of a LeRobot dataset as raw samples: what `data/tabletop.py` is for the simulator. `data/lerobot.py` makes one."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+
+import numpy as np
+
+from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
+from openpi_ar.data.lerobot.columns import Frames, runs
+from openpi_ar.data.normalize import Mode, NormStats
+from openpi_ar.data.robot_spec import RobotSpec
+from openpi_ar.errors import UserError
+
+POSES = "observation.environment_state"
+"""Optional feature: positions x, y, z and presence (0 or 1) of each object, for `training/vision.py`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Everything of N frames but the pixels, in memory. `images` gives a camera's frame, uint8 [h w 3].
+
+    state [N S] and actions [N X] float32; prompt_id and subtask_id [N] into `prompts` and `subtasks` (-1: no label);
+    supervise bool [N]; last int [N], the last frame of each frame's episode.
+    """
+
+    frames: Frames
+    images: Mapping[str, Callable[[int], np.ndarray]]
+    masked: tuple[str, ...]
+    state: np.ndarray
+    actions: np.ndarray
+    prompts: tuple[str, ...]
+    prompt_id: np.ndarray
+    subtasks: tuple[str, ...]
+    subtask_id: np.ndarray
+    supervise: np.ndarray
+    last: np.ndarray
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeRobotSource:
+    """Random access to some frames, as raw samples for `InputTransform.sample`.
+
+    A sample is the frame and the `horizon` actions from it on. Past the episode's end the last action is repeated and
+    `action_valid` is False.
+    """
+
+    table: Table
+    rows: np.ndarray
+    """Indices into the table [rows]."""
+    horizon: int
+    robot: RobotSpec
+    """What is done to states and actions before normalisation; samples are as recorded."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        t, row = self.table, int(self.rows[index])
+        steps = np.arange(row, row + self.horizon)
+        end = t.last[row]
+        label = int(t.subtask_id[row])
+        return {
+            "images": {name: read(row) for name, read in t.images.items()},
+            "masked": t.masked,
+            "state": t.state[row],
+            "prompt": t.prompts[int(t.prompt_id[row])],
+            "subtask": "" if label < 0 else t.subtasks[label],
+            "actions": t.actions[np.minimum(steps, end)],
+            "action_valid": steps <= end,
+            "supervise_text": bool(t.supervise[row]),
+        }
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that occur in these frames."""
+        return tuple(self.table.prompts[i] for i in np.unique(self.table.prompt_id[self.rows]))
+
+    @property
+    def name(self) -> str:
+        """The dataset's directory, for messages."""
+        return str(self.table.frames.meta.root)
+
+    @property
+    def subtasks(self) -> tuple[str, ...]:
+        """The subtasks that occur in these frames."""
+        ids = np.unique(self.table.subtask_id[self.rows])
+        return tuple(self.table.subtasks[i] for i in ids if i >= 0)
+
+    @property
+    def layout(self) -> Layout:
+        """Features and their dimensions."""
+        return self.table.layout
+
+    def where(self, index: int) -> str:
+        """ "FILE: episode E, frame F"."""
+        return self.table.frames.where(int(self.rows[index]))
+
+    def unlabelled(self) -> list[str]:
+        """Runs of frames of the dataset without a subtask."""
+        frames = self.table.frames
+        empty = [(a, b) for a, b, label in runs(self.table.subtask_id, frames.starts) if label < 0]
+        return [frames.where(a) + (f" to {b - 1 - a + frames.number(a)}" if b - a > 1 else "") for a, b in empty]
+
+    def numbers(self) -> Numbers:
+        """Over all frames of this source; no image is read.
+
+        Actions relative to the state are those of all chunks, each from its own state; absolute ones count once a frame.
+        """
+        t, rows, all_rows = self.table, self.rows, np.arange(len(self.rows))
+        state = self.robot.state_to_model(t.state[rows])
+        actions = self.robot.absolute_to_model(t.actions)
+        delta = self.robot.pi05.delta
+        by_dimension = [
+            self._relative(actions[:, i], state[:, i])
+            if i < len(delta) and delta[i]
+            else Column(actions[rows, i], all_rows)
+            for i in range(actions.shape[1])
+        ]
+        return {"state": [Column(x, all_rows) for x in state.T], "actions": by_dimension}
+
+    def _relative(self, action: np.ndarray, state: np.ndarray) -> Column:
+        """One dimension [frames] of the actions in every chunk, less its state [rows]; none past an episode's end."""
+        rows, last = self.rows, self.table.last[self.rows]
+        inside = [np.flatnonzero(rows + d <= last) for d in range(self.horizon)]
+        values = [action[rows[i] + d] - state[i] for d, i in enumerate(inside)]
+        return Column(np.concatenate(values), np.concatenate(inside))
+
+    def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
+        """Statistics of `numbers`."""
+        return stats_of(self.numbers(), mode)
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Colours of the objects of `poses`, from the names of its dimensions ("red.x", ...); none without poses."""
+        columns = self.table.frames
+        names = columns.meta.features[POSES].names if POSES in columns.columns else ()
+        return tuple(dict.fromkeys(str(name).partition(".")[0] for name in names))
+
+    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images uint8 [B C h w 3], objects [B O 3] in metres, NaN where absent, tool [B 3]) of these rows.
+
+        Raises UserError if the dataset does not say where its objects are.
+        """
+        table, rows = self.table, self.rows[index]
+        objects = self._positions()[rows].reshape(len(rows), -1, 4)
+        at = np.where(objects[..., 3:] > 0.5, objects[..., :3], np.nan)
+        images = np.stack([np.stack([table.images[name](int(row)) for name in cameras]) for row in rows])
+        return images, at.astype(np.float32), table.state[rows, :3]
+
+    def _positions(self) -> np.ndarray:
+        frames = self.table.frames
+        if POSES not in frames.columns:
+            raise UserError(
+                f"{frames.meta.root} has no feature {POSES!r} (where the objects are), which the towers learn from before "
+                f"training: set --data.vision-steps 0 and --data.naming-steps 0"
+            )
+        return frames.columns[POSES]

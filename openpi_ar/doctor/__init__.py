@@ -1,0 +1,1 @@
+"""Is a checkpoint what it should be? Goldens of reference code, and comparisons."""

@@ -1,0 +1,104 @@
+"""What the host does around compiled programs: keeps them on disk, picks the smallest that fits a batch, times them."""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from openpi_ar.config import ModelConfig
+from openpi_ar.types import Observation, Tokens
+
+
+def keep_compiled_programs() -> Path | None:
+    """Has JAX keep compiled programs in `$OPENPI_AR_CACHE/xla` (default `~/.cache/openpi_ar/xla`) and reuse them.
+
+    Nothing changes if JAX has such a directory already (`JAX_COMPILATION_CACHE_DIR`) or is told to keep none
+    (`JAX_ENABLE_COMPILATION_CACHE=false`). Returns the directory in use, None if there is none.
+    """
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    directory: str | None = jax.config.values["jax_compilation_cache_dir"]
+    if directory is None:
+        root = Path(os.environ.get("OPENPI_AR_CACHE") or Path.home() / ".cache" / "openpi_ar")
+        directory = str(root / "xla" / _machine())
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return Path(directory)
+
+
+def _machine() -> str:
+    """Differs between processors: code for one may use instructions that another lacks (home directories are shared)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def inference_dtype(wanted: str) -> str:
+    """`auto` is float32 on CPU, where one-row bfloat16 matmuls are 2 to 13 times slower, and bfloat16 elsewhere."""
+    if wanted != "auto":
+        return wanted
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
+    """The same observation (numpy) in fewer tokens: cameras that no row has are dropped, and prompts cut to the smallest bucket.
+
+    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket is a program of its own.
+    """
+    seen = np.asarray(obs.image_mask).any(0)
+    longest = int(np.flatnonzero(np.asarray(obs.prompt.valid).any(0)).max(initial=0)) + 1
+    size = min((b for b in buckets if b >= longest), default=obs.prompt.ids.shape[1])
+    return dataclasses.replace(
+        obs,
+        images=obs.images[:, seen],
+        image_mask=obs.image_mask[:, seen],
+        prompt=jax.tree.map(lambda a: a[:, :size], obs.prompt),
+    )
+
+
+def resizes_on_device(wanted: str) -> bool:
+    """`auto`: where there is a device besides the CPU. There the resize costs the control loop nothing."""
+    return wanted == "device" or (wanted == "auto" and jax.default_backend() != "cpu")
+
+
+def blank_observation(
+    cfg: ModelConfig, batch: int, cameras: int, prompt: int, image_size: tuple[int, int] | None = None
+) -> Observation:
+    """Black images (None: of the model's size) and a prompt that fills its slots, to compile and warm up with."""
+    return Observation(
+        images=np.zeros((batch, cameras, *(image_size or cfg.siglip.image_size), 3), np.uint8),
+        image_mask=np.ones((batch, cameras), bool),
+        prompt=Tokens.of(np.zeros((batch, prompt), np.int32)),
+        state=np.zeros((batch, cfg.state_dim), np.float32),
+    )
+
+
+class Stopwatch:
+    """Times of consecutive stages in ms, each waited for."""
+
+    def __init__(self):
+        self.ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str, value: Any) -> Any:
+        """Waits for the value of the stage that ends here, and returns it."""
+        jax.block_until_ready(value)
+        now = time.perf_counter()
+        self.ms[name] = milliseconds(now - self._last)
+        self._last = now
+        return value
+
+
+def milliseconds(seconds: float) -> float:
+    """Rounded to microseconds."""
+    return round(1000 * seconds, 3)

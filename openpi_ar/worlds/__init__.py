@@ -1,0 +1,1 @@
+"""Simulated worlds: they write LeRobot datasets and drive a policy; nothing else knows one."""

@@ -1,0 +1,116 @@
+"""Pre-training of tower 1 on what a text names: told "pick up the red block", it says where that block is.
+
+Imitation alone binds words to places slowly: of the blocks on the table the actions go to one or another, from frame to frame,
+and the loss hardly tells. Here the place of the named block is read from the values that the text's last token writes to the
+cache, which is where the action tower will look. The readout is then thrown away, as that of `training/vision.py` is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+import numpy as np
+
+from openpi_ar.algorithms.decode import prefill
+from openpi_ar.data.inputs import InputTransform, collate, stack_rows
+from openpi_ar.data.layout import TrainingSource
+from openpi_ar.errors import UserError
+from openpi_ar.models.cache import action_mask
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.types import Array, Observation, Tokens
+from openpi_ar.worlds.tabletop.pretrain_vision import POSITION_SCALE, fit
+from openpi_ar.worlds.tabletop.tasks import pick_up
+
+
+class PlaceReadout(nnx.Module):
+    """From a token's values in each of the upper layers, a position."""
+
+    def __init__(self, layers: int, width: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (layers, width, 3)) * width**-0.5)
+
+    def __call__(self, values: Float[Array, "L B K W"]) -> Float[Array, "L B K 3"]:
+        return jnp.einsum("LBKW,LWX->LBKX", values, self.kernel[...])
+
+
+def naming_loss(
+    parts: tuple[Any, Any, Any, PlaceReadout],
+    model: Pi0,
+    texts: Tokens,
+    obs: Observation,
+    places: Float[Array, "B K 3"],
+    present: Bool[Array, "B K"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """L1 between the places (units of `POSITION_SCALE`) of the present ones of K objects and what the upper layers' values
+    at the end of each one's text say; its mean in centimetres.
+
+    `parts` stand in for the model's vision tower, embedder and tower 1. `texts` are K rows, the same for all observations:
+    they run side by side after one prefix and do not see each other, as noisy chunks do (`decode.velocities`).
+    """
+    model = nnx.clone(model)
+    model.img, model.embedder, model.vlm, readout = parts
+    _, cache = prefill(model, obs)
+    batch, (count, length) = places.shape[0], texts.ids.shape
+    x = model.embed_text(jnp.asarray(texts.ids)).reshape(1, count * length, -1)
+    pos = cache.next_pos[:, None] + jnp.tile(jnp.arange(length), count)
+    mask = action_mask(cache, jnp.ones(length, bool), count)
+    _, (_, v) = model.vlm(jnp.broadcast_to(x, (batch, *x.shape[1:])), pos, mask, cache)
+    ends = jnp.arange(count) * length + (texts.valid & ~texts.hidden).sum(-1) - 1
+    v = jnp.asarray(v)  # stacked, as training's towers are
+    values = v[v.shape[0] // 2 :, :, ends]  # before, word and image have not met
+    found = readout(values.reshape(*values.shape[:3], -1).astype(jnp.float32))
+    error = jnp.where(present, jnp.abs(found - places).mean(-1), 0.0).mean(0).sum() / present.sum()
+    return error, error * (100 * POSITION_SCALE)
+
+
+def naming_texts(source: TrainingSource, transform: InputTransform) -> Tokens:
+    """A text that names each object of the source, cut to the longest one. Raises UserError if the source names none."""
+    if not source.objects:
+        raise UserError(f"{source.name} does not name its objects: set --data.naming-steps 0")
+    targets = [transform.target({"subtask": pick_up(color)}) for color in source.objects]
+    longest = max(int(t["valid"].sum()) for t in targets)
+    return Tokens(**{name: x[:, :longest] for name, x in stack_rows(targets).items()})
+
+
+def pretrain_naming(
+    model: Pi0,
+    source: TrainingSource,
+    transform: InputTransform,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    peak_lr: float = 1e-3,
+    seed: int = 0,
+    quiet: bool = False,
+) -> tuple[Pi0, float]:
+    """The model with its vision tower, embedder and tower 1 trained to find what a text names, and the mean error over the
+    last steps in centimetres. `quiet`: without a progress bar.
+    """
+    cfg = model.cfg.vlm
+    readout = PlaceReadout(cfg.depth - cfg.depth // 2, cfg.num_kv_heads * cfg.head_dim, rngs=nnx.Rngs(seed))
+    parts: Any = (*jax.tree.map(jnp.copy, (model.img, model.embedder, model.vlm)), readout)
+    source.poses(np.zeros(1, int), transform.cfg.model.cameras)  # says what to do if there are none
+    texts = naming_texts(source, transform)
+
+    def loss(parts: Any, *batch: Any) -> tuple[Array, Array]:
+        return naming_loss(parts, model, texts, *batch)
+
+    batches = _batches(source, transform, steps, batch_size, seed)
+    parts, error = fit(parts, loss, batches, steps, peak_lr, "tower 1: what a text names", quiet=quiet)
+    trained = nnx.clone(model)
+    trained.img, trained.embedder, trained.vlm, _ = parts
+    return trained, error
+
+
+def _batches(
+    source: TrainingSource, transform: InputTransform, steps: int, batch_size: int, seed: int
+) -> Iterator[tuple[Observation, np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng([seed, 1])
+    for _ in range(steps):
+        index = np.sort(rng.choice(len(source), batch_size, replace=len(source) < batch_size))
+        objects = source.poses(index, transform.cfg.model.cameras)[1]
+        obs = collate([transform.observation(source[int(i)]) for i in index])
+        assert isinstance(obs, Observation)
+        yield obs, np.nan_to_num(objects / POSITION_SCALE), np.asarray(np.isfinite(objects).all(-1))

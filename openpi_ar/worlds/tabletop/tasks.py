@@ -1,0 +1,237 @@
+"""Tasks, their prompts and subtasks, the held-out combinations, and the sampling of episodes. No physics in here.
+
+Three kinds: `clear` (everything into one bin), `sort` (warm and cool colours apart) and `pair` (two named blocks, in the
+order asked). What to do next is a function of the task and of what one image shows, never of the past. A fourth, `command`,
+is for training only: a random plan that its prompt does not tell.
+"""
+
+from collections.abc import Collection, Mapping
+import dataclasses
+import itertools
+import re
+from typing import Literal
+
+import numpy as np
+
+from openpi_ar.worlds.tabletop import scene
+from openpi_ar.worlds.tabletop.scene import BINS, COLORS
+
+Split = Literal["train", "held_out"]
+
+WARM = ("red", "yellow")
+COOL = ("green", "blue", "purple")
+
+HELD_OUT_COMBOS: frozenset[tuple[str, str]] = frozenset({("purple", "left"), ("yellow", "right")})
+"""(colour, bin) that no training episode asks for, in any kind of task."""
+HELD_OUT_PAIRS: frozenset[tuple[str, str, str, str]] = frozenset(
+    {
+        ("red", "right", "blue", "left"),
+        ("green", "left", "red", "left"),
+        ("blue", "right", "green", "right"),
+        ("yellow", "left", "green", "left"),
+        ("purple", "right", "red", "left"),
+        ("blue", "left", "purple", "right"),
+    }
+)
+"""(first colour, bin, second colour, bin) of `pair` prompts never seen in training, though each half is."""
+
+_ADVERBS = {"middle": "in the middle"}
+
+LIFTED_Z = 0.07
+"""Height of a held block's centre (its bottom then clears walls and blocks) from which it is being placed, metres."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is asked: `targets` is the plan, each (colour, bin) in the order in which it is to be done."""
+
+    kind: Literal["clear", "sort", "pair", "command"]
+    prompt: str
+    targets: tuple[tuple[str, str], ...]
+
+    @property
+    def is_ordered(self) -> bool:
+        """The plan must be done in its order; otherwise a block already in the air may go first."""
+        return self.kind in ("pair", "command")
+
+    @property
+    def is_held_out(self) -> bool:
+        """The plan contains a held-out combination or is a held-out pair."""
+        return bool(HELD_OUT_COMBOS.intersection(self.targets)) or (
+            self.kind == "pair" and self.targets[0] + self.targets[1] in HELD_OUT_PAIRS
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where an episode starts: block colours, xy [n, 2] metres, yaw [n] radians; tool [3] and finger opening, metres."""
+
+    colors: tuple[str, ...]
+    xy: np.ndarray
+    yaw: np.ndarray
+    tool: np.ndarray
+    opening: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What one moment shows: tool point [3], finger opening, block centres [3] by colour (metres), colour held or None."""
+
+    tool: np.ndarray
+    opening: float
+    blocks: Mapping[str, np.ndarray]
+    held: str | None
+
+
+def clear_task(bin_name: str, colors: tuple[str, ...]) -> Task:
+    """All blocks into one bin."""
+    targets = tuple((color, bin_name) for color in COLORS if color in colors)
+    return Task("clear", f"clear the table into the {bin_name} bin", targets)
+
+
+def sort_task(warm_bin: str, cool_bin: str, colors: tuple[str, ...]) -> Task:
+    """Warm colours into one bin, cool ones into another."""
+    targets = tuple((color, warm_bin if color in WARM else cool_bin) for color in COLORS if color in colors)
+    where = [_ADVERBS.get(name, name) for name in (warm_bin, cool_bin)]
+    return Task("sort", f"put warm colours {where[0]} and cool colours {where[1]}", targets)
+
+
+def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
+    """Two named blocks, in this order."""
+    prompt = f"put the {first} block in the {first_bin} bin, then the {second} one in the {second_bin}"
+    return Task("pair", prompt, ((first, first_bin), (second, second_bin)))
+
+
+def command_task(rng: np.random.Generator, prompt: str, colors: tuple[str, ...]) -> Task:
+    """A random plan for these blocks, whatever the prompt says: only the subtask tells what is done next, and why it
+    is the subtask that the actions must follow. Asks for no held-out combination."""
+    allowed = {c: [b for b in BINS if (c, b) not in HELD_OUT_COMBOS] for c in colors}
+    order = [str(color) for color in rng.permutation(colors)]
+    return Task("command", prompt, tuple((c, allowed[c][int(rng.integers(len(allowed[c])))]) for c in order))
+
+
+def parse_prompt(prompt: str, colors: tuple[str, ...]) -> Task:
+    """The task that a prompt asks for on a table with these block colours.
+
+    Raises:
+        ValueError: no task has such a prompt, or it names a block that is not on the table.
+    """
+    if match := re.fullmatch(r"clear the table into the (\w+) bin", prompt):
+        if match[1] in BINS:
+            return clear_task(match[1], colors)
+    elif match := re.fullmatch(r"put warm colours (?:in the )?(\w+) and cool colours (?:in the )?(\w+)", prompt):
+        warm, cool = match.groups()
+        if {warm, cool} <= set(BINS) and warm != cool and sort_task(warm, cool, ()).prompt == prompt:
+            return sort_task(warm, cool, colors)
+    elif match := re.fullmatch(r"put the (\w+) block in the (\w+) bin, then the (\w+) one in the (\w+)", prompt):
+        first, first_bin, second, second_bin = match.groups()
+        if first != second and {first, second} <= set(COLORS) and {first_bin, second_bin} <= set(BINS):
+            if missing := {first, second} - set(colors):
+                raise ValueError(f"prompt {prompt!r} names {sorted(missing)}, but the blocks are {colors}")
+            return pair_task(first, first_bin, second, second_bin)
+    raise ValueError(f"unknown prompt {prompt!r}; see openpi_ar.worlds.tabletop.tasks.known_prompts()")
+
+
+def known_prompts() -> tuple[str, ...]:
+    """Every prompt there is, held-out ones included."""
+    return tuple(
+        dict.fromkeys(
+            [
+                *(clear_task(name, ()).prompt for name in BINS),
+                *(sort_task(*names, ()).prompt for names in itertools.permutations(BINS, 2)),
+                *(task.prompt for task in _all_pairs()),
+            ]
+        )
+    )
+
+
+def known_subtasks() -> tuple[str, ...]:
+    """Every subtask there is: 5 to pick up, 15 to place, and "done"."""
+    places = itertools.product(COLORS, BINS)
+    return (*map(pick_up, COLORS), *(place(color, name) for color, name in places), "done")
+
+
+def pick_up(color: str) -> str:
+    """The subtask that ends when the block is in the air."""
+    return f"pick up the {color} block"
+
+
+def place(color: str, bin_name: str) -> str:
+    """The subtask that ends when the block is released."""
+    return f"place the {color} block in the {bin_name} bin"
+
+
+def is_placed(facts: Facts, color: str, bin_name: str) -> bool:
+    """The block is inside the bin's walls and not held."""
+    return facts.held != color and scene.bin_of(facts.blocks[color]) == bin_name
+
+
+def next_subtask(task: Task, facts: Facts) -> str:
+    """The true subtask at this moment; depends on nothing but the task and what can be seen.
+
+    The next block is the first of the plan that is not in its bin. One exception: where the order is free (`clear`,
+    `sort`), a block already in the air is placed first. Raises KeyError when a targeted block is not on the table.
+    """
+    todo = [(color, name) for color, name in task.targets if not is_placed(facts, color, name)]
+    if not todo:
+        return "done"
+    for color, name in todo[:1] if task.is_ordered else todo:
+        if facts.held == color and facts.blocks[color][2] > LIFTED_Z:
+            return place(color, name)
+    return pick_up(todo[0][0])
+
+
+def sample_task(
+    rng: np.random.Generator, *, split: Split = "train", asked: Collection[str] = COLORS, pairs: float = 1 / 3
+) -> tuple[Task, Layout]:
+    """Draw an episode; by default the three kinds are equally likely.
+
+    Args:
+        rng: source of all randomness.
+        split: `train` never asks for a held-out combination or pair; `held_out` always does.
+        asked: only tasks whose targets all have one of these colours; other blocks may stand by.
+        pairs: probability of a `pair`; the other two kinds are equally likely.
+
+    Raises:
+        ValueError: unknown split, or `asked` is not at least two of `scene.COLORS`.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
+    if len(set(asked)) < 2 or not set(asked) <= set(COLORS):
+        raise ValueError(f"asked must be at least two of {', '.join(COLORS)}, got {tuple(asked)}")
+    kind = "pair" if rng.random() < pairs else ("clear", "sort")[rng.integers(2)]
+    while True:
+        task, colors = _propose(rng, kind)
+        if task.is_held_out == (split == "held_out") and all(color in asked for color, _ in task.targets):
+            return task, sample_layout(rng, colors)
+
+
+def sample_layout(rng: np.random.Generator, colors: tuple[str, ...]) -> Layout:
+    """Random block poses at least `BLOCK_SPACING` apart and a random start of the hand."""
+    low, high = np.array([scene.BLOCKS_X, scene.BLOCKS_Y]).T
+    count = len(colors)
+    while True:
+        xy = rng.uniform(low, high, (count, 2))
+        gaps = np.linalg.norm(xy[:, None] - xy[None], axis=-1) + np.eye(count)
+        if gaps.min() >= scene.BLOCK_SPACING:
+            break
+    tool = rng.uniform([*low, 0.09], [high[0], scene.TOOL_HIGH[1] - 0.05, scene.TOOL_HIGH[2]])
+    opening = scene.MAX_OPENING if rng.random() < 0.8 else rng.uniform(0, scene.MAX_OPENING)
+    yaw = rng.uniform(-scene.BLOCK_YAW, scene.BLOCK_YAW, count)
+    return Layout(colors, xy, yaw, tool, float(opening))
+
+
+def _propose(rng: np.random.Generator, kind: str) -> tuple[Task, tuple[str, ...]]:
+    colors = tuple(str(color) for color in rng.permutation(COLORS)[: rng.integers(2, 5)])
+    if kind == "sort":
+        warm, cool = (BINS[i] for i in rng.permutation(len(BINS))[:2])
+        return sort_task(warm, cool, colors), colors
+    bins = [BINS[i] for i in rng.integers(len(BINS), size=2)]
+    if kind == "clear":
+        return clear_task(bins[0], colors), colors
+    return pair_task(colors[0], bins[0], colors[1], bins[1]), colors
+
+
+def _all_pairs() -> list[Task]:
+    pairs = itertools.permutations(COLORS, 2)
+    return [pair_task(a, x, b, y) for (a, b), x, y in itertools.product(pairs, BINS, BINS)]

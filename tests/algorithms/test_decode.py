@@ -1,0 +1,235 @@
+"""If this fails, what the model says or does at inference is not what it was trained to say or do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openpi_ar.types import Kind, Tokens
+from tests.model_fixtures import (
+    EOS,
+    VOCAB,
+    act,
+    denoise,
+    generate,
+    max_diff,
+    prefill,
+    ragged_batch,
+    ragged_observation,
+    rows,
+    text_run,
+    tiny_config,
+    tiny_model,
+    velocity,
+)
+
+# One forward in float32 through three blocks: two programs that differ in fusion and summation order only.
+TOL = 2e-5
+ALL = np.ones(VOCAB, bool)
+
+
+def settings(pi05=True):
+    cfg = tiny_config(pi05=pi05)
+    return cfg, tiny_model(cfg), ragged_observation(cfg)
+
+
+def say(model, obs, max_tokens=6, allowed=ALL, temperature=0.0, seed=0):
+    out, cache = prefill(model, obs)
+    return generate(
+        model,
+        cache,
+        out.prompt_last,
+        jax.random.key(seed),
+        max_tokens=max_tokens,
+        eos_id=EOS,
+        allowed=allowed,
+        temperature=temperature,
+    )
+
+
+def as_text(said) -> Tokens:
+    ids, valid = np.asarray(said.ids), np.asarray(said.valid)
+    return Tokens.of(ids, valid, kind=Kind.SUBTASK, causal=True, loss=True, hidden=ids == EOS)
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+@pytest.mark.parametrize("form", ["stacked", "unstacked", "prepared"])
+def test_teacher_forced_equals_decoded(pi05, form):
+    """Forcing the generated text through one prefill gives the same next-token choices, cache and velocity."""
+    _, model, obs = settings(pi05)
+    if form != "stacked":
+        model = getattr(model, form)()
+    said, cache = say(model, obs)
+    out, forced_cache = prefill(model, obs, as_text(said))
+    predicts = jnp.concatenate([out.prompt_last[:, None], out.text[:, :-1]], axis=1)
+    again = jnp.argmax(model.logits(predicts), axis=-1)
+    assert jnp.array_equal(jnp.where(said.valid, again, 0), said.ids)
+    assert len({tuple(r) for r in np.asarray(said.ids).tolist()}) == 3  # the rows really say different things
+
+    x_t, t = jax.random.normal(jax.random.key(5), (3, 4, 5)), jnp.array([0.2, 0.6, 1.0])
+    v = velocity(model, obs, cache, x_t, t)
+    assert max_diff(v, velocity(model, obs, forced_cache, x_t, t)) < TOL
+    # control: the text matters to the actions, by far more than the tolerance
+    assert max_diff(v, velocity(model, obs, prefill(model, obs)[1], x_t, t)) > 100 * TOL
+
+
+def test_wrong_positions_would_be_seen():
+    """Control of the test above: decoding one position late (openpi's off-by-one) moves the velocity."""
+    _, model, obs = settings()
+    said, _ = say(model, obs)
+    _, right = prefill(model, obs, as_text(said))
+    one = Tokens.of(np.zeros((3, 1), np.int32), kind=Kind.SUBTASK, causal=True, hidden=True)
+    late = jax.tree.map(lambda pad, x: np.concatenate([pad, np.asarray(x)], axis=1), one, as_text(said))
+    _, shifted = prefill(model, obs, late)
+    x_t, t = jnp.zeros((3, 4, 5)), jnp.full((3,), 0.5)
+    assert max_diff(velocity(model, obs, right, x_t, t), velocity(model, obs, shifted, x_t, t)) > 100 * TOL
+
+
+def test_rows_stop_at_their_own_eos():
+    """`done` accumulates: after a row's EOS come zeros, whatever the other rows still say."""
+    _, model, obs = settings()
+    free, _ = say(model, obs, max_tokens=5, allowed=np.arange(VOCAB) != EOS)
+    # Make EOS win where row 1 would say its third token: teach the head that this id is EOS.
+    third = int(free.ids[1, 2])
+    model.embedder.table[...] = model.embedder.table[...].at[EOS].set(model.embedder.table[...][third] * 1.001)
+    allowed = np.arange(VOCAB) != third
+    said, cache = say(model, obs, max_tokens=5, allowed=allowed)
+    lengths = np.asarray(said.valid).sum(-1)
+    assert lengths.min() < lengths.max()
+    for row, valid, n in zip(np.asarray(said.ids), np.asarray(said.valid), lengths, strict=True):
+        assert valid[:n].all()
+        assert not valid[n:].any()
+        assert (row[n:] == 0).all()
+        assert EOS not in row[: n - 1]
+    # EOS is not written to the cache: only what the actions may see is.
+    before = np.asarray(prefill(model, obs)[1].valid).sum(-1)
+    spoken = (np.asarray(said.ids) != EOS) & np.asarray(said.valid)
+    ended = (np.asarray(said.ids) == EOS).any(-1)
+    assert np.asarray(cache.valid).sum(-1)[ended].tolist() == (before + spoken.sum(-1))[ended].tolist()
+
+
+def test_max_tokens_and_allowed_are_obeyed():
+    _, model, obs = settings()
+    allowed = np.zeros(VOCAB, bool)
+    allowed[[EOS, 7, 9]] = True
+    said, _ = say(model, obs, max_tokens=3, allowed=allowed)
+    assert said.ids.shape == (3, 3)
+    assert set(np.asarray(said.ids)[np.asarray(said.valid)].tolist()) <= {EOS, 7, 9}
+    one, cache = say(model, obs, max_tokens=1)
+    assert one.ids.shape == (3, 1)
+    # A text cut off at its first token is in the cache all the same: the actions see what was said.
+    assert (cache.next_pos - prefill(model, obs)[1].next_pos).tolist() == [int(i != EOS) for i in one.ids[:, 0]]
+
+
+@pytest.mark.slow
+def test_temperature_samples_the_softmax():
+    """First-token frequencies over many rows match the model's own distribution."""
+    cfg, model, obs = settings()
+    many = jax.tree.map(lambda a: np.repeat(np.asarray(a)[:1], 2000, axis=0), obs)
+    out, _ = prefill(model, rows(obs, slice(0, 1)))
+    want = jax.nn.softmax(model.logits(out.prompt_last)[0] / 0.7)
+    said, _ = say(model, many, max_tokens=1, temperature=0.7)
+    seen = np.bincount(np.asarray(said.ids)[:, 0], minlength=VOCAB) / 2000
+    assert 0.5 * np.abs(seen - np.asarray(want)).sum() < 0.12  # total variation; E ~ sqrt(V / (2 pi n)) = 0.07
+    assert len(np.flatnonzero(seen)) > 3
+    again, _ = say(model, many, max_tokens=1, temperature=0.7)
+    assert jnp.array_equal(said.ids, again.ids)
+    other, _ = say(model, many, max_tokens=1, temperature=0.7, seed=1)
+    assert not jnp.array_equal(said.ids, other.ids)
+
+
+def test_later_target_tokens_move_earlier_states_by_exactly_zero():
+    cfg, model, _ = settings()
+    batch = ragged_batch(cfg)
+    ids = np.asarray(batch.target.ids).copy()
+    ids[0, 3] = (ids[0, 3] + 5) % VOCAB
+    run = lambda text: prefill(model, batch.observation, text)[0].hidden
+    a, b = run(batch.target), run(dataclasses.replace(batch.target, ids=ids))
+    start = a.shape[1] - ids.shape[1]
+    assert max_diff(a[0, : start + 3], b[0, : start + 3]) == 0.0
+    assert max_diff(a[1:], b[1:]) == 0.0
+    assert max_diff(a[0, start + 3], b[0, start + 3]) > 0.01
+    # control: were the target bidirectional, the prompt itself would see the change
+    leaky = dataclasses.replace(batch.target, causal=np.zeros_like(ids, dtype=bool))
+    c, d = run(leaky), run(dataclasses.replace(leaky, ids=ids))
+    assert max_diff(c[0, : start + 3], d[0, : start + 3]) > 1e-3
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_padding_and_masked_cameras_change_nothing(pi05):
+    cfg, model, obs = settings(pi05)
+    run = lambda o: act(model, o, jax.random.key(3), eos_id=EOS, allowed=ALL, max_tokens=5, num_steps=3)
+    images = np.array(obs.images)
+    images[1, 0] = 0.77
+    ids = np.where(obs.prompt.valid, obs.prompt.ids, 42)
+    junk = dataclasses.replace(obs, images=images, prompt=dataclasses.replace(obs.prompt, ids=ids.astype(np.int32)))
+    a, b = run(obs), run(junk)
+    assert jnp.array_equal(a.ids, b.ids)
+    assert max_diff(a.actions, b.actions) == 0.0
+    seen = np.array(obs.images)
+    seen[0, 0] = 0.77  # control: the same change in a camera that is not masked
+    assert max_diff(a.actions[0], run(dataclasses.replace(obs, images=seen)).actions[0]) > 1e-3
+
+
+def test_more_padding_changes_nothing():
+    """A longer prompt budget shifts slots, not positions."""
+    _, model, obs = settings()
+    p = obs.prompt
+    wide = jax.tree.map(lambda x: np.pad(np.asarray(x), [(0, 0), (2, 3)]), p)
+    kwargs = {"eos_id": EOS, "allowed": ALL, "max_tokens": 5, "num_steps": 3}
+    a = act(model, obs, jax.random.key(3), **kwargs)
+    b = act(model, dataclasses.replace(obs, prompt=wide), jax.random.key(3), **kwargs)
+    assert jnp.array_equal(a.ids, b.ids)
+    assert max_diff(a.actions, b.actions) < TOL
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_batch_of_three_equals_three_batches_of_one(pi05):
+    _, model, obs = settings(pi05)
+    said, cache = say(model, obs)
+    noise = jax.random.normal(jax.random.key(9), (3, 4, 5))
+    actions = denoise(model, obs, cache, noise, num_steps=4)
+    for i in range(3):
+        one = rows(obs, slice(i, i + 1))
+        said_i, cache_i = say(model, one)
+        assert said_i.ids.tolist() == said.ids[i : i + 1].tolist()
+        alone = denoise(model, one, cache_i, noise[i : i + 1], num_steps=4)
+        assert max_diff(alone, actions[i : i + 1]) < TOL
+
+
+def test_hidden_tokens_are_invisible_to_the_actions():
+    """Hidden text neither is read by the action tower nor shifts its positions."""
+    cfg, model, obs = settings()
+    batch = ragged_batch(cfg)
+    everything = dataclasses.replace(batch.target, hidden=np.ones_like(batch.target.hidden))
+    x_t, t = jax.random.normal(jax.random.key(5), (3, 4, 5)), jnp.full((3,), 0.4)
+    plain = velocity(model, obs, prefill(model, obs)[1], x_t, t)
+    masked = velocity(model, obs, prefill(model, obs, everything)[1], x_t, t)
+    shown = velocity(model, obs, prefill(model, obs, batch.target)[1], x_t, t)
+    assert max_diff(plain, masked) < TOL
+    assert max_diff(plain, shown) > 100 * TOL
+
+
+def test_denoise_is_euler_from_noise_to_data():
+    _, model, obs = settings()
+    _, cache = prefill(model, obs)
+    noise = jax.random.normal(jax.random.key(2), (3, 4, 5))
+    x = noise
+    for t in (1.0, 0.75, 0.5, 0.25):
+        x = x - 0.25 * velocity(model, obs, cache, x, jnp.full((3,), t))
+    assert max_diff(x, denoise(model, obs, cache, noise, num_steps=4)) < TOL
+    assert max_diff(x, denoise(model, obs, cache, noise, num_steps=8)) > 100 * TOL
+
+
+def test_act_with_given_text_says_it_and_follows_it():
+    cfg, model, obs = settings()
+    kwargs = {"eos_id": EOS, "allowed": ALL, "max_tokens": 4, "num_steps": 3}
+    rng = np.random.default_rng(0)
+    one, other = (text_run(rng.integers(2, VOCAB, (3, 4)), [4, 2, 3], causal=True) for _ in range(2))
+    a, b = (act(model, obs, jax.random.key(0), text=text, **kwargs) for text in (one, other))
+    assert jnp.array_equal(a.ids, one.ids)
+    assert max_diff(a.actions, b.actions) > 1e-3
+    silent = act(model, obs, jax.random.key(0), **{**kwargs, "max_tokens": 0})
+    assert silent.ids.shape == (3, 0)

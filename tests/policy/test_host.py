@@ -1,0 +1,101 @@
+"""If this fails, a smaller or remembered program says or does something else, or programs are kept where they should not be."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from openpi_ar.algorithms import decode
+from openpi_ar.checkpoints import store
+from openpi_ar.policy import Policy
+from openpi_ar.policy import host as runtime
+from tests.model_fixtures import EOS, VOCAB, act, max_diff, ragged_observation, tiny_config, tiny_model
+from tests.policy.test_policy import raw_observation
+
+
+def test_dropped_cameras_and_cut_prompts_change_nothing():
+    cfg = tiny_config()
+    model, obs = tiny_model(cfg).prepared(), ragged_observation(cfg)
+    masks = np.array(obs.image_mask)
+    masks[:, 0] = False
+    wide = jax.tree.map(lambda a: np.pad(a, [(0, 0), (0, 9)]), obs.prompt)
+    obs = dataclasses.replace(obs, image_mask=masks, prompt=wide)
+    small = runtime.shrink(obs, (5, 8, 12))
+    assert small.images.shape[1] == 1 and small.prompt.ids.shape == (3, 8)  # the longest prompt has 7 tokens
+    assert runtime.shrink(obs, (5,)).prompt.ids.shape == (3, 16)
+    options = {"eos_id": EOS, "allowed": np.ones(VOCAB, bool), "max_tokens": 4, "num_steps": 2}
+    a, b = (act(model, o, jax.random.key(0), **options) for o in (obs, small))
+    np.testing.assert_array_equal(a.ids, b.ids)
+    assert max_diff(a.actions, b.actions) < 2e-5
+
+
+def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    policy = Policy(cfg, model, tok, stats)
+    assert policy.warmup().keys() == {cfg.text.max_prompt_tokens}
+    steps, run = [], policy._act
+
+    def spied(*args):
+        out = run(*args)
+        steps.append(int(out.steps))
+        return out
+
+    policy._act = spied
+    raw, other = raw_observation(1), raw_observation(2, "clear the table into the left bin")
+    texts = [policy.infer(r)["subtask"] for r in (raw, raw, other, raw)]
+    assert steps[0] > 0 == steps[1]
+    assert texts[0] == texts[1] == texts[3]
+    policy.forget()
+    assert policy.infer(raw)["subtask"] == texts[0] and steps[-1] == steps[0]
+    off = Policy(dataclasses.replace(cfg, decode=dataclasses.replace(cfg.decode, draft=False)), model, tok, stats)
+    assert [off.infer(r)["subtask"] for r in (raw, other)] == [texts[0], texts[2]]
+
+
+def test_after_warming_up_prompts_of_all_lengths_are_served_without_compiling(tiny_checkpoint, monkeypatch):
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    left = "put the red block in the left bin"
+    raws = [raw_observation(1, prompt) for prompt in ("done", left, f"{left}, then the blue block in the right bin")]
+    transform = Policy(cfg, model, tok, stats).transform
+    lengths = [int(transform.observation(raw)["prompt"]["valid"].sum()) for raw in raws]
+    assert lengths[0] < lengths[1] < lengths[2]
+    cfg = dataclasses.replace(cfg, decode=dataclasses.replace(cfg.decode, prompt_buckets=tuple(lengths[:2])))
+    policy = Policy(cfg, model, tok, stats)
+    assert policy.warmup(batch_size=2).keys() == {*lengths[:2], cfg.text.max_prompt_tokens}
+
+    def traced(*args, **kwargs):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(decode, "act", traced)
+    for raw in raws:
+        for _ in range(2):  # without an earlier text to check, and with one
+            assert len(policy.infer_batch([raw, raw])) == 2
+    with pytest.raises(AssertionError, match="compiled again"):
+        policy.infer_batch(raws)
+
+
+def test_compiled_programs_are_kept_only_where_they_may_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path))
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        assert runtime.keep_compiled_programs() is None
+        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert runtime.keep_compiled_programs().parent == tmp_path / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+        assert runtime.keep_compiled_programs() == tmp_path / "mine"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_dtype_follows_the_device():
+    assert runtime.inference_dtype("auto") == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    assert runtime.inference_dtype("bfloat16") == "bfloat16"
+
+
+def test_the_resize_follows_the_device():
+    assert runtime.resizes_on_device("auto") == (jax.default_backend() != "cpu")
+    assert runtime.resizes_on_device("device") and not runtime.resizes_on_device("host")

@@ -1,0 +1,255 @@
+"""If this fails, a checkpoint of openpi's cannot be used by naming its robot, or is fed wrongly without a word."""
+
+import dataclasses
+import json
+from pathlib import Path
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+import infer
+from openpi_ar.config import ModelConfig
+from openpi_ar.data.normalize import NormStats, save_norm_stats
+from openpi_ar.data.robots import ROBOTS, dumps
+from openpi_ar.errors import UserError
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.policy import Policy
+from openpi_ar.policy import load as foreign
+from openpi_ar.text.tokenizer import load_tokenizer
+from tests.model_fixtures import tiny_config, tiny_model
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+SIZES: dict[str, Any] = {"cameras": CAMERAS, "state_dim": 32, "action_dim": 32, "vocab_size": 1040}
+
+
+@dataclasses.dataclass
+class Loaded:
+    model: Pi0
+    config: ModelConfig
+    kind: str
+    path: Path
+
+
+class Loader:
+    """Stands for `checkpoints.load`: whatever the path, a tiny model of the public models' default horizon."""
+
+    def __init__(self):
+        self.kind, self.pi05, self.calls, self.remote = "openpi", True, [], None
+        self.models: dict[bool, Pi0] = {}
+
+    def __call__(self, path, *, action_horizon: int | None = None, **other: object) -> Loaded:
+        assert not other
+        self.calls.append(action_horizon)
+        cfg = tiny_config(**SIZES, pi05=self.pi05, action_horizon=action_horizon or 50)
+        if self.pi05 not in self.models:
+            self.models[self.pi05] = tiny_model(tiny_config(**SIZES, pi05=self.pi05, action_horizon=50))
+        return Loaded(self.models[self.pi05], cfg, self.kind, self.remote or Path(path))
+
+
+@pytest.fixture(scope="module")
+def one_loader() -> Loader:
+    return Loader()
+
+
+@pytest.fixture
+def loader(one_loader, monkeypatch) -> Loader:
+    one_loader.__dict__.update(kind="openpi", pi05=True, calls=[], remote=None)
+    module = types.ModuleType("openpi_ar.checkpoints.load")
+    module.load_model = one_loader  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "openpi_ar.checkpoints.load", module)
+    # PaliGemma's is not shipped; any vocabulary will do here.
+    monkeypatch.setattr(foreign, "load_tokenizer", lambda name: {"paligemma": load_tokenizer("embedded")}[name])
+    return one_loader
+
+
+def openpi_stats(dims: int) -> dict[str, dict[str, list[float]]]:
+    rng = np.random.default_rng(dims)
+    mean, std = rng.normal(size=dims), rng.uniform(0.5, 2, dims)
+    entry = {"mean": mean, "std": std, "q01": mean - 2 * std, "q99": mean + 3 * std}
+    return {name: {k: v.tolist() for k, v in entry.items()} for name in ("state", "actions")}
+
+
+def checkpoint(folder: Path, *asset_ids: str, dims: int = 32) -> Path:
+    (folder / "params").mkdir(parents=True)
+    for asset_id in asset_ids:
+        (folder / "assets" / asset_id).mkdir(parents=True)
+        body = json.dumps({"norm_stats": openpi_stats(dims)})
+        (folder / "assets" / asset_id / "norm_stats.json").write_text(body)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("robot", "pi05", "asset", "horizon", "template", "tokens"),
+    [
+        ("droid", True, "droid", 15, "openpi", 200),
+        ("droid", False, "droid", 10, "openpi_pi0", 48),
+        ("libero", True, "physical-intelligence/libero", 10, "openpi_pi0", 200),
+        ("libero", False, "physical-intelligence/libero", 50, "openpi_pi0", 48),
+        ("aloha", True, "trossen", 50, "openpi", 200),
+        ("aloha_sim", False, "lerobot/aloha_sim_transfer_cube_human", 50, "openpi_pi0", 48),
+    ],
+)
+def test_the_robots_name_says_the_rest(loader, tmp_path, robot, pi05, asset, horizon, template, tokens):
+    loader.pi05 = pi05
+    parts = foreign.load_policy_parts(checkpoint(tmp_path / "c", asset, "other"), robot)
+    assert parts.cfg.model.action_horizon == parts.model.cfg.action_horizon == horizon
+    assert (parts.cfg.text.template, parts.cfg.text.max_prompt_tokens) == (template, tokens)
+    assert parts.robot == ROBOTS[robot]
+    assert {s.mode for s in parts.stats.values()} == {"quantile" if pi05 else "z_score"}
+    np.testing.assert_array_equal(parts.stats["actions"].q99, openpi_stats(32)["actions"]["q99"])
+    assert loader.models[pi05].cfg.action_horizon == 50  # the caller's model is left alone
+
+
+def test_horizon_and_statistics_can_be_named(loader, tmp_path):
+    path = checkpoint(tmp_path / "c", "mine", "theirs")
+    parts = foreign.load_policy_parts(path, "droid", asset_id="mine", horizon=16)
+    assert parts.model.cfg.action_horizon == 16 and loader.calls == [16]
+    # One that says its horizon itself is believed.
+    (path / "config.json").write_text('{"action_horizon": 50}')
+    assert foreign.load_policy_parts(path, "droid", asset_id="mine").cfg.model.action_horizon == 50
+    (path / "config.json").write_text('{"action_dim": 32}')
+    assert foreign.load_policy_parts(path, "droid", asset_id="mine").cfg.model.action_horizon == 15
+
+
+def test_parameters_may_be_named_instead_of_the_checkpoint(loader, tmp_path):
+    path = checkpoint(tmp_path / "c", "droid")
+    (path / "model.safetensors").write_bytes(b"")
+    for inner in ("params", "model.safetensors"):
+        assert foreign.load_policy_parts(path / inner, "droid").cfg.name == "pi05_droid"
+    loader.remote = path
+    assert foreign.load_policy_parts("gs://bucket/pi05_droid", "droid").cfg.name == "pi05_droid"
+
+
+def test_a_robot_of_your_own_is_a_file(loader, tmp_path):
+    mine = dataclasses.replace(
+        ROBOTS["droid"], name="mine", pi05=dataclasses.replace(ROBOTS["droid"].pi05, horizon=7), asset_ids=()
+    )
+    (tmp_path / "mine.json").write_text(dumps(mine))
+    parts = foreign.load_policy_parts(checkpoint(tmp_path / "c", "droid"), str(tmp_path / "mine.json"))
+    assert (parts.cfg.name, parts.cfg.model.action_horizon, parts.robot) == ("pi05_mine", 7, mine)
+
+
+def test_a_checkpoint_of_ours_needs_no_robot_and_may_be_given_one(tiny_checkpoint):
+    parts = foreign.load_policy_parts(tiny_checkpoint)
+    assert parts.robot is None and parts.cfg.exp_name == "tiny"
+    assert foreign.load_policy_parts(tiny_checkpoint, "tabletop").robot == ROBOTS["tabletop"]
+    for option in ({"asset_id": "droid"}, {"horizon": 3}):
+        with pytest.raises(UserError, match="leave out --asset-id and --horizon"):
+            foreign.load_policy_parts(tiny_checkpoint, **option)
+
+
+def test_what_is_wrong_is_said_before_parameters_are_read(loader, tmp_path):
+    path = checkpoint(tmp_path / "c", "a", "b/c")
+    for robot, options, words in (
+        (None, {}, r"is not a complete checkpoint.*--robot aloha \| aloha_sim \| droid"),
+        ("drod", {}, "unknown robot 'drod': choose one of droid"),
+        ("droid", {}, "several robots: a, b/c; pick one with --asset-id"),
+        ("droid", {"asset_id": "b"}, "no statistics of --asset-id b: it has "),
+        ("droid", {"horizon": 0}, "horizon must be 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            foreign.load_policy_parts(path, robot, **options)
+    with pytest.raises(UserError, match=r"expected .*/assets/droid/norm_stats\.json"):
+        foreign.load_policy_parts(checkpoint(tmp_path / "none"), "droid")
+    with pytest.raises(UserError, match=r"does not exist.*--robot"):
+        foreign.load_policy_parts(tmp_path / "nowhere")
+    assert loader.calls == []
+
+
+def test_what_only_the_parameters_tell_is_checked_too(loader, tmp_path):
+    path = checkpoint(tmp_path / "c", "droid")
+    stats = {k: NormStats(**{n: np.array(a) for n, a in v.items()}) for k, v in openpi_stats(32).items()}
+    save_norm_stats(path / "assets" / "droid", stats)  # says quantile
+    loader.pi05 = False
+    with pytest.raises(UserError, match="mode quantile, but pi0 is trained with z_score"):
+        foreign.load_policy_parts(path, "droid")
+    loader.kind = "paligemma"
+    with pytest.raises(UserError, match="no trained action expert"):
+        foreign.load_policy_parts(path, "droid")
+
+
+def droid_observation(file: Path) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    raw = {
+        "observation/exterior_image_1_left": rng.integers(0, 256, (18, 32, 3), np.uint8),
+        "observation/wrist_image_left": rng.integers(0, 256, (18, 32, 3), np.uint8),
+        "observation/joint_position": rng.normal(size=7),
+        "observation/gripper_position": np.array([0.4]),
+    }
+    np.savez(file, **raw, prompt=np.array("pick up the red block"))
+    return raw
+
+
+def test_infer_with_a_robot_needs_no_code(loader, tmp_path, capsys):
+    """From the command line, in the robot's units, equal to the policy's and to its model's actions by openpi's formula."""
+    path = checkpoint(tmp_path / "pi05_droid", "droid")
+    raw = droid_observation(tmp_path / "o.npz")
+    argv = ["--ckpt", str(path), "--robot", "droid", "--observation", str(tmp_path / "o.npz"), "--repeats", "1"]
+    infer.main([*argv, "--horizon", "4", "--json", str(tmp_path / "o.json")])
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert np.shape(written["actions"]) == (4, 8) and written["subtask"] == ""
+    assert written["prompt"] == "pick up the red block" and "action 7" in capsys.readouterr().out
+
+    policy = Policy.from_checkpoint(path, robot="droid", horizon=4)
+    policy.transform.actions_to_real = lambda actions, raws: actions[..., :8]  # type: ignore[method-assign]
+    normalised = policy.infer({**raw, "prompt": "pick up the red block"})["actions"]
+    low, high = (np.array(openpi_stats(32)["actions"][k][:8]) for k in ("q01", "q99"))
+    np.testing.assert_allclose(written["actions"], (normalised + 1) / 2 * (high - low + 1e-6) + low, atol=1e-3)
+
+
+def test_infer_takes_the_robots_own_prompt_and_prints_all_its_columns(loader, tmp_path, capsys, monkeypatch):
+    result = {"subtask": "", "text_status": "ok", "actions": np.full((2, 14), -0.123456), "timing": {"total": 1.0}}
+    seen = []
+    monkeypatch.setattr(Policy, "measure", lambda self, raw, **_: seen.append(raw) or dict(result))
+    loader.pi05 = False
+    path = checkpoint(tmp_path / "c", "lerobot/aloha_sim_transfer_cube_human")
+    np.savez(tmp_path / "o.npz", **{"images/cam_high": np.zeros((3, 8, 8), np.uint8), "state": np.zeros(14)})
+    infer.main(["--ckpt", str(path), "--robot", "aloha_sim", "--observation", str(tmp_path / "o.npz")])
+    out = capsys.readouterr().out
+    assert "prompt:  Transfer cube" in out and "action 13" in out and out.count("-0.1235") == 28
+    policy = Policy.from_checkpoint(path, robot="aloha_sim")
+    np.testing.assert_array_equal(policy.transform.observation(seen[0])["image_mask"], [True, False, False])
+
+
+def test_infer_on_the_tabletop_by_its_robot_is_the_same(tiny_checkpoint, tmp_path, monkeypatch):
+    seen = []
+    result = {"subtask": "", "text_status": "ok", "actions": np.zeros((2, 4)), "timing": {}}
+    monkeypatch.setattr(
+        Policy, "measure", lambda self, raw, **_: seen.append(self.transform.observation(raw)) or result
+    )
+    for robot in ([], ["--robot", "tabletop"]):
+        infer.main(["--ckpt", str(tiny_checkpoint), "--prompt", "put the red block in the left bin", *robot])
+    for name in ("images", "image_mask", "state"):
+        np.testing.assert_array_equal(seen[0][name], seen[1][name])
+    np.testing.assert_array_equal(seen[0]["prompt"]["ids"], seen[1]["prompt"]["ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["--robot", "drod"], ["unknown robot 'drod'", "droid"]),
+        (["--asset-id", "panda"], ["--asset-id panda", "it has droid"]),
+        (["--horizon", "0"], ["horizon must be 1"]),
+        (["--images", "wrist_image_left=WRIST"], ["'observation/exterior_image_1_left' is missing"]),
+        (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST", "top=WRIST"], ["no image 'images/top'"]),
+        (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST", "--state", "1"], ["8 numbers", "[1]"]),
+        (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST"], ["joint_position", "8 numbers"]),
+        ([], ["'observation/exterior_image_1_left' is missing"]),
+        (["--rollout", "1"], ["another robot than the tabletop"]),
+    ],
+)
+def test_infer_says_in_one_line_what_a_robot_lacks(loader, tmp_path, capsys, change, parts):
+    from PIL import Image
+
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "w.png")
+    change = [c.replace("WRIST", str(tmp_path / "w.png")) for c in change]
+    path = checkpoint(tmp_path / "c", "droid")
+    prompt = [] if "--rollout" in change else ["--prompt", "go"]
+    with pytest.raises(SystemExit) as e:
+        infer.main(["--ckpt", str(path), "--robot", "droid", *prompt, *change])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1
+    assert [part for part in parts if part not in err] == []

@@ -1,0 +1,242 @@
+"""If this fails, what a checkpoint says and does through the policy is not what its model computes."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openpi_ar.algorithms import decode
+from openpi_ar.checkpoints import store
+from openpi_ar.data.inputs import InputTransform, collate
+from openpi_ar.errors import UserError
+from openpi_ar.models.pi0 import Pi0
+from openpi_ar.policy import Policy
+from openpi_ar.text import prompts
+from openpi_ar.text.prompts import text_status
+from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.types import Observation
+from tests.conftest import tabletop_stats
+
+
+def raw_observation(seed: int, prompt: str = "put the red block in the left bin") -> dict:
+    rng = np.random.default_rng(seed)
+    images = {name: rng.integers(0, 256, (32, 32, 3), np.uint8) for name in ("front", "wrist")}
+    return {"images": images, "state": rng.uniform(0.0, 0.1, 4).astype(np.float32), "prompt": prompt}
+
+
+@pytest.fixture
+def policy(tiny_policy: Policy) -> Policy:
+    tiny_policy.reseed(0)
+    return tiny_policy
+
+
+def test_images_resized_on_the_device_are_those_resized_on_the_host(policy, monkeypatch):
+    monkeypatch.setattr(policy, "_resizes", True)
+    raws = [raw_observation(1), raw_observation(2)]
+    rng = np.random.default_rng(3)
+    for raw in raws:
+        raw["images"] = {name: rng.integers(0, 256, (45, 60, 3), np.uint8) for name in raw["images"]}
+    native = policy._observations(raws)
+    assert native[0]["images"].shape == (2, 45, 60, 3)
+    seen, want = (
+        policy._images(policy._model, collate(rows))
+        for rows in (native, [policy.transform.observation(raw) for raw in raws])
+    )
+    np.testing.assert_array_equal(seen, want)
+    raws[1]["images"]["front"] = raws[1]["images"]["front"][:40]  # of several sizes: the host makes them one
+    assert [row["images"].shape for row in policy._observations(raws)] == [(2, 32, 32, 3)] * 2
+
+
+def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoint):
+    """Stacked parameters, no policy: prefill, generate, denoise by hand with the keys that seed 0 gives."""
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    transform = InputTransform(cfg, tok, stats)
+    obs = collate([transform.observation(raw_observation(3))])
+    assert isinstance(obs, Observation)
+    _, now = jax.random.split(jax.random.key(0))
+    _, noise_key = jax.random.split(now)
+    allowed = jnp.asarray([*tok.allowed_text, *[False] * 16])
+
+    def by_hand(model: Pi0, obs: Observation):
+        out, cache = decode.prefill(model, obs)
+        said, cache = decode.generate(
+            model,
+            cache,
+            out.prompt_last,
+            now,
+            max_tokens=cfg.text.max_target_tokens,
+            eos_id=tok.eos_id,
+            allowed=allowed,
+        )
+        noise = jax.random.normal(noise_key, (1, 4, 4))
+        return said, decode.denoise(model, obs, cache, noise, num_steps=10)
+
+    said, actions = jax.jit(by_hand)(model, obs)
+    low, high = transform.action_stats.q01, transform.action_stats.q99
+    real = (np.asarray(actions[0]) + 1) / 2 * (high - low) + low
+    ids = np.asarray(said.ids)[0][np.asarray(said.valid)[0]].tolist()
+
+    result = policy.infer(raw_observation(3))
+    np.testing.assert_allclose(result["actions"], real, atol=1e-4)
+    assert result["actions"].shape == (4, 4)
+    assert result["subtask"] == prompts.parse_target(tok, "subtask", ids) != ""
+    assert result["text_status"] == text_status(ids, tok.eos_id)
+    assert np.abs(policy.infer(raw_observation(4))["actions"] - real).max() > 0.01
+
+
+def test_staged_path_gives_the_same_numbers(policy):
+    one = policy.infer(raw_observation(1))
+    policy.reseed(0)
+    staged = policy.infer(raw_observation(1), timing=True)
+    np.testing.assert_allclose(staged["actions"], one["actions"], atol=1e-5)
+    assert staged["subtask"] == one["subtask"]
+    assert set(one["timing"]) == {"prepare", "model", "total"}
+    assert set(staged["timing"]) == {"images", "prefill", "text", "flow", "total"}
+    assert staged["timing"]["total"] >= sum(staged["timing"][k] for k in ("images", "prefill", "text", "flow"))
+
+    policy.reseed(0)
+    forced = policy.infer(raw_observation(1), subtask="done")
+    policy.reseed(0)
+    staged = policy.infer(raw_observation(1), subtask="done", timing=True)
+    np.testing.assert_allclose(staged["actions"], forced["actions"], atol=1e-5)
+    assert staged["subtask"] == forced["subtask"] == "done"
+
+
+def test_noise_is_new_in_every_call_and_the_same_after_reseeding(policy):
+    raw = raw_observation(1)
+    first, second = policy.infer(raw)["actions"], policy.infer(raw)["actions"]
+    assert np.abs(first - second).max() > 1e-3
+    policy.reseed(0)
+    np.testing.assert_array_equal(policy.infer(raw)["actions"], first)
+    policy.reseed(1)
+    assert np.abs(policy.infer(raw)["actions"] - first).max() > 1e-3
+
+
+def test_a_padded_batch_answers_each_row_as_it_would_alone(policy):
+    raws = [
+        raw_observation(i, prompt) for i, prompt in enumerate(("done", "clear the table into the left bin", "sort"))
+    ]
+    results = policy.infer_batch(raws, batch_size=4)
+    assert len(results) == 3
+    for raw, result in zip(raws, results, strict=True):
+        assert policy.infer(raw)["subtask"] == result["subtask"]
+    policy.reseed(0)
+    full = policy.infer_batch([*raws, raws[0]], batch_size=4)  # the padding is the first row
+    policy.reseed(0)
+    again = policy.infer_batch(raws, batch_size=4)
+    for a, b in zip(full, again, strict=False):
+        np.testing.assert_array_equal(a["actions"], b["actions"])
+    assert len({r["subtask"] for r in results}) > 1  # otherwise the comparison above says little
+
+
+def test_one_program_serves_all_calls_of_one_batch_size(policy, monkeypatch):
+    raws = [raw_observation(i) for i in range(4)]
+    policy.infer_batch(raws, batch_size=4)
+
+    def traced(*args, **kwargs):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(decode, "act", traced)
+    for n in (1, 2, 3):
+        assert len(policy.infer_batch(raws[:n], batch_size=4)) == n
+    with pytest.raises(AssertionError, match="compiled again"):
+        policy.infer_batch(raws, batch_size=5)
+
+
+def test_forced_subtask_is_what_is_acted_on(policy):
+    raw, actions = raw_observation(2), {}
+    for text in ("pick up the red block", "done"):
+        policy.reseed(0)
+        result = policy.infer(raw, subtask=text)
+        assert (result["subtask"], result["text_status"]) == (text, "ok")
+        actions[text] = result["actions"]
+    assert np.abs(actions["done"] - actions["pick up the red block"]).max() > 1e-3
+    with pytest.raises(UserError, match="for each of the 2 observations or for none"):
+        policy.infer_batch([raw, raw], subtasks=["done", None])
+
+
+def test_only_text_is_ever_said(policy):
+    """A model that would rather say BOS, padding or the ids that only it has than anything else."""
+    loud = nnx.clone(policy._model)
+    table = np.array(loud.embedder.table[...])
+    forbidden = np.array(
+        [policy.tokenizer.pad_id, policy.tokenizer.bos_id, policy.tokenizer.unk_id, *range(1024, 1040)]
+    )
+    # Ten directions with both signs, 30 times longer than other rows: one of them has the largest logit.
+    sign = np.where(np.arange(len(forbidden)) % 2, 30, -30)[:, None]
+    table[forbidden] = sign * table[100 + np.arange(len(forbidden)) // 2]
+    loud.embedder.table = nnx.Param(jnp.asarray(table))
+    for i in range(4):
+        obs = policy._stack([policy.transform.observation(raw_observation(i))], None)
+        out, _ = policy._prefill(loud, obs, None, policy._images(loud, obs))
+        assert int(loud.logits(out.prompt_last)[0].argmax()) in forbidden
+        said = policy._act(loud, obs, jax.random.key(0), None)
+        ids = np.asarray(said.ids)[np.asarray(said.valid)]
+        assert len(ids) and not set(ids.tolist()) & set(forbidden.tolist())
+
+
+def test_degenerate_text_is_named():
+    eos = 1
+    assert text_status([5, 6, eos], eos) == "ok"
+    assert text_status([eos], eos) == "ok"
+    assert text_status([], eos) == "ok"
+    assert text_status([5, 6, 7], eos) == "truncated"
+    assert text_status([4] + [9] * 8, eos) == "loop"
+    assert text_status([4] + [9] * 8 + [eos], eos) == "loop"
+    assert text_status([4] + [9] * 7 + [eos], eos) == "ok"
+    assert text_status([9, 8] * 8, eos) == "truncated"
+
+
+def test_questions_are_answered_from_images_and_question_alone(policy):
+    raw = {"images": raw_observation(1)["images"]}
+    answer = policy.answer(raw, "what is this?")
+    assert set(answer) == {"answer", "text_status", "timing"}
+    assert answer["answer"] == policy.answer({**raw, "state": np.ones(4) * 0.1}, "what is this?")["answer"]
+    assert set(answer["timing"]) == {"images", "prefill", "text", "total"}
+    answers = [policy.answer({"images": raw_observation(i)["images"]}, q)["answer"] for i in (1, 2, 3) for q in "ab"]
+    assert len(set(answers)) > 1
+    with pytest.raises(UserError, match="prompt"):
+        policy.answer(raw, "  ")
+
+
+def test_measured_times_are_apart_and_the_first_call_too(policy):
+    result = policy.measure(raw_observation(1), repeats=3)
+    assert list(result["timing"]) == ["images", "prefill", "text", "flow", "total", "first_call"]
+    assert all(ms > 0 for ms in result["timing"].values())
+    policy.reseed(0)
+    np.testing.assert_array_equal(result["actions"], policy.infer(raw_observation(1))["actions"])
+    asked = policy.measure({"images": raw_observation(1)["images"]}, question="what?", repeats=1)
+    assert list(asked["timing"]) == ["images", "prefill", "text", "total", "first_call"]
+
+
+def test_a_model_that_only_acts_says_nothing_and_cannot_be_told_what_to_say(tiny_checkpoint):
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, template="openpi"))
+    policy = Policy(cfg, model, tok, stats)
+    result = policy.infer(raw_observation(1))
+    assert (result["subtask"], result["text_status"], result["actions"].shape) == ("", "ok", (4, 4))
+    with pytest.raises(UserError, match="only acts"):
+        policy.infer(raw_observation(1), subtask="done")
+
+
+def test_wrong_input_is_refused_before_anything_runs(policy, tiny_checkpoint):
+    raw = raw_observation(1)
+    for change, message in (
+        ({"state": np.zeros(5)}, "4 numbers"),
+        ({"state": np.array([0, 0, np.nan, 0.0])}, "not finite"),
+        ({"images": {"front": raw["images"]["front"]}}, "'wrist' is missing"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": "very " * 100}, "tokens but the budget is"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy.infer({**raw, **change})
+    for raws in ([], [raw] * 3):
+        with pytest.raises(UserError, match="1 to 2 observations"):
+            policy.infer_batch(raws, batch_size=2)
+    cfg, model, *_ = store.load_policy_checkpoint(tiny_checkpoint)
+    small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=512))
+    with pytest.raises(UserError, match="1024 pieces but the model reads 512"):
+        Policy(small, model, load_tokenizer("embedded"), tabletop_stats())

@@ -1,0 +1,159 @@
+"""If this fails, models read prompts that differ from those they were trained on, or learn from the wrong tokens."""
+
+import random
+
+import numpy as np
+import pytest
+
+from openpi_ar.errors import UserError
+from openpi_ar.text import prompts
+from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
+from openpi_ar.worlds.tabletop.tasks import known_subtasks
+
+STATE = np.array([-1.3, -1.0, -0.9999, 0.0, 0.5, 0.9999, 1.0, 1.7], np.float32)
+STATE_TEXT = "-1 0 0 128 192 255 255 255"
+
+# Frozen: task "Pick_up the CUP.\n " and text "Move to_the cup. ", byte for byte.
+FROZEN = {
+    "openpi": ("Task: Pick up the CUP., State: -1 0 0 128 192 255 255 255;\nAction: ", None),
+    "openpi_pi0": ("Pick up the CUP.\n", None),
+    "subtask": ("Task: Pick up the CUP., State: -1 0 0 128 192 255 255 255;\nSubtask:", " Move to_the cup."),
+    "openpi_subtask_generation": ("Task: pick up the cup. Subtask: ", "move to the cup.;\nAction: "),
+    "openpi_subtask": (
+        "Task: pick up the cup.; State: -1 0 0 128 192 255 255 255; Subtask: ",
+        "move to the cup.;\nAction: ",
+    ),
+    "vqa": ("answer en Pick up the CUP.\n", "Move to_the cup."),
+}
+OWN = ("subtask", "vqa")
+SPEAKING = [name for name, (_, target) in FROZEN.items() if target is not None]
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return load_tokenizer("embedded")
+
+
+def test_every_preset_is_frozen():
+    assert set(FROZEN) == set(prompts.TEMPLATES)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_text_is_byte_exact(name):
+    prompt, target = FROZEN[name]
+    assert prompts.format_prompt(name, "Pick_up the CUP.\n ", STATE) == prompt
+    if target is None:
+        with pytest.raises(UserError, match="no text to say"):
+            prompts.format_target(name, "Move")
+    else:
+        assert prompts.format_target(name, "Move to_the cup. ") == target
+
+
+def test_braces_in_the_users_text_are_just_text():
+    assert prompts.format_prompt("vqa", "what is {state} {0} {task}?") == "answer en what is {state} {0} {task}?\n"
+    assert prompts.format_target("subtask", "say {text}") == " say {text}"
+
+
+def test_state_is_discretised_as_openpi_does():
+    # openpi: np.digitize(state, bins=np.linspace(-1, 1, 256 + 1)[:-1]) - 1. Written out here without digitize.
+    state = np.random.default_rng(0).uniform(-1.2, 1.2, 2000)
+    expected = [max(-1, min(255, int(np.floor((s + 1) * 128)))) for s in state]
+    assert prompts.discretize_state(state).tolist() == expected
+    assert " ".join(map(str, prompts.discretize_state(STATE))) == STATE_TEXT
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_prompt_bits(tok, name):
+    a = prompts.encode_prompt(tok, name, "pick up the cup", STATE, 64)
+    text = prompts.format_prompt(name, "pick up the cup", STATE)
+    n = int(a["valid"].sum())
+    assert a["ids"].dtype == np.int32
+    assert a["ids"][:n].tolist() == [tok.bos_id, *tok.encode(text)]
+    assert a["valid"].tolist() == [True] * n + [False] * (64 - n)
+    assert (a["ids"][n:] == tok.pad_id).all()
+    assert not a["causal"].any() and not a["loss"].any() and not a["hidden"].any()
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_target_bits(tok, name):
+    a = prompts.encode_target(tok, name, "pick up the cup", 32)
+    n = int(a["valid"].sum())
+    assert a["ids"][:n].tolist() == [*tok.encode(prompts.format_target(name, "pick up the cup")), tok.eos_id]
+    assert a["causal"].tolist() == a["loss"].tolist() == a["valid"].tolist() == [True] * n + [False] * (32 - n)
+    assert np.flatnonzero(a["hidden"]).tolist() == [n - 1]  # the EOS
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(1)
+    words = ["pick", "the", "red", "12", "255", "a", "Stop!", "🤖", "(left)", "naïve", "Subtask:", "-1", "x"]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_prompt_and_target_encoded_apart_are_the_two_encoded_together(tok, name):
+    for task, text in zip(random_texts(200), [*known_subtasks(), *random_texts(300)[100:]], strict=False):
+        prompt, target = prompts.format_prompt(name, task, STATE), prompts.format_target(name, text)
+        assert tok.encode(prompt) + tok.encode(target) == tok.encode(prompt + target), (task, text)
+
+
+def test_a_prompt_that_ends_with_a_space_would_break_it(tok):
+    prompt, target = "Task: x, State: 1;\nSubtask: ", "pick up the cup"
+    apart, together = tok.encode(prompt) + tok.encode(target), tok.encode(prompt + target)
+    assert apart != together
+    # What the model would have to say first differs: "p" "ick" after a space of its own, instead of " pick".
+    assert [tok.piece(i) for i in together][-4] == "▁pick"
+    assert "▁pick" not in [tok.piece(i) for i in apart]
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_what_was_said_is_parsed(tok, name):
+    for text in (*known_subtasks(), *random_texts(50)):
+        a = prompts.encode_target(tok, name, text, 64)
+        said = a["ids"][a["valid"]].tolist()
+        assert prompts.parse_target(tok, name, said) == prompts.canonical(name, text)
+        # Whatever follows EOS is not text.
+        assert prompts.parse_target(tok, name, [*said, *tok.encode(" junk"), 0, 0]) == prompts.canonical(name, text)
+
+
+def test_text_cut_short_loses_no_more_than_what_was_cut(tok):
+    ids = tok.encode("move to the cup.;\nAction: ")
+    whole = [prompts.parse_target(tok, "openpi_subtask", ids[:n]) for n in range(len(ids) + 1)]
+    assert whole[-1] == "move to the cup"
+    assert whole[0] == ""
+    assert all("move to the cup".startswith(said) for said in whole)
+    assert prompts.parse_target(tok, "subtask", tok.encode(" pick up the")) == "pick up the"
+
+
+def test_canonical_names_what_a_perfect_model_says():
+    assert prompts.canonical("subtask", " Pick_up: ") == "Pick_up:"
+    assert prompts.canonical("openpi_subtask", " Pick_up: ") == "pick up"
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\n", " _ "])
+def test_empty_prompts_are_refused(tok, empty):
+    with pytest.raises(UserError, match="prompt is empty"):
+        prompts.encode_prompt(tok, "subtask", empty, STATE, 64)
+
+
+def test_empty_targets_are_refused(tok):
+    with pytest.raises(UserError, match="to be said is empty"):
+        prompts.encode_target(tok, "subtask", " \n", 64)
+
+
+def test_budgets_name_both_numbers_and_hold_to_the_last_token(tok):
+    need = int(prompts.encode_prompt(tok, "subtask", "pick up the cup", STATE, 64)["valid"].sum())
+    assert prompts.encode_prompt(tok, "subtask", "pick up the cup", STATE, need)["valid"].all()
+    with pytest.raises(UserError, match=f"takes {need} tokens but the budget is {need - 1}.*max-prompt-tokens"):
+        prompts.encode_prompt(tok, "subtask", "pick up the cup", STATE, need - 1)
+    with pytest.raises(UserError, match=r"takes 6 tokens but the budget is 5.*max-target-tokens"):
+        prompts.encode_target(tok, "subtask", "pick up the red block", 5)
+
+
+def test_missing_or_broken_state_and_unknown_templates_are_refused(tok):
+    with pytest.raises(UserError, match="no state was given"):
+        prompts.encode_prompt(tok, "subtask", "pick", None, 64)
+    assert prompts.encode_prompt(tok, "openpi_pi0", "pick", None, 64)["valid"].any()
+    with pytest.raises(UserError, match="finite"):
+        prompts.encode_prompt(tok, "subtask", "pick", np.array([0.0, np.nan]), 64)
+    with pytest.raises(UserError, match=r"'sub'.*subtask"):
+        prompts.encode_prompt(tok, "sub", "pick", STATE, 64)
