@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import dataclasses
 import json
 from pathlib import Path
-import sys
 from typing import Any, Literal
 
 from rich.console import Console
@@ -16,7 +15,7 @@ import tyro
 
 import openpi_ar
 from openpi_ar.config import TabletopData
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, command_line
 from openpi_ar.policy import Policy, observations
 from openpi_ar.worlds.tabletop import rollout
 from openpi_ar.worlds.tabletop.world import CAMERAS, STATE_DIM, Tabletop
@@ -82,12 +81,8 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
-    args = tyro.cli(Args, args=argv, prog="python infer.py")
-    try:
-        run(args)
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with command_line():
+        run(tyro.cli(Args, args=argv, prog="python infer.py"))
 
 
 def run(args: Args) -> None:

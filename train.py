@@ -23,7 +23,7 @@ from openpi_ar.data.layout import TrainingSource
 from openpi_ar.data.loader import Loader
 from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.sources import load_sources
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, replace_unwritable
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 from openpi_ar.training import cli, distributed, experiment, memory
 from openpi_ar.training.best import KeepBest
@@ -277,6 +277,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2, a diverged run with exit code 1."""
+    replace_unwritable()
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as e:

@@ -24,7 +24,7 @@ from openpi_ar.data.lerobot.video import read_frames
 from openpi_ar.data.loader import Loader
 from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.sources import load_sources
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console, new_table
 from openpi_ar.text.prompts import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer, paligemma_paths
@@ -252,11 +252,8 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
-    try:
+    with command_line():
         run(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

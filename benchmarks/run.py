@@ -18,6 +18,7 @@ import tyro
 from benchmarks import growth, inference, training
 from benchmarks.sizes import SIZES, Size
 from benchmarks.timing import Device, Program, measure_device
+from openpi_ar.errors import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,4 +146,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with command_line():
+        main(tyro.cli(Args))

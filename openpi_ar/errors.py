@@ -1,9 +1,34 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong", and how commands end on it."""
+
+from collections.abc import Iterator
+import contextlib
+import io
+import sys
 
 
 class UserError(ValueError):
     """Something the user can mend: a bad flag, file, directory or observation.
 
-    The message is one line: what was expected, what was found, where, and what to do. `train.py` and `infer.py` print it
-    as `error: ...` and exit with code 2.
+    The message is one line: what was expected, what was found, where, and what to do. Every command prints it as
+    `error: ...` and exits with code 2 (`command_line`).
     """
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Runs the body of a command: a UserError becomes one line on stderr and exit code 2.
+
+    Characters that the encoding of the output cannot hold are replaced.
+    """
+    replace_unwritable()
+    try:
+        yield
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def replace_unwritable() -> None:
+    """Makes stdout replace what its encoding cannot hold (a pipe in cp1252 or ASCII). Standard error does so already."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

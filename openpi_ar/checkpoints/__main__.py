@@ -7,7 +7,6 @@ python -m openpi_ar.checkpoints verify my_policy goldens/pi05
 
 import json
 from pathlib import Path
-import sys
 from typing import Annotated, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ import tyro
 from openpi_ar.checkpoints import export, load
 from openpi_ar.config import TowerConfig
 from openpi_ar.doctor import verify as verification
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, command_line
 
 Where = Annotated[str, tyro.conf.Positional]
 """Directory, file, address (gs://, https://, hf://) or hub id of a checkpoint."""
@@ -157,15 +156,12 @@ def _tower(t: TowerConfig) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
-    try:
+    with command_line():
         tyro.extras.subcommand_cli_from_dict(
             {"convert": convert, "inspect": inspect, "verify": verify},
             args=argv,
             prog="python -m openpi_ar.checkpoints",
         )
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

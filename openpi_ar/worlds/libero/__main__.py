@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-import sys
 import time
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from rich.progress import track
 import tyro
 
 from openpi_ar.data.lerobot.encode import CODECS
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console, new_table
 from openpi_ar.worlds.libero.export import write_libero
 from openpi_ar.worlds.libero.record import record_episodes
@@ -161,11 +160,8 @@ Command = Annotated[Record, tyro.conf.subcommand("record")] | Annotated[Eval, ty
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
-    try:
+    with command_line():
         tyro.cli(Command, args=argv, prog="python -m openpi_ar.worlds.libero", description=__doc__).run()
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
