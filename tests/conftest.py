@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +66,16 @@ def save_checkpoint(directory: Path, cfg: TrainConfig) -> Path:
     writer.save(state, 0, store.Assets(cfg, load_tokenizer(cfg.text.tokenizer), tabletop_stats()))
     writer.close()
     return directory / "0"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built as `uv build` does."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="session")
