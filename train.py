@@ -5,7 +5,6 @@ One readable script: config, mesh, data, state, loop. What it calls lives in `op
 
 from collections.abc import Sequence
 import dataclasses
-import os
 from pathlib import Path
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 
 from configs import HELP, PRESETS, get_preset
 from openpi_ar.checkpoints import store
+from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import LeRobotData, TrainConfig
 from openpi_ar.data import check
 from openpi_ar.data.inputs import InputTransform
@@ -220,13 +220,6 @@ def _kept(directory: Path, checkpoints: store.CheckpointStore) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def enable_compilation_cache() -> None:
-    """Compiled programs are kept between runs: a resumed run starts in seconds."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        root = os.environ.get("OPENPI_AR_CACHE") or "~/.cache/openpi_ar"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla"))
-
-
 def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
     """The train step, compiled from shapes alone; what memory the compiler says it takes is printed, and must be there."""
     state = placed_state(cfg, placement)
@@ -250,7 +243,7 @@ def run(argv: Sequence[str]) -> None:
         return
     resume, overwrite = experiment.what_to_do(cfg, args)
     resume_from = experiment.plan(cfg, resume=resume, overwrite=overwrite)
-    enable_compilation_cache()
+    keep_compiled_programs()
     distributed.start(args.distributed)  # nothing has computed until here
     resume_from = experiment.agreed_step(cfg, resume_from)
     placement = make_placement(cfg)

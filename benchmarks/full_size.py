@@ -21,10 +21,11 @@ import tyro
 
 from configs.pi05_subtask import PI05_SUBTASK
 from openpi_ar.algorithms.decode import act
-from openpi_ar.checkpoints import export, store
+from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.config import ModelConfig
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.params import flatten
 from openpi_ar.types import Observation, Tokens
 
 
@@ -59,7 +60,7 @@ class _Noise:
 def write(folder: Path, cfg: ModelConfig) -> None:
     """The checkpoint, in openpi's PyTorch layout."""
     abstract = nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
-    flat = {k: _Noise(v.shape, i) for i, (k, v) in enumerate(store.flatten(store.pure_params(abstract)).items())}
+    flat = {k: _Noise(v.shape, i) for i, (k, v) in enumerate(flatten(abstract).items())}
     folder.mkdir(parents=True, exist_ok=True)
     export.save_safetensors(folder, flat, cfg, "torch")  # type: ignore[arg-type]
 

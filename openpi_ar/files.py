@@ -1,13 +1,19 @@
-"""Directories that appear when they are whole, and memory-mapped arrays that other processes open for themselves."""
+"""The cache directory, directories that appear when they are complete, and memory-mapped arrays that can be pickled."""
 
 from collections.abc import Iterator
 import contextlib
+import os
 from pathlib import Path
 import shutil
 import tempfile
 from typing import Any
 
 import numpy as np
+
+
+def cache_root(given: str | Path | None = None) -> Path:
+    """Where caches are: the given directory, else `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
+    return Path(given or os.environ.get("OPENPI_AR_CACHE") or "~/.cache/openpi_ar").expanduser()
 
 
 @contextlib.contextmanager

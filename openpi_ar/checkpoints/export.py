@@ -23,6 +23,7 @@ from openpi_ar.checkpoints.load import Loaded
 from openpi_ar.config import ModelConfig, TextConfig, TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
+from openpi_ar.params import flatten, unflatten
 from openpi_ar.types import Array
 
 Format = Literal["openpi", "torch", "lerobot", "ours"]
@@ -44,17 +45,17 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
     """
     if target.exists():
         raise UserError(f"{target} exists: name a new directory, or delete this one first")
-    flat = store.flatten(store.pure_params(loaded.model))
+    flat = flatten(loaded.model)
     assets = assets_of(loaded.path)
     with _atomically(target) as scratch:
         if assets is not None:
             shutil.copytree(assets, scratch / "assets", ignore=shutil.ignore_patterns(store.COMMITTED, store.CONFIG))
         if to == "ours":
-            _save_orbax(scratch / "params", store.unflatten(flat))
+            _save_orbax(scratch / "params", unflatten(flat))
             _save_config(scratch / "assets", assets, loaded.config)
             (scratch / store.MARK).write_text("{}\n")
         elif to == "openpi":
-            _save_orbax(scratch / "params", store.unflatten(to_openpi(flat)))
+            _save_orbax(scratch / "params", unflatten(to_openpi(flat)))
         else:
             save_safetensors(scratch, flat, loaded.config, to)
 

@@ -26,6 +26,7 @@ from openpi_ar.config import ModelConfig
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.vit import resample_pos_embedding
+from openpi_ar.params import flatten, with_leaves
 
 PUBLIC_SIGLIP_HEADS = 16
 PUBLIC_KV_HEADS = 1
@@ -161,7 +162,7 @@ def load_model(
     source, cfg = looked.source, looked.config
     notes = list(looked.notes)
     abstract = nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
-    flat = store.flatten(store.pure_params(abstract))
+    flat = flatten(abstract)
     by_row: dict[str, list[Stored]] = {}
     for item in looked.found:
         by_row.setdefault(item.row.ours, []).append(item)
@@ -187,7 +188,7 @@ def load_model(
     if missing := [path for path in flat if path not in done]:
         notes.append(f"{len(missing)} parameters are not in the file and keep their random init: {', '.join(missing)}")
         done |= _fresh(cfg, missing, dtype)
-    model = store.fill(abstract, store.unflatten(done))
+    model = with_leaves(abstract, done)
     return Loaded(model, cfg, source.kind, source.path, tuple(notes))
 
 
@@ -195,7 +196,7 @@ def _fresh(cfg: ModelConfig, paths: list[str], dtype: str | None) -> dict[str, j
     """Initial values of some parameters; the others are never computed."""
 
     def init() -> dict[str, jax.Array]:
-        flat = store.flatten(store.pure_params(Pi0(cfg, rngs=nnx.Rngs(0))))
+        flat = flatten(Pi0(cfg, rngs=nnx.Rngs(0)))
         return {path: jnp.asarray(flat[path], dtype and jnp.dtype(dtype)) for path in paths}
 
     return jax.jit(init)()
@@ -224,7 +225,7 @@ def _assemble(source: Source, items: list[Stored], sizes: Sizes, dtype: str | No
 def _coverage(source: Source, cfg: ModelConfig, found: list[Stored], sizes: Sizes) -> list[str]:
     """What the model needs and the source lacks, and what is there that this model has no use for."""
     abstract = nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
-    needed = set(store.flatten(store.pure_params(abstract)))
+    needed = set(flatten(abstract))
     rows = {row.ours: row for row in names.TABLE}
     problems = [f"{path}: no row of the name table" for path in needed if path not in rows]
     have: dict[str, int] = {}

@@ -7,7 +7,6 @@
 A step directory appears under its name only when it is complete (orbax writes beside it and renames).
 """
 
-from collections.abc import Mapping
 import dataclasses
 import logging
 from pathlib import Path
@@ -25,8 +24,8 @@ from openpi_ar.data.normalize import FILE as NORM_STATS
 from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, needed_mode, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.params import check_fit, fill, flatten, join, leaf_paths, pure_params, split
 from openpi_ar.text.tokenizer import Tokenizer
-from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -179,7 +178,7 @@ def load_params(step_dir: Path, model: Pi0, sharding: jax.sharding.Sharding | No
     handler = ocp.PyTreeCheckpointer()
     try:
         metadata: Any = handler.metadata(folder).item_metadata
-        _check_shapes(step_dir, want, metadata.tree)
+        check_fit(flatten(want), flatten(metadata.tree), str(step_dir))
         return fill(model, handler.restore(folder, args=_restore_args(want, sharding))["params"])
     except UserError:
         raise
@@ -210,7 +209,7 @@ def restore_train_state(
     raw = None if template.ema is None else fill(_trained(template.model, template.ema), rest["params"])
     state = TrainState(
         step=rest["step"],
-        model=best if raw is None else freeze.join(best, raw),
+        model=best if raw is None else join(best, raw),
         opt_state=fill(template.opt_state, rest["opt_state"]),
         ema=None if raw is None else _trained(best, raw),
     )
@@ -221,7 +220,7 @@ def _trained(model: Pi0, like: Any) -> Any:
     """The parameters of the model that `like` has; it is a module or, where something is frozen, a nested dict."""
     if not isinstance(like, dict):
         return model
-    return freeze.split(model, frozenset(freeze.leaf_paths(model)) - frozenset(freeze.leaf_paths(like)))
+    return split(model, frozenset(leaf_paths(model)) - frozenset(leaf_paths(like)))
 
 
 def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenizer, dict[str, NormStats]]:
@@ -237,46 +236,6 @@ def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenize
     return assets.config, model, assets.tokenizer, assets.stats
 
 
-def _is_module(x: Any) -> bool:
-    return isinstance(x, nnx.Module)
-
-
-def pure_params(tree: Any) -> Any:
-    """Modules anywhere in the tree to pure dicts: names without nnx's trailing `value`, as openpi saves them."""
-    return jax.tree.map(lambda x: nnx.to_pure_dict(nnx.state(x)) if _is_module(x) else x, tree, is_leaf=_is_module)
-
-
-def fill(template: Any, pure: Any) -> Any:
-    """Inverse of `pure_params`: the arrays of `pure` in the modules of `template` (which may be abstract)."""
-
-    def one(t: Any, p: Any) -> Any:
-        if not _is_module(t):
-            return p
-        graph, state = nnx.split(t)
-        nnx.replace_by_pure_dict(state, p)
-        return nnx.merge(graph, state)
-
-    return jax.tree.map(one, template, pure, is_leaf=_is_module)
-
-
-def flatten(pure: Any) -> dict[str, Any]:
-    """Leaves of a pure dict by their "/"-joined path."""
-    leaves = jax.tree_util.tree_leaves_with_path(pure, is_leaf=lambda x: hasattr(x, "shape"))
-    return {"/".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args.PyTreeRestore:
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -288,11 +247,3 @@ def _restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args
 
     item = jax.tree.map(abstract, want)
     return ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-
-
-def _check_shapes(step_dir: Path, want: Any, found: Any) -> None:
-    a, b = ({k: tuple(x.shape) for k, x in flatten(tree).items()} for tree in (want, found))
-    problems = [f"{k} missing" for k in a if k not in b] + [f"{k} unknown" for k in b if k not in a]
-    problems += [f"{k}: expected {a[k]}, found {b[k]}" for k in a if k in b and a[k] != b[k]]
-    if problems:
-        raise UserError(f"{step_dir}: the parameters do not fit the model: {'; '.join(problems)}")

@@ -1,11 +1,7 @@
-"""What the host does around compiled programs: keeps them on disk, picks the smallest that fits a batch, times them."""
+"""What the host does around compiled programs: picks the smallest that fits a batch, times them."""
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
-import os
-from pathlib import Path
-import platform
 import time
 from typing import Any
 
@@ -14,33 +10,6 @@ import numpy as np
 
 from openpi_ar.config import ModelConfig
 from openpi_ar.types import Observation, Tokens
-
-
-def keep_compiled_programs() -> Path | None:
-    """Has JAX keep compiled programs in `$OPENPI_AR_CACHE/xla` (default `~/.cache/openpi_ar/xla`) and reuse them.
-
-    Nothing changes if JAX has such a directory already (`JAX_COMPILATION_CACHE_DIR`) or is told to keep none
-    (`JAX_ENABLE_COMPILATION_CACHE=false`). Returns the directory in use, None if there is none.
-    """
-    if not jax.config.values["jax_enable_compilation_cache"]:
-        return None
-    directory: str | None = jax.config.values["jax_compilation_cache_dir"]
-    if directory is None:
-        root = Path(os.environ.get("OPENPI_AR_CACHE") or Path.home() / ".cache" / "openpi_ar")
-        directory = str(root / "xla" / _machine())
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return Path(directory)
-
-
-def _machine() -> str:
-    """Differs between processors: code for one may use instructions that another lacks (home directories are shared)."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def inference_dtype(wanted: str) -> str:

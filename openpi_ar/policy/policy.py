@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms import decode
+from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
@@ -26,7 +27,6 @@ from openpi_ar.policy.host import (
     Stopwatch,
     blank_observation,
     inference_dtype,
-    keep_compiled_programs,
     milliseconds,
     resizes_on_device,
     shrink,

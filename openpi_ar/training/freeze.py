@@ -14,18 +14,10 @@ import jax.numpy as jnp
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.params import leaf_paths
 
 _KEPT_FLOAT32 = re.compile(r"(^|[/_])(scale|bias)$")
 """Norms and biases: next to nothing in memory, and a norm's weight is a small distance from 1."""
-
-
-def leaf_paths(tree: Any) -> list[str]:
-    """Path of each leaf of a module or pure dict, "/"-joined, in the order of `jax.tree.leaves`; as in a checkpoint."""
-    paths = []
-    for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
-        names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
-        paths.append("/".join(names[:-1] if names[-1] == "value" else names))
-    return paths
 
 
 def is_frozen(path: str, table: tuple[str, ...]) -> bool:
@@ -52,32 +44,6 @@ def frozen_paths(cfg: TrainConfig, model: Pi0) -> frozenset[str]:
     if len(found) == len(paths):
         raise UserError(f"frozen: {' '.join(cfg.frozen)} leaves nothing to train; add a pattern with ! in front")
     return found
-
-
-def split(model: Pi0, frozen: frozenset[str]) -> Any:
-    """The trained parameters: a nested dict, or the model itself if nothing is frozen."""
-    if not frozen:
-        return model
-    tree: dict[str, Any] = {}
-    for path, leaf in zip(leaf_paths(model), jax.tree.leaves(model), strict=True):
-        if path not in frozen:
-            *parents, name = path.split("/")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = leaf
-    return tree
-
-
-def join(model: Pi0, trained: Any) -> Pi0:
-    """The model with what `split` took from it in these values."""
-    if not isinstance(trained, dict):
-        return trained
-    values = dict(zip(leaf_paths(trained), jax.tree.leaves(trained), strict=True))
-    leaves, structure = jax.tree.flatten(model)
-    new = [values.pop(path, leaf) for path, leaf in zip(leaf_paths(model), leaves, strict=True)]
-    assert not values, f"no parameters of the model: {sorted(values)}"
-    return jax.tree.unflatten(structure, new)
 
 
 def stored(cfg: TrainConfig, model: Pi0) -> Pi0:

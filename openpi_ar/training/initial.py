@@ -1,7 +1,5 @@
 """The parameters that a run starts from: any public checkpoint, one of ours, or towers that have learned where things are."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -9,9 +7,9 @@ from openpi_ar.checkpoints.load import load_model
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
-from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.training import distributed, freeze
+from openpi_ar.params import check_fit, flatten, split, with_leaves
+from openpi_ar.training import distributed
 from openpi_ar.training.state import init_model
 from openpi_ar.worlds.tabletop.pretrain_naming import pretrain_naming
 from openpi_ar.worlds.tabletop.pretrain_vision import pretrain_vision
@@ -36,32 +34,17 @@ def load_initial(cfg: TrainConfig) -> tuple[Pi0, tuple[str, ...]]:
         compute_dtype=cfg.model.dtype,
     )
     abstract = jax.eval_shape(lambda: init_model(cfg))
-    want = dict(zip(freeze.leaf_paths(abstract), jax.tree.leaves(abstract), strict=True))
-    have: dict[str, Any] = dict(zip(freeze.leaf_paths(loaded.model), jax.tree.leaves(loaded.model), strict=True))
-    notes = loaded.notes
+    want, have, notes = flatten(abstract), flatten(loaded.model), loaded.notes
     del loaded
-    fresh = frozenset(path for path in want if path not in have and path.endswith(_ADAPTERS))
-    problems = [f"{path} missing" for path in want if path not in have and path not in fresh]
-    problems += [f"{path} unknown" for path in have if path not in want]
-    problems += [
-        f"{path}: expected {want[path].shape}, found {have[path].shape}"
-        for path in want
-        if path in have and want[path].shape != have[path].shape
-    ]
-    if problems:
-        raise UserError(f"{cfg.init_from} does not fit the model of config {cfg.name}: {'; '.join(problems)}")
-    values = {}
-    for path, like in want.items():
-        if path not in fresh:
-            values[path] = jnp.asarray(have.pop(path), like.dtype)
+    fresh = {path for path in want if path not in have and path.endswith(_ADAPTERS)}
+    needed = {path: like for path, like in want.items() if path not in fresh}
+    check_fit(needed, have, f"{cfg.init_from} with config {cfg.name}")
+    values = {path: jnp.asarray(have.pop(path), like.dtype) for path, like in needed.items()}
     if fresh:
         # Of the whole init only these are computed: the rest is dead code.
-        others = frozenset(want) - fresh
-        adapters = jax.jit(lambda: freeze.split(init_model(cfg), others))()
-        values |= dict(zip(freeze.leaf_paths(adapters), jax.tree.leaves(adapters), strict=True))
+        values |= flatten(jax.jit(lambda: split(init_model(cfg), needed))())
         notes = (*notes, f"{len(fresh)} adapters are not in the checkpoint and start at zero effect")
-    leaves = [values[path] for path in want]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves), notes
+    return with_leaves(abstract, values), notes
 
 
 def initial_model(cfg: TrainConfig, source: TrainingSource, transform: InputTransform) -> Pi0:

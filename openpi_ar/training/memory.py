@@ -14,6 +14,7 @@ import numpy as np
 from openpi_ar.algorithms.cross_entropy import SLICE
 from openpi_ar.config import ModelConfig, TowerConfig, TrainConfig
 from openpi_ar.errors import UserError
+from openpi_ar.params import split
 from openpi_ar.training import freeze, sharding
 from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import TrainState, init_state, train_key
@@ -54,7 +55,7 @@ def estimate(cfg: TrainConfig, *, devices: int = 1) -> Estimate:
     Raises UserError for a table of frozen parameters that does not fit the model.
     """
     state = abstract_state(cfg)
-    trained = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
+    trained = split(state.model, freeze.frozen_paths(cfg, state.model))
     rows = -(-cfg.batch_size // devices)
     return Estimate(
         parameters=sharding.nbytes(state.model, cfg.fsdp_devices),
@@ -110,7 +111,7 @@ def measure(cfg: TrainConfig, step_fn: Any, state: TrainState, batch: Batch) -> 
 def planned(cfg: TrainConfig, analysis: Any, state: TrainState, batch: Batch) -> Estimate:
     """The plan from `memory_analysis()` of a compiled step."""
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    trained = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
+    trained = split(state.model, freeze.frozen_paths(cfg, state.model))
     gradients = min(_per_device(trained), needed)
     return Estimate(
         parameters=_per_device(state.model),

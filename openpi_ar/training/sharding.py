@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.training import freeze
+from openpi_ar.params import leaf_paths
 
 MESH_AXES: dict[str, tuple[str, ...] | None] = {"rows": ("data", "fsdp"), "cut": ("fsdp",), "-": None}
 """Logical axes -> mesh axes."""
@@ -128,7 +128,7 @@ def shardings(tree: Any, placement: Placement) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     found, unnamed = [], []
-    for path, leaf in zip(freeze.leaf_paths(tree), leaves, strict=True):
+    for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
         where = PartitionSpec() if leaf.ndim == 0 else spec(path, leaf.shape, placement.fsdp)
         if where is None:
             unnamed.append(f"{path} {list(leaf.shape)}")
@@ -143,7 +143,7 @@ def shardings(tree: Any, placement: Placement) -> Any:
 def nbytes(tree: Any, fsdp: int = 1) -> int:
     """Bytes that one device holds of a model, train state or part of one (abstract or concrete)."""
     total = 0
-    for path, leaf in zip(freeze.leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+    for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
         where = spec(path, leaf.shape, fsdp) if leaf.ndim else None
         total += leaf.size * leaf.dtype.itemsize // (fsdp if where else 1)
     return total

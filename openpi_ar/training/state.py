@@ -9,6 +9,7 @@ import optax
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.params import join, split
 from openpi_ar.training import freeze
 
 # Streams drawn from the run's seed; fixed numbers, so that a new one never shifts the others.
@@ -16,7 +17,7 @@ _INIT, _TRAIN = 0, 1
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates done. model: all parameters. opt_state, ema: of what is trained alone (`freeze.split`);
+    """step: int32 scalar, updates done. model: all parameters. opt_state, ema: of what is trained alone (`params.split`);
     ema is None when no average is kept. All float32, but for what the config asks to be kept in bfloat16.
     """
 
@@ -28,7 +29,7 @@ class TrainState(NamedTuple):
     @property
     def best_model(self) -> Pi0:
         """What is evaluated and saved as `params`: the average if there is one."""
-        return self.model if self.ema is None else freeze.join(self.model, self.ema)
+        return self.model if self.ema is None else join(self.model, self.ema)
 
 
 def init_model(cfg: TrainConfig) -> Pi0:
@@ -38,7 +39,7 @@ def init_model(cfg: TrainConfig) -> Pi0:
 
 def state_of(cfg: TrainConfig, tx: optax.GradientTransformation, model: Pi0) -> TrainState:
     """A fresh state that begins with the given parameters; the average starts there too."""
-    trained = freeze.split(model, freeze.frozen_paths(cfg, model))
+    trained = split(model, freeze.frozen_paths(cfg, model))
     # A copy: the step donates its state, and one buffer cannot be donated twice.
     ema = None if cfg.optimizer.ema_decay is None else jax.tree.map(jnp.copy, trained)
     return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=tx.init(trained), ema=ema)

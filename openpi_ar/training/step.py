@@ -15,6 +15,7 @@ from openpi_ar.algorithms.losses import Counts, Metrics, batch_counts, compute_l
 from openpi_ar.config import DecodeConfig, LossConfig, TrainConfig
 from openpi_ar.data.augment import augment, with_mistakes
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.params import join, split
 from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
 from openpi_ar.types import Array, Batch, Observation, Tokens
@@ -36,7 +37,7 @@ def train_step(
     """One update of what is trained. Metrics are those of `compute_loss` plus `grad_norm` (before clipping)."""
     step_key = jax.random.fold_in(key, state.step)
     # Any: optax's types know only its own notion of parameters, but every pytree will do.
-    params: Any = freeze.split(state.model, freeze.frozen_paths(cfg, state.model))
+    params: Any = split(state.model, freeze.frozen_paths(cfg, state.model))
     grads, metrics = accumulated_gradients(state.model, params, batch, step_key, cfg)
     updates, opt_state = tx.update(grads, state.opt_state, params)
     new_params: Any = optax.apply_updates(params, updates)
@@ -44,7 +45,7 @@ def train_step(
     if ema is not None and cfg.optimizer.ema_decay is not None:
         d = ema_decay(cfg.optimizer.ema_decay, state.step)
         ema = jax.tree.map(lambda average, new: d * average + (1 - d) * new, ema, new_params)
-    model = freeze.join(state.model, new_params)
+    model = join(state.model, new_params)
     new = TrainState(step=state.step + 1, model=model, opt_state=opt_state, ema=ema)
     return new, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
@@ -65,7 +66,7 @@ def accumulated_gradients(
         part = dataclasses.replace(part, observation=seen)
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], Metrics]:
-            return compute_loss(freeze.join(model, params), part, loss_key, cfg.loss, counts, said)
+            return compute_loss(join(model, params), part, loss_key, cfg.loss, counts, said)
 
         return jax.grad(loss_fn, has_aux=True)(params)
 

@@ -27,6 +27,7 @@ from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, SigLIPConfig, To
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.vit import resample_pos_embedding
+from openpi_ar.params import flatten
 from openpi_ar.types import Observation, Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,7 +40,7 @@ FULL = {
 
 
 def params(loaded) -> dict[str, np.ndarray]:
-    return {k: np.asarray(v) for k, v in store.flatten(store.pure_params(loaded.model)).items()}
+    return {k: np.asarray(v) for k, v in flatten(loaded.model).items()}
 
 
 def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -85,7 +86,7 @@ def test_every_public_key_is_used_once_or_ignored_with_a_reason(name):
         assert {"torch": {777, 778, 812, 813}, "openpi": {50, 51}}[source.layout] & {len(KEYS[name])}
     # Every parameter of ours is set.
     abstract = nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
-    ours = {k: v.shape for k, v in store.flatten(store.pure_params(abstract)).items()}
+    ours = {k: v.shape for k, v in flatten(abstract).items()}
     assert {item.row.ours for item in found} == set(ours)
     for row in {item.row for item in found}:
         assert infer_config.expected_shape(" ".join(x for x in (row.layers, row.layout) if x), sizes) == ours[row.ours]
@@ -292,7 +293,7 @@ def test_openpi_reads_what_we_write(tmp_path):
     loaded = load_model(GOLDEN / "pi05")
     export.convert(loaded, tmp_path / "out", "openpi")
     tree = ocp.PyTreeCheckpointer().restore((tmp_path / "out" / "params").absolute())
-    ours, want = store.flatten(tree["params"]), export.to_openpi(params(loaded))
+    ours, want = flatten(tree["params"]), export.to_openpi(params(loaded))
     assert set(ours) == set(want)
     assert set(tree) == {"params"}
     for name, value in ours.items():

@@ -157,9 +157,9 @@ def test_every_parameter_that_does_not_fit_is_listed(copy):
         store.load_policy_checkpoint(copy / "5")
     text = str(error.value)
     for words in (
-        "params/action_in/kernel: expected (6, 16), found (4, 16)",
-        "state_in/kernel missing",
-        "time_mlp_in/kernel unknown",
+        "params/action_in/kernel: expected [6, 16], found [4, 16]",
+        "state_in/kernel: missing",
+        "time_mlp_in/kernel: unknown",
     ):
         assert words in text
 

@@ -14,6 +14,7 @@ import pytest
 
 from configs import PRESETS
 from openpi_ar.errors import UserError
+from openpi_ar.params import flatten
 from openpi_ar.training import memory, sharding
 
 ROOT = Path(__file__).parents[2]
@@ -87,12 +88,8 @@ def test_eight_devices_learn_what_one_does_and_hold_their_share():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_of_every_preset_is_named(name):
     state = memory.abstract_state(PRESETS[name])
-    missing = [p for p, x in _leaves(state) if x.ndim and sharding.spec(p, x.shape, 2) is None]
+    missing = [p for p, x in flatten(state).items() if x.ndim and sharding.spec(p, x.shape, 2) is None]
     assert missing == []
-
-
-def _leaves(tree):
-    return zip(sharding.freeze.leaf_paths(tree), jax.tree.leaves(tree), strict=True)
 
 
 def test_full_size_divides_almost_wholly():
@@ -104,7 +101,7 @@ def test_full_size_divides_almost_wholly():
 
 
 def test_a_moment_is_cut_as_its_parameter_is():
-    paths = dict(_leaves(memory.abstract_state(DEBUG)))
+    paths = flatten(memory.abstract_state(DEBUG))
     moment = next(p for p in paths if p.endswith("mu/embedder/table"))
     for path in ("model/embedder/table", moment):
         assert sharding.spec(path, paths[path].shape, 4) == PartitionSpec(None, ("fsdp",))

@@ -21,14 +21,14 @@ from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.meta import INFO
 from openpi_ar.data.lerobot.video import read_frames
 from openpi_ar.errors import UserError
-from openpi_ar.files import Mapped, when_whole
+from openpi_ar.files import Mapped, cache_root, when_whole
 
 _VERSION = 1
 """Raise when decoding or resizing changes: old caches are then left alone and not read."""
 
 
 def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | None = None) -> Path:
-    """Where the frames of this camera are or will be; root None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`.
+    """Where the frames of this camera are or will be; `root`: see `files.cache_root`.
 
     Raises UserError naming the file and episode if a file is missing.
     """
@@ -53,8 +53,7 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
         "version": _VERSION,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    base = root or os.environ.get("OPENPI_AR_CACHE") or Path.home() / ".cache" / "openpi_ar"
-    return Path(base).expanduser() / "lerobot" / digest
+    return cache_root(root) / "lerobot" / digest
 
 
 def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str | None = None) -> np.ndarray:

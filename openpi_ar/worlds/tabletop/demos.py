@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openpi_ar.files import Mapped, when_whole
+from openpi_ar.files import Mapped, cache_root, when_whole
 from openpi_ar.worlds.tabletop.record import Episode, record_episode
 from openpi_ar.worlds.tabletop.scene import COLORS
 from openpi_ar.worlds.tabletop.tasks import known_prompts, known_subtasks
@@ -108,8 +108,7 @@ def cache_path(cfg: DemoConfig) -> Path:
         "version": GENERATOR_VERSION,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    root = cfg.cache_dir or os.environ.get("OPENPI_AR_CACHE") or Path.home() / ".cache" / "openpi_ar"
-    return Path(root).expanduser() / "tabletop" / digest
+    return cache_root(cfg.cache_dir) / "tabletop" / digest
 
 
 def load_or_generate(cfg: DemoConfig, workers: int | None = None) -> Demos:

@@ -1,0 +1,39 @@
+"""The cache of compiled programs on disk, one directory per kind of processor."""
+
+import hashlib
+from pathlib import Path
+import platform
+
+import jax
+
+from openpi_ar.files import cache_root
+
+_SHORTEST_S = 0.2
+"""Programs that compile faster are not written: a policy has dozens of small ones."""
+
+
+def keep_compiled_programs() -> Path | None:
+    """Has JAX write compiled programs to `<cache_root>/xla/<processor>` and read them from there.
+
+    Nothing changes if JAX has such a directory already (`JAX_COMPILATION_CACHE_DIR`) or is told to keep none
+    (`JAX_ENABLE_COMPILATION_CACHE=false`). Returns the directory in use, None if there is none.
+    """
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    directory: str | None = jax.config.values["jax_compilation_cache_dir"]
+    if directory is None:
+        directory = str(cache_root() / "xla" / _processor())
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_S)
+    return Path(directory)
+
+
+def _processor() -> str:
+    """A name that differs between processors: code for one may use instructions that another lacks, and machines share home
+    directories."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"

@@ -1,0 +1,47 @@
+"""If this fails, compiled programs are written where they must not be, or read by a processor that cannot run them."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from openpi_ar import compilation
+from openpi_ar.files import cache_root
+
+_OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture
+def options():
+    """JAX as it starts without any environment variable; put back afterwards."""
+    before = {name: jax.config.values[name] for name in _OPTIONS}
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_directory_of_its_own_for_each_processor(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path))
+    used = compilation.keep_compiled_programs()
+    assert used is not None and used.parent == tmp_path / "xla"
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(Path, "read_text", lambda self: "flags : fpu sse2\n")  # another processor's
+    other = compilation.keep_compiled_programs()
+    assert other is not None and other.parent == used.parent and other != used
+
+
+def test_what_jax_was_told_is_left_alone(options, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    assert compilation.keep_compiled_programs() == tmp_path / "mine"
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert compilation.keep_compiled_programs() is None
+
+
+def test_one_rule_for_the_cache_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    assert cache_root(tmp_path / "given") == tmp_path / "given"
+    monkeypatch.setenv("OPENPI_AR_CACHE", "")
+    assert cache_root() == Path.home() / ".cache" / "openpi_ar"
