@@ -22,6 +22,7 @@ from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
 from openpi_ar.data.loader import Loader
 from openpi_ar.data.normalize import needed_mode
+from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.data.sources import load_sources
 from openpi_ar.errors import UserError, replace_unwritable
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +35,6 @@ from openpi_ar.training.optimizer import check_schedule, make_optimizer, make_sc
 from openpi_ar.training.sharding import Placement, make_placement, shardings
 from openpi_ar.training.state import TrainState, init_state, state_of, train_key
 from openpi_ar.training.step import StepFn, make_train_step
-from openpi_ar.worlds.tabletop.source import PromptSwap
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data

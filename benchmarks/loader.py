@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import HELP, PRESETS, get_preset
 from openpi_ar.config import LeRobotData, TrainConfig
-from openpi_ar.data.inputs import InputTransform, resize_with_pad, stack_rows
+from openpi_ar.data.inputs import InputTransform, stack_rows
 from openpi_ar.data.layout import TrainingSource
 from openpi_ar.data.lerobot.columns import read_columns
 from openpi_ar.data.lerobot.frame_cache import cached_frames
@@ -25,8 +25,9 @@ from openpi_ar.data.loader import Loader
 from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.sources import load_sources
 from openpi_ar.errors import UserError, command_line
+from openpi_ar.images import resize_with_pad
 from openpi_ar.tables import console, new_table
-from openpi_ar.text.prompts import TEMPLATES
+from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer, paligemma_paths
 from openpi_ar.training import cli, experiment
 from openpi_ar.training.optimizer import make_optimizer

@@ -103,10 +103,10 @@ class TextConfig:
     """`embedded` (shipped, small), `paligemma` (the public 257,152-piece model from the cache), or a path to a
     SentencePiece `.model` file."""
     template: str = "subtask"
-    """A key of `openpi_ar.text.prompts.TEMPLATES`."""
+    """A key of `openpi_ar.text.templates.TEMPLATES`, for rows that name none themselves."""
     max_prompt_tokens: int = 200
     max_target_tokens: int = 32
-    """Budget of the said text, EOS included; also the most tokens ever decoded."""
+    """Budget of what the model writes, EOS included; also the most tokens ever generated."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Pillow's bilinear resize on the device, to the bit: robots' images go there as they are and become the model's in its program.
+"""Images of any size to the model's: bilinear, aspect kept, black borders, on the host and on the device.
 
-Checkpoints were trained on images that Pillow resized, and no resize of JAX gives its bytes. Its arithmetic is integers: a
-triangle filter as wide as the reduction, in 22-bit fixed point, columns first, then rows, each rounded to eight bits
-(Pillow's `Resample.c`).
+The host uses Pillow, as openpi's client does. Checkpoints were trained on its bytes and no resize of JAX gives them, so the
+device version repeats its arithmetic, which is integers: a triangle filter as wide as the reduction, in 22-bit fixed point,
+columns first, then rows, each rounded to eight bits (Pillow's `Resample.c`). Both give the same pixels.
 """
 
 import functools
@@ -10,23 +10,41 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import UInt8
 import numpy as np
+from PIL import Image
 
 from openpi_ar.types import Array
 
 _BITS = 22
 
 
-def resize_with_pad(images: UInt8[Array, "*b h w 3"], height: int, width: int) -> UInt8[Array, "*b _ _ 3"]:
-    """Images to [height width]: bilinear, aspect kept, black borders; `data.inputs.resize_with_pad` inside a program."""
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h w 3] to [height width 3] on the host; the image itself if it has that size already."""
+    size = image.shape[0], image.shape[1]
+    if size == (height, width):
+        return image
+    new_h, new_w, top, left = _placed(size, height, width)
+    out = np.zeros((height, width, 3), np.uint8)
+    small = Image.fromarray(image).resize((new_w, new_h), resample=Image.Resampling.BILINEAR)
+    out[top : top + new_h, left : left + new_w] = np.asarray(small)
+    return out
+
+
+def resize_with_pad_on_device(images: UInt8[Array, "*b h w 3"], height: int, width: int) -> UInt8[Array, "*b _ _ 3"]:
+    """`resize_with_pad` of a batch of images inside a compiled program, to the same pixels."""
     size = images.shape[-3], images.shape[-2]
     if size == (height, width):
         return images
-    ratio = max(size[1] / width, size[0] / height)
-    new_h, new_w = max(1, int(size[0] / ratio)), max(1, int(size[1] / ratio))
+    new_h, new_w, top, left = _placed(size, height, width)
     small = _resample(_resample(images, new_w, images.ndim - 2), new_h, images.ndim - 3)
-    top, left = (height - new_h) // 2, (width - new_w) // 2
     borders = [(top, height - new_h - top), (left, width - new_w - left), (0, 0)]
     return jnp.pad(small, [(0, 0)] * (images.ndim - 3) + borders)
+
+
+def _placed(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """(height, width, top, left) of the resized image within [height width] (openpi's `resize_with_pad`)."""
+    ratio = max(size[1] / width, size[0] / height)
+    new_h, new_w = max(1, int(size[0] / ratio)), max(1, int(size[1] / ratio))
+    return new_h, new_w, (height - new_h) // 2, (width - new_w) // 2
 
 
 def _resample(x: UInt8[Array, "..."], size: int, axis: int) -> UInt8[Array, "..."]:
@@ -36,7 +54,7 @@ def _resample(x: UInt8[Array, "..."], size: int, axis: int) -> UInt8[Array, "...
     shape[axis] = size
     total = jnp.int32(1 << (_BITS - 1))
     for tap in range(weights.shape[1]):
-        index = np.minimum(starts + tap, x.shape[axis] - 1)  # beyond the edge the weight is 0
+        index = np.minimum(starts + tap, x.shape[axis] - 1)  # past the edge the weight is 0
         total += jnp.take(x, index, axis=axis).astype(jnp.int32) * weights[:, tap].reshape(shape)
     return jnp.clip(total >> _BITS, 0, 255).astype(jnp.uint8)
 

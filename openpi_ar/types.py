@@ -30,6 +30,11 @@ class Kind(enum.IntEnum):
     ANSWER = 2
     ACTION = 3
 
+    @property
+    def label(self) -> str:
+        """Its name in metrics, loss weights and raw samples."""
+        return "action_token" if self is Kind.ACTION else self.name.lower()
+
 
 @nnx.dataclass
 class Tokens(nnx.Pytree):
@@ -103,7 +108,7 @@ class Observation(nnx.Pytree):
 class Batch(nnx.Pytree):
     """One training batch.
 
-    target       the text to be said (subtask or answer), EOS included; all of it causal.
+    target       what the model is to write (subtask, answer, action tokens), EOS included; all of it causal.
     actions      normalised action chunks, padded to the model's action dimension.
     action_mask  entry counts in the flow loss: False past an episode's end, in padded dimensions (unless the config
                  asks for openpi's average over all of them), and in rows that carry no actions.

@@ -11,7 +11,8 @@ from configs import HELP, PRESETS, get_preset
 from openpi_ar import config_json
 from openpi_ar.config import LeRobotData, TabletopData
 from openpi_ar.errors import UserError
-from openpi_ar.text.prompts import TEMPLATES, encode_target, format_prompt
+from openpi_ar.text.segments import pack
+from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.training import cli, experiment
 from openpi_ar.training.optimizer import make_optimizer
@@ -138,8 +139,9 @@ def test_text_budgets_hold_everything_the_tabletop_says(name):
     text, tok = PRESETS[name].text, load_tokenizer("embedded")
     assert tok.vocab_size <= PRESETS[name].model.vocab_size
     states = np.random.default_rng(0).uniform(-1.2, 1.2, (5, 4))
-    longest = max(len(tok.encode(format_prompt(text.template, p, s))) + 1 for p in known_prompts() for s in states)
+    template = TEMPLATES[text.template]
+    longest = max(len(tok.encode(template.prompt_text(p, s))) + 1 for p in known_prompts() for s in states)
     assert longest <= text.max_prompt_tokens
-    if TEMPLATES[text.template].target is not None:
+    if template.target is not None:
         for subtask in known_subtasks():
-            assert encode_target(tok, text.template, subtask, text.max_target_tokens)["valid"].any()
+            assert pack(tok, template.target_segments(subtask), text.max_target_tokens)["valid"].any()

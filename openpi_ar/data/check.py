@@ -18,7 +18,7 @@ from openpi_ar.data.mixture import parts_of
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats
 from openpi_ar.errors import UserError
 from openpi_ar.tables import console, new_table
-from openpi_ar.text import prompts
+from openpi_ar.text.segments import Segment, readable
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SHOWN = 3
@@ -57,7 +57,7 @@ def dry_run(
             file = plot.with_stem(f"{plot.stem}_{k}") if k else plot
             _plot(file, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
             out.print(f"drawn into {file}", markup=False, soft_wrap=True)
-    odd += _labels(cfg, train)
+    odd += _labels(train, transform)
     shown, problems = _texts(cfg, train, transform)
     out.print(shown)
     odd += problems
@@ -179,9 +179,9 @@ def _plot(path: Path, numbers: dict[str, list[np.ndarray]], names: dict[str, Seq
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _labels(cfg: TrainConfig, train: TrainingSource) -> list[str]:
+def _labels(train: TrainingSource, transform: InputTransform) -> list[str]:
     empty = train.unlabelled()
-    if not empty or prompts.TEMPLATES[cfg.text.template].target is None:
+    if not empty or not transform.writes_text:
         return []
     more = [f"... and {len(empty) - _LISTED} more such runs of frames"] if len(empty) > _LISTED else []
     return [f"no subtask: {place}" for place in empty[:_LISTED]] + more
@@ -189,36 +189,34 @@ def _labels(cfg: TrainConfig, train: TrainingSource) -> list[str]:
 
 def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> tuple[Group, list[str]]:
     """Some frames' texts byte for byte, and the budgets checked on all texts."""
-    table = new_table("frame", "", "text, byte for byte", "tokens", "of", title="what is said")
+    table = new_table("frame", "", "text, byte for byte", "tokens", "of", title="texts")
     for i in np.linspace(0, len(train) - 1, min(_SHOWN, len(train))).astype(int):
         raw = train[int(i)]
-        # As the model reads it, so the prompt is rebuilt from what the transform makes of the sample.
-        arrays, state = transform.sample(raw), transform.state_stats.normalize(transform.state(raw))
-        prompt = prompts.format_prompt(cfg.text.template, raw["prompt"], state)
+        arrays = transform.sample(raw)
+        prompt = transform.prompt_segments(raw, transform.normalised_state(raw))
         table.add_row(train.where(int(i)), "prompt", *_row(prompt, arrays["prompt"]["valid"]))
-        if transform.says_text:
+        if target := transform.target_segments(raw):
             note = "" if arrays["target"]["loss"].any() else " (not supervised)"
-            target = prompts.format_target(cfg.text.template, raw["subtask"]) + prompts.EOS
             table.add_row("", f"target{note}", *_row(target, arrays["target"]["valid"]))
     return Group(table), _budgets(cfg, train, transform)
 
 
-def _row(text: str, valid: np.ndarray) -> tuple[str, str, str]:
-    return escape(repr(text)), str(int(valid.sum())), str(len(valid))
+def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]:
+    return escape(repr(readable(segments))), str(int(valid.sum())), str(len(valid))
 
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
-    tokenizer, text, odd = transform.tokenizer, cfg.text, []
+    tokenizer, text, template, odd = transform.tokenizer, cfg.text, transform.template({}), []
     # No state is written longer than this one: three digits a dimension.
     longest_state = np.ones(transform.state_stats.dims)
     for task in train.prompts:
-        used = 1 + len(tokenizer.encode(prompts.format_prompt(text.template, task, longest_state)))
+        used = 1 + len(tokenizer.encode(template.prompt_text(task, longest_state)))
         if used > text.max_prompt_tokens:
             odd.append(
                 f"the prompt of {task!r} can take {used} tokens, text.max_prompt_tokens is {text.max_prompt_tokens}: raise it"
             )
-    for subtask in train.subtasks if transform.says_text else ():
-        used = 1 + len(tokenizer.encode(prompts.format_target(text.template, subtask)))
+    for subtask in train.subtasks if transform.writes_text else ():
+        used = 1 + len(tokenizer.encode(template.target_text(subtask)))
         if used > text.max_target_tokens:
             odd.append(
                 f"{subtask!r} takes {used} tokens, text.max_target_tokens is {text.max_target_tokens}: raise it or shorten it"

@@ -1,7 +1,10 @@
 """A raw observation or sample -> the model's arrays. Training and the policy share this, so they cannot differ.
 
-    raw observation  {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str, "masked": camera names, optional}
-    raw sample       also {"actions": [A X_real], "action_valid": bool [A], "subtask": str, "supervise_text": bool, optional}
+    raw observation  {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}
+                     optional: "masked": names of cameras to go without; "template": name, default `text.template`
+    raw sample       also {"actions": [A X_real], "action_valid": bool [A], "subtask": str}
+                     optional: "supervise_text": bool, whether the text is in the loss
+    raw question     {"images", "question": str, "answer": str, "template": "vqa"}: a sample that only trains text
 
 Real dimensions come from the normalisation statistics; the model's are padded with zeros. With a `RobotSpec`, raw is what that
 robot sends, under its own names and in its own units, and actions come back in those.
@@ -12,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.data import robots
@@ -21,30 +23,15 @@ from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.shards import place
 from openpi_ar.data.transforms import pad_dims
 from openpi_ar.errors import UserError
-from openpi_ar.text import prompts
+from openpi_ar.images import resize_with_pad
+from openpi_ar.text.segments import Segment, TokenArrays, pack
+from openpi_ar.text.templates import Template, get_template
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Batch, Observation, Tokens
 
 Arrays = dict[str, Any]
 """Nested dict of numpy arrays: images, image_mask, state, prompt (a dict), and for samples target (a dict), actions,
 action_mask."""
-
-
-def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h w 3] to [height width 3]: bilinear, aspect kept, black borders (openpi's `resize_with_pad`).
-
-    `models/resize.py` is the same inside a program.
-    """
-    h, w = image.shape[:2]
-    if (h, w) == (height, width):
-        return image
-    ratio = max(w / width, h / height)
-    new_h, new_w = max(1, int(h / ratio)), max(1, int(w / ratio))
-    top, left = (height - new_h) // 2, (width - new_w) // 2
-    out = np.zeros((height, width, 3), np.uint8)
-    small = Image.fromarray(image).resize((new_w, new_h), resample=Image.Resampling.BILINEAR)
-    out[top : top + new_h, left : left + new_w] = np.asarray(small)
-    return out
 
 
 class InputTransform:
@@ -88,30 +75,30 @@ class InputTransform:
                 )
 
     @property
-    def says_text(self) -> bool:
-        """The template has a target: the model is trained to say something before it acts."""
-        return prompts.TEMPLATES[self.cfg.text.template].target is not None
+    def writes_text(self) -> bool:
+        """The config's template has a target: the model is trained to write something before it acts."""
+        return self.template({}).target is not None
 
-    def observation(self, raw: Mapping[str, Any], *, needs_state: bool = True, resize: bool = True) -> Arrays:
+    def template(self, raw: Mapping[str, Any]) -> Template:
+        """The row's template: `raw["template"]`, by default the config's. Raises UserError if there is none of that name."""
+        return get_template(raw.get("template") or self.cfg.text.template)
+
+    def observation(self, raw: Mapping[str, Any], *, resize: bool = True) -> Arrays:
         """Arrays of one observation, no batch axis. Raises UserError naming what is missing or does not fit.
 
-        Without `needs_state`, a state that is left out is taken to be the average one. Without `resize`, images of one
-        size stay as they are, for the model to resize them.
+        A state that is missing and not needed (see `normalised_state`) becomes zeros. Without `resize`, images of one size
+        stay as they are, for the model to resize them.
         """
         images, mask = self._images(raw, resize)
-        state = self.state(raw, needed=needs_state)
-        prompt = raw.get("prompt") if self.robot is None else self.robot.prompt_of(raw)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"observation['prompt'] must be a text that says what to do, found {prompt!r}")
-        normalised = self.state_stats.normalize(state)
-        text = self.cfg.text
+        state = self.normalised_state(raw)
         # The state enters the prompt before it is padded: openpi's order, and padding says nothing.
-        tokens = prompts.encode_prompt(self.tokenizer, text.template, prompt, normalised, text.max_prompt_tokens)
+        prompt = pack(self.tokenizer, self.prompt_segments(raw, state), self.cfg.text.max_prompt_tokens)
+        state = np.zeros(self.state_stats.dims, np.float32) if state is None else state
         return {
             "images": images,
             "image_mask": mask,
-            "prompt": tokens,
-            "state": pad_dims(normalised, self.cfg.model.state_dim),
+            "prompt": prompt,
+            "state": pad_dims(state, self.cfg.model.state_dim),
         }
 
     def sample(self, raw: Mapping[str, Any]) -> Arrays:
@@ -137,22 +124,31 @@ class InputTransform:
         arrays["target"] = self.target(raw)
         return arrays
 
-    def target(self, raw: Mapping[str, Any]) -> prompts.TokenArrays:
-        """The text to be said; all padding if the template has none."""
-        budget = self.cfg.text.max_target_tokens
-        if not self.says_text:
-            tokens = {"ids": np.zeros(budget, np.int32), "kind": np.zeros(budget, np.int8)}
-            return tokens | {bit: np.zeros(budget, bool) for bit in ("valid", "causal", "loss", "hidden")}
-        subtask = raw.get("subtask")
-        if not isinstance(subtask, str) or not subtask.strip():
+    def target(self, raw: Mapping[str, Any]) -> TokenArrays:
+        """What the model is to write, as arrays; all padding if the row's template has no target."""
+        return pack(self.tokenizer, self.target_segments(raw), self.cfg.text.max_target_tokens)
+
+    def prompt_segments(self, raw: Mapping[str, Any], state: np.ndarray | None) -> list[Segment]:
+        """Segments of the row's prompt, from `normalised_state` of it. Raises UserError as `Template.prompt_text`."""
+        template = self.template(raw)
+        name = "question" if template.key == "answer" and raw.get("question") is not None else "prompt"
+        task = raw.get(name) if name == "question" or self.robot is None else self.robot.prompt_of(raw)
+        if not isinstance(task, str) or not task.strip():
+            raise UserError(f"observation[{name!r}] must be a text that says what to do, found {task!r}")
+        return template.prompt_segments(task, state)
+
+    def target_segments(self, raw: Mapping[str, Any]) -> list[Segment]:
+        """Segments of what the model is to write; none if the row's template has no target. Raises UserError."""
+        template = self.template(raw)
+        if template.target is None:
+            return []
+        text = raw.get(template.key)
+        if not isinstance(text, str) or not text.strip():
             raise UserError(
-                f"template {self.cfg.text.template!r} trains the model to say the subtask, but sample['subtask'] is "
-                f"{subtask!r}: annotate the data or use an action-only template (--text.template openpi)"
+                f"template {template.name!r} trains the model to write sample[{template.key!r}], found {text!r}: annotate "
+                f"the data or use an action-only template (--text.template openpi)"
             )
-        tokens = prompts.encode_target(self.tokenizer, self.cfg.text.template, subtask, budget)
-        if not raw.get("supervise_text", True):
-            tokens = {**tokens, "loss": np.zeros(budget, bool)}
-        return tokens
+        return template.target_segments(text, supervised=bool(raw.get("supervise_text", True)))
 
     def actions_to_real(self, actions: np.ndarray, raws: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
         """Model actions [... A X] to the robot's units and dimensions, float32 [... A X_real].
@@ -166,14 +162,22 @@ class InputTransform:
         states = np.stack([self.state(raw) for raw in raws])
         return self.robot.actions_from_model(real, states, self.cfg.model.pi05).astype(np.float32)
 
-    def state(self, raw: Mapping[str, Any], *, needed: bool = True) -> np.ndarray:
-        """The observation's state before normalisation [P_real]. Raises UserError if it does not fit."""
-        value = raw.get("state") if self.robot is None else self.robot.state_vector(raw)
-        if value is None and not needed:
-            return self.state_stats.mean.astype(np.float32)
+    def normalised_state(self, raw: Mapping[str, Any]) -> np.ndarray | None:
+        """The normalised state [P_real]; None if there is none and the row does without: no actions, and a template that
+        needs no state. Raises UserError if it does not fit."""
+        given = raw.get("state") if self.robot is None else self.robot.state_vector(raw)
+        if given is None and not self.template(raw).needs_state and raw.get("actions") is None:
+            return None
+        return self.state_stats.normalize(self._checked(given))
+
+    def state(self, raw: Mapping[str, Any]) -> np.ndarray:
+        """The observation's state before normalisation [P_real]. Raises UserError if it is missing or does not fit."""
+        return self._checked(raw.get("state") if self.robot is None else self.robot.state_vector(raw))
+
+    def _checked(self, state: Any) -> np.ndarray:
         dims, names = self.state_stats.dims, ["state"] if self.robot is None else list(self.robot.state)
         where = " and ".join(f"observation[{name!r}]" for name in names)
-        value = np.asarray(value)
+        value = np.asarray(state)
         if value.dtype.kind not in "fiu" or value.shape != (dims,):
             raise UserError(f"{where} must be {dims} numbers, found {value.dtype} {list(value.shape)}")
         if not np.isfinite(value).all():

@@ -11,7 +11,7 @@ import numpy as np
 
 from openpi_ar.data import transforms
 from openpi_ar.errors import UserError
-from openpi_ar.text.prompts import TEMPLATES
+from openpi_ar.text.templates import TEMPLATES
 
 IMAGES, STATE, ACTIONS, PROMPT = "images", "state", "actions", "prompt"
 ANY = "*"
@@ -27,7 +27,7 @@ class Variant:
     horizon: int = 50
     """Actions in a chunk; parameters do not tell it."""
     template: str = "openpi"
-    """A key of `openpi_ar.text.prompts.TEMPLATES`."""
+    """A key of `openpi_ar.text.templates.TEMPLATES`."""
     delta: tuple[bool, ...] = ()
     """Action dimensions that the model predicts relative to the state; dimensions past its end are absolute."""
 

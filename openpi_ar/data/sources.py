@@ -7,7 +7,7 @@ from openpi_ar.data.layout import SingleSource, TrainingSource
 from openpi_ar.data.lerobot.load import load_lerobot
 from openpi_ar.data.mixture import Mixture
 from openpi_ar.errors import UserError
-from openpi_ar.text.prompts import TEMPLATES
+from openpi_ar.text.templates import get_template
 from openpi_ar.worlds.tabletop.source import load_tabletop
 
 TABLETOP = "tabletop"
@@ -46,7 +46,7 @@ def load_sources(cfg: TrainConfig) -> tuple[TrainingSource, TrainingSource, list
 
 
 def _lerobot(cfg: TrainConfig, data: LeRobotData) -> Loaded:
-    says_text = TEMPLATES[cfg.text.template].target is not None
+    says_text = get_template(cfg.text.template).target is not None
     model = cfg.model
     return load_lerobot(data, model.action_horizon, model.cameras, model.siglip.image_size, says_text=says_text)
 

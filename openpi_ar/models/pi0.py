@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.config import ModelConfig
-from openpi_ar.images import resize_with_pad
+from openpi_ar.images import resize_with_pad_on_device
 from openpi_ar.models.decoder import Embedder, Tower
 from openpi_ar.models.fused import FastTower, cast_matrices
 from openpi_ar.models.layers import Linear, sincos_embedding
@@ -75,12 +75,12 @@ class Pi0(nnx.Module):
     def embed_images(self, obs: Observation) -> Float[Array, "B T D"]:
         """Tokens of all cameras in one batched call of the vision tower; T = cameras * patches, camera-major.
 
-        uint8 images of another size than the model's are resized first, as `data.inputs` does on the host.
+        uint8 images of another size than the model's are resized first, as on the host.
         """
         batch, cameras = obs.images.shape[:2]
         images = jnp.asarray(obs.images).reshape(-1, *obs.images.shape[2:])
         if images.dtype == jnp.uint8:
-            images = resize_with_pad(images, *self.cfg.siglip.image_size).astype(jnp.float32) / 127.5 - 1.0
+            images = resize_with_pad_on_device(images, *self.cfg.siglip.image_size).astype(jnp.float32) / 127.5 - 1.0
         tokens = self.img(images.astype(jnp.float32), self.dtype, remat=self.cfg.remat)
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
 

@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 from pathlib import Path
 import time
 from typing import Any
@@ -33,8 +32,7 @@ from openpi_ar.policy.host import (
 )
 from openpi_ar.policy.load import load_policy_parts
 from openpi_ar.policy.programs import Draft, Programs
-from openpi_ar.text import prompts
-from openpi_ar.text.prompts import text_status
+from openpi_ar.text.templates import Template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Observation, Tokens
 
@@ -77,11 +75,10 @@ class Policy:
         self.cfg, self.tokenizer = cfg, tokenizer
         self.transform = InputTransform(cfg, tokenizer, stats, robot)
         self.robot = robot = self.transform.robot
-        self._question = InputTransform(_with_template(cfg, "vqa"), tokenizer, stats, robot)
         dtype = inference_dtype(cfg.decode.dtype)
         self._model = jax.jit(lambda m: m.prepared(dtype))(model)
         self._table = jax.jit(lambda m: decode.flow_table(m, cfg.decode.denoise_steps))(self._model)
-        self._budget = cfg.text.max_target_tokens if self.transform.says_text else 0
+        self._budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
         allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
         programs = Programs(
             cfg,
@@ -201,7 +198,7 @@ class Policy:
         ms["total"] = milliseconds(time.perf_counter() - start)
         results = []
         for row in range(len(rows)):
-            said, status = self._read(self.cfg.text.template, ids[row][valid[row]].tolist())
+            said, status = self._read(self.transform.template(raws[row]), ids[row][valid[row]].tolist())
             results.append({"subtask": said, "text_status": status, "actions": actions[row], "timing": ms})
         return results
 
@@ -216,10 +213,13 @@ class Policy:
             `answer`, `text_status` and `timing` as in `infer`.
         """
         start = time.perf_counter()
-        row = self._question.observation({**raw, "prompt": question}, needs_state=False)
+        raw = {**raw, "question": question, "template": "vqa"}
+        row = self.transform.observation(raw)
         out, ms = self._staged(self._stack([row], None), None, None, act=False)
         ms["total"] = milliseconds(time.perf_counter() - start)
-        said, status = self._read("vqa", np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist())
+        said, status = self._read(
+            self.transform.template(raw), np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist()
+        )
         return {"answer": said, "text_status": status, "timing": ms}
 
     def measure(self, raw: Raw, *, subtask: str | None = None, question: str | None = None, repeats: int = 5) -> Result:
@@ -290,7 +290,7 @@ class Policy:
             return None
         if len(subtasks) != rows or any(s is None for s in subtasks):
             raise UserError(f"give a subtask for each of the {rows} observations or for none, found {list(subtasks)}")
-        if not self.transform.says_text:
+        if not self.transform.writes_text:
             raise UserError(
                 f"template {self.cfg.text.template!r} has no subtask: this model only acts, so none can be forced"
             )
@@ -298,16 +298,11 @@ class Policy:
         targets += targets[:1] * _missing(rows, batch_size)
         return Tokens(**{name: jnp.asarray(np.stack([t[name] for t in targets])) for name in targets[0]})
 
-    def _read(self, template: str, ids: list[int]) -> tuple[str, str]:
-        said = prompts.parse_target(self.tokenizer, template, ids)
-        return said, text_status(ids, self.tokenizer.eos_id)
+    def _read(self, template: Template, ids: list[int]) -> tuple[str, str]:
+        return template.parse(self.tokenizer, ids), text_status(ids, self.tokenizer.eos_id)
 
 
 def _missing(rows: int, batch_size: int | None) -> int:
     if not rows or (batch_size is not None and rows > batch_size):
         raise UserError(f"a batch must hold 1 to {batch_size or 'any number of'} observations, found {rows}")
     return 0 if batch_size is None else batch_size - rows
-
-
-def _with_template(cfg: TrainConfig, template: str) -> TrainConfig:
-    return dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, template=template))

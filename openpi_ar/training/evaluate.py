@@ -12,7 +12,6 @@ from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform, stack_rows, to_device
 from openpi_ar.data.loader import Source, evaluation_batches
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.text import prompts
 from openpi_ar.training.sharding import Placement
 from openpi_ar.training.step import make_act, make_eval_loss
 from openpi_ar.types import Observation
@@ -43,7 +42,7 @@ class Evaluator:
         self._loss = make_eval_loss(cfg.loss)
         self._act = make_act(
             cfg.decode,
-            max_tokens=cfg.text.max_target_tokens if transform.says_text else 0,
+            max_tokens=cfg.text.max_target_tokens if transform.writes_text else 0,
             eos_id=tokenizer.eos_id,
             # A model may have more embeddings than the tokenizer has pieces; nothing may be said with those.
             allowed=np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size)),
@@ -60,18 +59,18 @@ class Evaluator:
         act = self._act(model, batch.observation, self._key)
         metrics |= self._action_errors(raw, np.asarray(act.actions))
         metrics |= self._swap_sensitivity(model, raw, act)
-        if not self._transform.says_text:
+        if not self._transform.writes_text:
             return metrics, []
         said = [
             self._subtask(ids[valid]) for ids, valid in zip(np.asarray(act.ids), np.asarray(act.valid), strict=True)
         ]
-        truth = [prompts.canonical(self._cfg.text.template, r["subtask"]) for r in raw]
+        truth = [self._transform.template(r).canonical(r["subtask"]) for r in raw]
         metrics["said_exact"] = float(np.mean([a == b for a, b in zip(truth, said, strict=True)]))
         shown = np.linspace(0, len(raw), min(_SHOWN, len(raw)), endpoint=False).astype(int)
         return metrics, [(truth[i], said[i]) for i in shown]
 
     def _subtask(self, ids: np.ndarray) -> str:
-        return prompts.parse_target(self._transform.tokenizer, self._cfg.text.template, ids.tolist())
+        return self._transform.template({}).parse(self._transform.tokenizer, ids.tolist())
 
     def _action_errors(self, raw: Sequence[dict], actions: np.ndarray) -> dict[str, float]:
         real = self._transform.actions_to_real(actions, raw)
@@ -104,7 +103,7 @@ class Evaluator:
         swapped = self._act(model, obs, self._key)
         a, b = (self._transform.actions_to_real(np.asarray(x.actions), raw)[changed] for x in (act, swapped))
         metrics = {"swap_action": float(np.abs(a - b).mean())}
-        if self._transform.says_text:
+        if self._transform.writes_text:
             same = (np.asarray(act.ids) == np.asarray(swapped.ids)).all(-1)[changed]
             metrics["swap_said"] = float(1.0 - same.mean())
         return metrics

@@ -13,7 +13,7 @@ from openpi_ar import config_json
 from openpi_ar.checkpoints import remote, store
 from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.text.prompts import TEMPLATES
+from openpi_ar.text.templates import get_template
 from openpi_ar.training import distributed
 from openpi_ar.training.cli import Arguments
 from openpi_ar.worlds.tabletop.source import asked_colors
@@ -55,14 +55,13 @@ def check_config(cfg: TrainConfig) -> None:
     for name in ("vision_steps", "naming_steps"):
         if getattr(cfg.data, name) < 0:
             raise UserError(f"data.{name} must be 0 or more, found {getattr(cfg.data, name)}")
-    if cfg.text.template not in TEMPLATES:
-        raise UserError(f"unknown template {cfg.text.template!r}: choose one of {', '.join(TEMPLATES)}")
+    template = get_template(cfg.text.template)
     if isinstance(cfg.data, TabletopData):
         asked_colors(cfg.data)
     for name in unsupervised:
-        if getattr(cfg.data, name) and TEMPLATES[cfg.text.template].target is None:
+        if getattr(cfg.data, name) and template.target is None:
             raise UserError(
-                f"data.{name} is {getattr(cfg.data, name)}, but template {cfg.text.template!r} says no subtask, so nothing "
+                f"data.{name} is {getattr(cfg.data, name)}, but template {cfg.text.template!r} writes no subtask, so nothing "
                 f"would tell the actions what to do: set --data.{name.replace('_', '-')} 0"
             )
     for name in ("keep_last", "keep_every", "eval_every", "workers"):

@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from openpi_ar import images as resize
-from openpi_ar.data.inputs import resize_with_pad
 from openpi_ar.data.transforms import to_uint8_image
 from openpi_ar.errors import UserError
+from openpi_ar.images import resize_with_pad, resize_with_pad_on_device
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "resize.npz"
 
@@ -85,11 +84,19 @@ def test_slivers_keep_at_least_a_pixel(shape):
     assert out.shape == (32, 32, 3) and out.any()
 
 
+def test_resize_keeps_the_aspect_and_centres():
+    image = np.full((20, 40, 3), 200, np.uint8)
+    out = resize_with_pad(image, 32, 32)
+    assert out.shape == (32, 32, 3)
+    assert (out[8:24] == 200).all() and not out[:8].any() and not out[24:].any()
+    assert resize_with_pad(image, 20, 40) is image
+
+
 @pytest.mark.parametrize("size", [(480, 640), (600, 300), (30, 50), *SLIVERS])
 def test_the_device_makes_the_same_bytes(size):
     """Reduced and enlarged, both aspects, two images at once."""
     images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
-    ours = jax.jit(lambda x: resize.resize_with_pad(x, 56, 84))(images)
+    ours = jax.jit(lambda x: resize_with_pad_on_device(x, 56, 84))(images)
     assert ours.dtype == np.uint8
     np.testing.assert_array_equal(ours, [resize_with_pad(image, 56, 84) for image in images])
 

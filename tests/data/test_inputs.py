@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from configs.debug import DEBUG
-from openpi_ar.data.inputs import collate, resize_with_pad
+from openpi_ar.data.inputs import collate
 from openpi_ar.errors import UserError
-from openpi_ar.text import prompts
+from openpi_ar.text.segments import pack
+from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
-from openpi_ar.types import Batch, Observation
+from openpi_ar.types import Batch, Kind, Observation
 from tests.data_fixtures import HORIZON, sources, transform
 
 
@@ -26,9 +27,8 @@ def test_observation_has_every_part_in_its_place():
     assert arrays["image_mask"].all()
     normalised = t.state_stats.normalize(raw()["state"])
     np.testing.assert_array_equal(arrays["state"], [*normalised, 0, 0])
-    expected = prompts.encode_prompt(
-        load_tokenizer("embedded"), "subtask", raw()["prompt"], normalised, DEBUG.text.max_prompt_tokens
-    )
+    segments = TEMPLATES["subtask"].prompt_segments(raw()["prompt"], normalised)
+    expected = pack(load_tokenizer("embedded"), segments, DEBUG.text.max_prompt_tokens)
     np.testing.assert_array_equal(arrays["prompt"]["ids"], expected["ids"])
 
 
@@ -70,14 +70,14 @@ def test_target_is_supervised_only_when_asked():
     np.testing.assert_array_equal(on["target"]["loss"], on["target"]["valid"])
     assert not off["target"]["loss"].any()
     np.testing.assert_array_equal(on["target"]["ids"], off["target"]["ids"])
-    assert prompts.parse_target(t.tokenizer, "subtask", on["target"]["ids"].tolist()) == raw()["subtask"]
+    assert TEMPLATES["subtask"].parse(t.tokenizer, on["target"]["ids"].tolist()) == raw()["subtask"]
 
 
-def test_action_only_template_says_nothing():
+def test_action_only_template_writes_nothing():
     t = transform(dataclasses.replace(DEBUG, text=dataclasses.replace(DEBUG.text, template="openpi")))
     sample = raw()
     del sample["subtask"]
-    assert not t.says_text
+    assert not t.writes_text
     assert not t.sample(sample)["target"]["valid"].any()
 
 
@@ -87,20 +87,57 @@ def test_row_without_actions_trains_text_only():
     assert not transform().sample(sample)["action_mask"].any()
 
 
+def question(**changes) -> dict:
+    row = {"images": raw()["images"], "question": "is it red?", "answer": "yes", "template": "vqa"}
+    return {k: v for k, v in {**row, **changes}.items() if v is not None}
+
+
+def test_a_question_row_needs_neither_state_nor_actions():
+    t = transform(state_dim=6)
+    row = t.sample(question())
+    n, m = int(row["prompt"]["valid"].sum()), int(row["target"]["valid"].sum())
+    assert t.tokenizer.decode(row["prompt"]["ids"][:n].tolist()) == "answer en is it red?\n"
+    assert t.tokenizer.decode(row["target"]["ids"][:m].tolist()) == "yes"
+    assert set(row["target"]["kind"][:m].tolist()) == {Kind.ANSWER} and row["target"]["loss"][:m].all()
+    assert not row["state"].any() and not row["action_mask"].any()
+    same = t.sample(question(question=None, prompt="is it red?"))
+    np.testing.assert_array_equal(same["prompt"]["ids"], row["prompt"]["ids"])
+    # A state that is there is not thrown away, and one that does not fit is refused.
+    assert t.sample(question(state=np.ones(4)))["state"][:4].any()
+    with pytest.raises(UserError, match="must be 4 numbers"):
+        t.sample(question(state=np.ones(3)))
+
+
+def test_rows_of_several_templates_stack_to_one_batch():
+    t = transform()
+    batch = collate([t.sample(raw()), t.sample(question()), t.sample(raw(template="openpi"))])
+    assert isinstance(batch, Batch)
+    kinds = [set(np.asarray(batch.target.kind)[i][np.asarray(batch.target.valid)[i]].tolist()) for i in range(3)]
+    assert kinds == [{Kind.SUBTASK}, {Kind.ANSWER}, set()]
+    assert np.asarray(batch.action_mask).any((1, 2)).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"template": "vqaa"}, "unknown template 'vqaa': choose one of vqa, "),
+        ({"answer": None}, r"template 'vqa' .*sample\['answer'\], found None"),
+        ({"question": " "}, r"observation\['question'\] must be a text"),
+        ({"template": "subtask", "prompt": "go", "subtask": "pick"}, "must be 4 numbers"),
+        ({"actions": np.zeros((HORIZON, 4)), "action_valid": np.ones(HORIZON, bool)}, "must be 4 numbers"),
+    ],
+)
+def test_bad_questions_are_refused_by_name(changes, words):
+    with pytest.raises(UserError, match=words):
+        transform().sample(question(**changes))
+
+
 def test_collate_makes_the_models_types():
     t = transform()
     batch, obs = collate([t.sample(raw())] * 3), collate([t.observation(raw())] * 2)
     assert isinstance(batch, Batch) and isinstance(obs, Observation)
     assert batch.actions.shape == (3, HORIZON, 4)
     assert obs.images.shape == (2, 2, 32, 32, 3)
-
-
-def test_resize_keeps_the_aspect_and_centres():
-    image = np.full((20, 40, 3), 200, np.uint8)
-    out = resize_with_pad(image, 32, 32)
-    assert out.shape == (32, 32, 3)
-    assert (out[8:24] == 200).all() and not out[:8].any() and not out[24:].any()
-    assert resize_with_pad(image, 20, 40) is image
 
 
 FRONT = np.zeros((32, 32, 3), np.uint8)

@@ -17,11 +17,12 @@ from openpi_ar.data.lerobot.source import POSES
 from openpi_ar.data.lerobot.stats import pixel_counts, pixel_stats, vector_stats
 from openpi_ar.data.lerobot.write import LeRobotWriter, Spec
 from openpi_ar.data.loader import Loader
+from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.worlds.tabletop.demos import Demos
 from openpi_ar.worlds.tabletop.export import write_demos
-from openpi_ar.worlds.tabletop.source import PromptSwap, TabletopSource, load_tabletop
+from openpi_ar.worlds.tabletop.source import TabletopSource, load_tabletop
 from tests.lerobot_fixtures import GOLDEN
 
 CAMERAS = ("front", "wrist")

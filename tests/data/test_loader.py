@@ -11,8 +11,9 @@ from openpi_ar.config import TabletopData
 from openpi_ar.data.layout import Layout
 from openpi_ar.data.loader import Loader, evaluation_batches
 from openpi_ar.data.mixture import Mixture
+from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
-from openpi_ar.worlds.tabletop.source import PromptSwap, TabletopSource, load_tabletop, split_sources
+from openpi_ar.worlds.tabletop.source import TabletopSource, load_tabletop, split_sources
 from tests.data_fixtures import HORIZON, LENGTHS, PROMPTS, demos, sources, transform
 
 
@@ -121,11 +122,13 @@ def test_prompt_swap_changes_the_task_and_unsupervises_the_text_but_not_the_acti
 
 def test_prompt_swap_hits_its_fraction_and_every_other_prompt():
     swap = PromptSwap(PROMPTS, 0.3)
-    raws = [swap({"prompt": PROMPTS[0]}, np.random.default_rng(i)) for i in range(2_000)]
+    raws = [swap({"prompt": PROMPTS[0], "actions": ()}, np.random.default_rng(i)) for i in range(2_000)]
     changed = [r["prompt"] for r in raws if "supervise_text" in r]
     assert 0.26 < len(changed) / len(raws) < 0.34
     assert set(changed) == set(PROMPTS[1:])
     assert {r["prompt"] for r in raws if "supervise_text" not in r} == {PROMPTS[0]}
+    question = {"question": "is it red?", "answer": "yes"}
+    assert all(PromptSwap(PROMPTS, 1.0)(question, np.random.default_rng(i)) is question for i in range(5))
 
 
 def test_evaluation_batches_are_fixed_and_fill_up():

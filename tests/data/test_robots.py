@@ -12,7 +12,7 @@ from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.errors import UserError
-from openpi_ar.text import prompts
+from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -191,7 +191,7 @@ def test_aloha_state_is_the_runtimes(pi05):
     arrays = transform("aloha", pi05).observation(aloha_raw())
     want = normalised(aloha_state(), statistics(32, pi05)["state"])
     np.testing.assert_allclose(arrays["state"], [*want, *[0] * 18], atol=1e-5)
-    text = prompts.format_prompt("openpi" if pi05 else "openpi_pi0", "fold the towel", want.astype(np.float32))
+    text = TEMPLATES["openpi" if pi05 else "openpi_pi0"].prompt_text("fold the towel", want.astype(np.float32))
     tok = load_tokenizer("embedded")
     np.testing.assert_array_equal(arrays["prompt"]["ids"][: arrays["prompt"]["valid"].sum()][1:], tok.encode(text))
 
@@ -256,7 +256,7 @@ def test_prompt_may_be_bytes_or_left_to_the_robot():
 def test_a_question_needs_no_state():
     raw = {k: v for k, v in droid_raw().items() if "position" not in k}
     t = transform("droid", True)
-    np.testing.assert_allclose(t.observation(raw, needs_state=False)["image_mask"], [True, True, False])
+    np.testing.assert_allclose(t.observation({**raw, "template": "vqa"})["image_mask"], [True, True, False])
     with pytest.raises(UserError, match="joint_position"):
         t.observation(raw)
 

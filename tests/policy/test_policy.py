@@ -14,8 +14,7 @@ from openpi_ar.data.inputs import InputTransform, collate
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.policy import Policy
-from openpi_ar.text import prompts
-from openpi_ar.text.prompts import text_status
+from openpi_ar.text.templates import TEMPLATES, text_status
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.types import Observation
 from tests.conftest import tabletop_stats
@@ -82,7 +81,7 @@ def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoi
     result = policy.infer(raw_observation(3))
     np.testing.assert_allclose(result["actions"], real, atol=1e-4)
     assert result["actions"].shape == (4, 4)
-    assert result["subtask"] == prompts.parse_target(tok, "subtask", ids) != ""
+    assert result["subtask"] == TEMPLATES["subtask"].parse(tok, ids) != ""
     assert result["text_status"] == text_status(ids, tok.eos_id)
     assert np.abs(policy.infer(raw_observation(4))["actions"] - real).max() > 0.01
 

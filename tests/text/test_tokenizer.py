@@ -9,7 +9,7 @@ import sentencepiece
 
 from openpi_ar.errors import UserError
 from openpi_ar.text import tokenizer as tokenizer_module
-from openpi_ar.text.prompts import encode_prompt, encode_target
+from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import FAST_TAIL, Tokenizer, load_tokenizer
 from openpi_ar.worlds.tabletop import train_tokenizer
 from openpi_ar.worlds.tabletop.tasks import known_prompts, known_subtasks
@@ -88,10 +88,10 @@ def test_every_state_value_is_one_piece(tok):
 
 def test_tabletop_texts_are_short(tok):
     state = np.array([-1.2, 0.3, 0.9, 1.0])
-    prompts = [int(encode_prompt(tok, "subtask", p, state, 64)["valid"].sum()) for p in known_prompts()]
-    subtasks = [int(encode_target(tok, "subtask", s, 64)["valid"].sum()) for s in known_subtasks()]
+    prompts = [1 + len(tok.encode(TEMPLATES["subtask"].prompt_text(p, state))) for p in known_prompts()]
+    subtasks = [len(tok.encode(TEMPLATES["subtask"].target_text(s))) + 1 for s in known_subtasks()]
     assert (min(prompts), max(prompts)) == (18, 27)
-    assert (min(subtasks), max(subtasks)) == (2, 9)  # EOS included
+    assert (min(subtasks), max(subtasks)) == (2, 9)  # BOS and EOS included
     words = {w for text in known_prompts() + known_subtasks() for w in text.replace(",", "").split()}
     assert [w for w in words if len(tok.encode(" " + w)) != 1] == []
 

@@ -16,12 +16,12 @@ import shutil
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openpi_ar.data.inputs import resize_with_pad
 from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.meta import INFO
 from openpi_ar.data.lerobot.video import read_frames
 from openpi_ar.errors import UserError
 from openpi_ar.files import Mapped, cache_root, when_whole
+from openpi_ar.images import resize_with_pad
 
 _VERSION = 1
 """Raise when decoding or resizing changes: old caches are then left alone and not read."""

@@ -106,29 +106,6 @@ class TabletopSource:
         return np.asarray(d.images[frames])[:, order], np.asarray(d.blocks[frames]), np.asarray(d.state[frames, :3])
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptSwap:
-    """With probability `fraction`, another task takes the prompt's place and the text is not supervised.
-
-    The actions still follow the frame's own subtask, so the only way to predict them is to read the subtask.
-    """
-
-    prompts: Sequence[str]
-    fraction: float
-
-    def __post_init__(self):
-        if self.fraction and len(set(self.prompts)) < 2:
-            raise UserError("data.prompt_swap needs demonstrations of two tasks at least, found one: set it to 0")
-
-    def __call__(self, raw: dict, rng: np.random.Generator) -> dict:
-        # Both draws are always made, so that changing the fraction does not change which prompt a row would get.
-        chance, pick = rng.random(), int(rng.integers(max(len(self.prompts) - 1, 1)))
-        if chance >= self.fraction:
-            return raw
-        others = [p for p in self.prompts if p != raw["prompt"]]
-        return {**raw, "prompt": others[pick % len(others)], "supervise_text": False}
-
-
 def asked_colors(cfg: TabletopData) -> tuple[str, ...]:
     """Colours that tasks ask for. Raises UserError if they are not at least two of the scene's."""
     asked = cfg.asked or COLORS

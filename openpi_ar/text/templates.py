@@ -1,0 +1,167 @@
+"""Prompt templates: data that yields the segments of a row's prompt and target. Each row of a batch may have another one.
+
+Only the target is causal and supervised: a bidirectional target would be learnt by copying. The target's EOS is `hidden`:
+at inference nothing reads it, because decoding stops when it is chosen, so the action tower must not see it in training.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import difflib
+import string
+from typing import Any
+
+import numpy as np
+
+from openpi_ar.errors import UserError
+from openpi_ar.text.segments import Segment, Special
+from openpi_ar.text.tokenizer import Tokenizer
+from openpi_ar.types import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """What follows BOS, and what the model is to write.
+
+    name         key of `TEMPLATES`; `raw["template"]` of a row, `text.template` of a config.
+    prompt       with {task} and, if the state is written into the prompt, {state}.
+    target       with {text}; EOS follows it. None if the model writes nothing.
+    kind         of the target's tokens.
+    needs_state  a row must have a state: it is written into the prompt, or the row acts from it.
+    lower        lower-case the task and the text.
+    full_stop    drop one closing punctuation mark of the task and the text: the template brings its own.
+    verbatim     leave "_" and line breaks of the text as they are (openpi's forks turn them into spaces).
+    """
+
+    name: str
+    prompt: str
+    target: str | None = None
+    kind: Kind = Kind.SUBTASK
+    needs_state: bool = True
+    lower: bool = False
+    full_stop: bool = False
+    verbatim: bool = True
+
+    @property
+    def key(self) -> str:
+        """Key of a raw sample that holds the text to write: "subtask" or "answer"."""
+        return self.kind.label
+
+    def prompt_text(self, task: str, state: np.ndarray | None = None) -> str:
+        """The prompt after BOS. `state` is normalised [P]; templates without {state} ignore it.
+
+        Raises UserError if the task is empty or the state is missing or not finite.
+        """
+        words = self._clean(task)
+        if not words.strip():
+            raise UserError("the prompt is empty: say what to do")
+        if "{state}" not in self.prompt:
+            return self.prompt.format(task=words)
+        if state is None:
+            raise UserError(f"template {self.name!r} writes the state into the prompt, but no state was given")
+        return self.prompt.format(task=words, state=" ".join(map(str, discretize_state(state))))
+
+    def target_text(self, text: str) -> str:
+        """The target before EOS. Raises UserError if the text is empty or the template has no target."""
+        words = self.canonical(text)
+        if self.target is None:
+            raise UserError(f"template {self.name!r} writes no text: use one that does, such as 'subtask'")
+        if not words.strip():
+            raise UserError(f"the {self.key} is empty: annotate it or leave the sample out of the text loss")
+        return self.target.format(text=words)
+
+    def prompt_segments(self, task: str, state: np.ndarray | None = None) -> list[Segment]:
+        """BOS and the prompt: bidirectional and not supervised. Raises UserError as `prompt_text`."""
+        return [Segment(Special.BOS), Segment(self.prompt_text(task, state))]
+
+    def target_segments(self, text: str, *, supervised: bool = True) -> list[Segment]:
+        """The target and a hidden EOS: causal, and in the loss if `supervised`. Raises UserError as `target_text`."""
+        bits: dict[str, Any] = {"kind": self.kind, "causal": True, "loss": supervised}
+        return [Segment(self.target_text(text), **bits), Segment(Special.EOS, hidden=True, **bits)]
+
+    def canonical(self, text: str) -> str:
+        """The text as the template writes it: what `parse` returns for an exact copy of the target."""
+        return text.strip() if self.verbatim else self._clean(text)
+
+    def parse(self, tokenizer: Tokenizer, ids: list[int]) -> str:
+        """The bare subtask or answer in generated ids: EOS and everything after it dropped, the template's own text removed."""
+        if tokenizer.eos_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_id)]
+        before, after = (self.target or "{text}").split("{text}")
+        text = tokenizer.decode(ids).removeprefix(before)
+        if after:
+            text = text.split(after)[0]
+            # Generation may have ended in the middle of what follows the text.
+            for n in range(len(after) - 1, 0, -1):
+                if text.endswith(after[:n]):
+                    text = text[:-n]
+                    break
+        return text.strip()
+
+    def _clean(self, text: str) -> str:
+        text = text.lower() if self.lower else text
+        text = text.strip().replace("_", " ").replace("\n", " ")
+        if self.full_stop and text and text[-1] in string.punctuation:
+            text = text[:-1]
+        return text
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        # openpi, pi0.5.
+        Template("openpi", "Task: {task}, State: {state};\nAction: "),
+        # openpi, pi0 and the state-less pi05_libero.
+        Template("openpi_pi0", "{task}\n"),
+        # Ours. The prompt ends without a space, the target begins with one: " pick" is one piece, " " + "pick" two.
+        Template("subtask", "Task: {task}, State: {state};\nSubtask:", " {text}"),
+        # BrunoFANG1/openpi_subtask_generation, zero-shot on pi05_base.
+        Template(
+            "openpi_subtask_generation",
+            "Task: {task}. Subtask: ",
+            "{text}.;\nAction: ",
+            lower=True,
+            full_stop=True,
+            verbatim=False,
+        ),
+        # Ke-Wang1017/openpi_subtask.
+        Template(
+            "openpi_subtask",
+            "Task: {task}.; State: {state}; Subtask: ",
+            "{text}.;\nAction: ",
+            lower=True,
+            full_stop=True,
+            verbatim=False,
+        ),
+        # PaliGemma's visual question answering.
+        Template("vqa", "answer en {task}\n", "{text}", kind=Kind.ANSWER, needs_state=False),
+    )
+}
+
+
+def get_template(name: str) -> Template:
+    """The template of that name. Raises UserError listing all names, nearest first."""
+    if name not in TEMPLATES:
+        near = sorted(TEMPLATES, key=lambda t: -difflib.SequenceMatcher(None, str(name), t).ratio())
+        raise UserError(f"unknown template {name!r}: choose one of {', '.join(near)}")
+    return TEMPLATES[name]
+
+
+def discretize_state(state: np.ndarray) -> np.ndarray:
+    """Normalised state [P] to integers: 256 bins over [-1, 1]; as in openpi, anything below -1 gives -1.
+
+    Raises UserError if a value is not finite.
+    """
+    if not np.isfinite(state).all():
+        raise UserError(f"state must be finite numbers, found {np.asarray(state).tolist()}")
+    return np.digitize(state, bins=np.linspace(-1, 1, 256 + 1)[:-1]) - 1
+
+
+LOOP = 8
+"""A token generated this many times in a row is a loop, not language."""
+
+
+def text_status(ids: Sequence[int], eos_id: int) -> str:
+    """ "loop", "truncated" (no EOS) or "ok" for generated ids; no ids at all (a model that writes nothing) is "ok"."""
+    if any(len(set(ids[i : i + LOOP])) == 1 for i in range(len(ids) - LOOP + 1)):
+        return "loop"
+    return "truncated" if len(ids) and eos_id not in ids else "ok"
