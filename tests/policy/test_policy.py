@@ -197,7 +197,7 @@ def test_questions_are_answered_from_images_and_question_alone(policy):
     assert set(answer["timing"]) == {"images", "prefill", "text", "total"}
     answers = [policy.answer({"images": raw_observation(i)["images"]}, q)["answer"] for i in (1, 2, 3) for q in "ab"]
     assert len(set(answers)) > 1
-    with pytest.raises(UserError, match="prompt"):
+    with pytest.raises(UserError, match="question"):
         policy.answer(raw, "  ")
 
 
