@@ -3,11 +3,14 @@
 Without an observation of yours it takes one from the embedded tabletop; with `--rollout N` it plays closed-loop episodes there.
 """
 
+# Help and wrong flags are answered before what takes seconds is imported: JAX, the policy and the world in the functions.
+from __future__ import annotations
+
 from collections.abc import Sequence
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +19,10 @@ import tyro
 import openpi_ar
 from openpi_ar.config import TabletopData
 from openpi_ar.errors import UserError, command_line
-from openpi_ar.policy import Policy, observations
-from openpi_ar.worlds.tabletop import rollout
-from openpi_ar.worlds.tabletop.world import CAMERAS, STATE_DIM, Tabletop
-from openpi_ar.worlds.video import check_path
+
+if TYPE_CHECKING:
+    from openpi_ar.policy import Policy
+    from openpi_ar.worlds.tabletop.world import Tabletop
 
 TABLETOP = Path(openpi_ar.__file__).parent / "assets" / "tabletop"
 _TABLETOP_ACTIONS = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")
@@ -89,6 +92,8 @@ def run(args: Args) -> None:
     """Everything that can be wrong with the arguments is said before the checkpoint is loaded."""
     console = Console()
     _check(args)
+    from openpi_ar.policy import Policy, observations
+
     given = observations.given(args.images, args.state, args.prompt, args.observation, flat=_sends_its_own(args))
     foreign = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
     with console.status(f"loading {args.ckpt}"):
@@ -151,6 +156,8 @@ def _check(args: Args) -> None:
                 f"the folder {str(path.parent)!r} does not exist: create it before writing {path.name} there"
             )
     if args.video is not None:
+        from openpi_ar.worlds.video import check_path
+
         check_path(args.video)
     if args.plot is not None and args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot must end in .png, .pdf or .svg, found {str(args.plot)!r}")
@@ -179,6 +186,8 @@ def _sends_its_own(args: Args) -> bool:
 
 
 def _make_world(policy: Policy) -> Tabletop:
+    from openpi_ar.worlds.tabletop.world import CAMERAS, STATE_DIM, Tabletop
+
     dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
     if not set(policy.cameras) <= set(CAMERAS) or dims != (STATE_DIM, len(_TABLETOP_ACTIONS)):
         raise UserError(
@@ -191,6 +200,8 @@ def _make_world(policy: Policy) -> Tabletop:
 
 
 def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
+    from openpi_ar.worlds.tabletop import rollout
+
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(rollout.RolloutConfig) if hasattr(args, f.name)}
     cfg = rollout.RolloutConfig(**{**same, "episodes": args.rollout})
     result = rollout.run_rollouts(policy, cfg, lambda: _make_world(policy), video=args.video)

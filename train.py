@@ -10,13 +10,21 @@ import sys
 import time
 from typing import NoReturn
 
+from configs import HELP, PRESETS, get_preset
+from openpi_ar.config import LeRobotData, TrainConfig
+from openpi_ar.errors import UserError, command_line, replace_unwritable
+from openpi_ar.training import cli
+
+if __name__ == "__main__":
+    # Help and wrong flags are answered here, before what takes seconds to import.
+    with command_line():
+        cli.parse(sys.argv[1:], HELP, get_preset)
+
 import jax
 import numpy as np
 
-from configs import HELP, PRESETS, get_preset
 from openpi_ar.checkpoints import store
 from openpi_ar.compilation import keep_compiled_programs
-from openpi_ar.config import LeRobotData, TrainConfig
 from openpi_ar.data import check
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
@@ -24,9 +32,8 @@ from openpi_ar.data.loader import Loader
 from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.data.sources import load_sources
-from openpi_ar.errors import UserError, replace_unwritable
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
-from openpi_ar.training import cli, distributed, experiment, memory
+from openpi_ar.training import distributed, experiment, memory
 from openpi_ar.training.best import KeepBest
 from openpi_ar.training.evaluate import Evaluator
 from openpi_ar.training.initial import initial_model

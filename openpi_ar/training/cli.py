@@ -1,4 +1,7 @@
-"""The command line: `--config NAME`, what to do with an existing experiment, and every field of the config as a flag."""
+"""The command line: `--config NAME`, what to do with an existing experiment, and every field of the config as a flag.
+
+Nothing here imports JAX: `train.py` answers `--help` and wrong flags before it does.
+"""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +15,8 @@ from typing import Any
 
 import tyro
 
-from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
-from openpi_ar.data.robots import as_data, get_robot
+from openpi_ar.config import Distributed, LeRobotData, TabletopData, TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.training.distributed import Distributed
 
 _DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
 
@@ -95,6 +96,8 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
 
 
 def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfig:
+    from openpi_ar.data.robots import as_data, get_robot
+
     if not isinstance(preset.data, LeRobotData):
         raise UserError("--robot says how a LeRobot dataset is read: add --data.path DIR")
     data = as_data(get_robot(robot), preset.data, cfg.model.cameras, pi05=cfg.model.pi05)

@@ -13,38 +13,18 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from openpi_ar.config import Distributed
 from openpi_ar.data.shards import put
 from openpi_ar.errors import UserError
 
 # Seconds that a directory made by one process may take to be seen by another over a network's file system.
 _APPEARS_S = 60.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Distributed:
-    """Which process of a run this is; nothing of it is part of the run or its checkpoints. See docs/clusters.md."""
-
-    coordinator: str = ""
-    """HOST:PORT of process 0, where the others can reach it. Empty: what the cluster says."""
-    num_processes: int | None = None
-    """Processes of the run. None: what the cluster says."""
-    process_id: int | None = None
-    """0, 1, ... of this process. None: what the cluster says."""
-    local_devices: tuple[int, ...] = ()
-    """Devices of this machine that are this process's. Empty: all, or one each where the cluster counts processes by machine."""
-    cluster: Literal["auto", "on", "off"] = "auto"
-    """`auto`: several processes if flags, Slurm, Open MPI or a TPU slice say so. `on`: ask jax's own detection in any case
-    (TPU virtual machines, Kubernetes with its API). `off`: this process is alone, whatever the environment says."""
-    timeout_s: int = 300
-    """How long to wait for the other processes to start."""
-    heartbeat_s: int = 100
-    """After how long a silent process counts as dead, which ends the others."""
 
 
 def launched_as_one_of_several(env: Mapping[str, str]) -> str:

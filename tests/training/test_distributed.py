@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from openpi_ar.checkpoints import store
+from openpi_ar.config import Distributed
 from openpi_ar.data import shards
 from openpi_ar.data.inputs import stack_rows
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
 from openpi_ar.training import distributed
-from openpi_ar.training.distributed import Distributed, resolve
+from openpi_ar.training.distributed import resolve
 from openpi_ar.training.metrics import read_metrics
 from tests.data_fixtures import PROMPTS, sources, transform
 
