@@ -122,7 +122,7 @@ def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
         (["--images", "front=nowhere.png", "wrist=WRIST"], ["'nowhere.png'", "does not exist"]),
         (["--prompt", "  "], ["--prompt is empty"]),
         (["--prompt", "put " * 100], ["tokens but the budget is", "shorten"]),
-        (["--subtask", "word " * 50], ["text to be said", "budget"]),
+        (["--subtask", "word " * 50], ["the target takes", "budget"]),
         (["--subtask", ""], ["--subtask is empty"]),
         (["--subtask", "done", "--question", "why?"], ["leave out --subtask"]),
         (["--observation", "TEXT"], ["exclude each other"]),
