@@ -42,6 +42,7 @@ from openpi_ar.training.optimizer import check_schedule, make_optimizer, make_sc
 from openpi_ar.training.sharding import Placement, make_placement, shardings
 from openpi_ar.training.state import TrainState, init_state, state_of, train_key
 from openpi_ar.training.step import StepFn, make_train_step
+from openpi_ar.training.store import CheckpointStore, restore_train_state
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data
@@ -129,7 +130,7 @@ def make_state(
     tx = make_optimizer(cfg.optimizer, cfg.num_steps)
     abstract = placed_state(cfg, placement)
     if resume_from is not None:
-        return store.restore_train_state(resume_from, abstract, placement.replicated)
+        return restore_train_state(resume_from, abstract, placement.replicated)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     if not (cfg.init_from or cfg.data.vision_steps or cfg.data.naming_steps):
         # One program, kept by the compilation cache; eagerly it is a hundred small ones.
@@ -151,7 +152,7 @@ def train(
     schedule, key = make_schedule(cfg.optimizer, cfg.num_steps), train_key(cfg)
     evaluate = Evaluator(cfg, data.held_out, data.transform, placement)
     log = MetricsLog(directory, cfg, start_step=start)
-    checkpoints = store.CheckpointStore(directory, keep_last=cfg.keep_last, keep_every=cfg.keep_every)
+    checkpoints = CheckpointStore(directory, keep_last=cfg.keep_last, keep_every=cfg.keep_every)
     best = KeepBest(cfg, directory, data.assets)
     with Display(cfg.num_steps, start, f"{cfg.name}/{cfg.exp_name}") as display, experiment.stop_on_signal() as stop:
         began = time.perf_counter()
@@ -215,7 +216,7 @@ def _lost(error: Exception, directory: Path) -> NoReturn:
     distributed.end_alone(1)
 
 
-def _kept(directory: Path, checkpoints: store.CheckpointStore) -> str:
+def _kept(directory: Path, checkpoints: CheckpointStore) -> str:
     checkpoints.close()
     step = store.latest_step(directory)
     kept = "no checkpoint had been saved" if step is None else f"the last good checkpoint is {directory / str(step)}"

@@ -58,11 +58,12 @@ def save_checkpoint(directory: Path, cfg: TrainConfig) -> Path:
     from openpi_ar.text.tokenizer import load_tokenizer
     from openpi_ar.training.optimizer import make_optimizer
     from openpi_ar.training.state import init_state
+    from openpi_ar.training.store import CheckpointStore
     from tests.model_fixtures import random_like
 
     abstract = jax.eval_shape(lambda: init_state(cfg, make_optimizer(cfg.optimizer, cfg.num_steps)))
     state = random_like(abstract, 0.3)
-    writer = store.CheckpointStore(directory, keep_last=1)
+    writer = CheckpointStore(directory, keep_last=1)
     writer.save(state, 0, store.Assets(cfg, load_tokenizer(cfg.text.tokenizer), tabletop_stats()))
     writer.close()
     return directory / "0"

@@ -23,6 +23,7 @@ from openpi_ar.training.metrics import MetricsLog, read_metrics
 from openpi_ar.training.optimizer import make_optimizer, make_schedule
 from openpi_ar.training.state import init_state, train_key
 from openpi_ar.training.step import ema_decay, make_train_step
+from openpi_ar.training.store import restore_train_state
 from openpi_ar.worlds.tabletop.demos import DemoConfig
 from openpi_ar.worlds.tabletop.export import export_tabletop
 from tests.data_fixtures import sources, transform
@@ -70,7 +71,7 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
 def saved(directory: Path, step: int):
     cfg = store.load_assets(directory / str(step)).config
     abstract = jax.eval_shape(lambda: init_state(cfg, make_optimizer(cfg.optimizer, cfg.num_steps)))
-    return store.restore_train_state(directory / str(step), abstract)
+    return restore_train_state(directory / str(step), abstract)
 
 
 def assert_same(a, b) -> None:

@@ -2,10 +2,8 @@
 
 python -m openpi_ar.checkpoints inspect gs://openpi-assets/checkpoints/pi05_base
 python -m openpi_ar.checkpoints convert checkpoints/pi05_subtask/run/30000 my_policy --to torch --dtype bfloat16
-python -m openpi_ar.checkpoints verify my_policy goldens/pi05
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +14,6 @@ import tyro
 
 from openpi_ar.checkpoints import export, load
 from openpi_ar.config import TowerConfig
-from openpi_ar.doctor import verify as verification
 from openpi_ar.errors import UserError, command_line
 
 Where = Annotated[str, tyro.conf.Positional]
@@ -103,43 +100,6 @@ def inspect(source: Where) -> None:
         _out.print(f"note: {note}", markup=False, highlight=False)
 
 
-def verify(
-    path: Where,
-    golden: Annotated[Path, tyro.conf.Positional],
-    *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    siglip_heads: int | None = None,
-    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-) -> None:
-    """Run a golden's inputs through a checkpoint and compare; exit code 1 if a quantity is out of its bound.
-
-    Args:
-        path: directory, file, address or hub id of the checkpoint.
-        golden: directory of arrays that reference code computed with the same weights.
-        dtype: of the computation.
-        siglip_heads: where neither the checkpoint nor the golden tells it; found by trying if not given.
-        json_path: write the table there too.
-    """
-    differences, notes = verification.verify(path, golden, compute_dtype=dtype, siglip_heads=siglip_heads)
-    table = Table("quantity", "max abs difference", "mean", "bound", "")
-    for d in differences:
-        bound = f"{d.bound:.0e}" + (" on the mean" if d.judged == "mean" else "")
-        table.add_row(d.name, f"{d.largest:.2e}", f"{d.mean:.2e}", bound, "ok" if d.ok else "FAILED")
-    _out.print(table)
-    for note in notes:
-        _out.print(f"note: {note}", markup=False, highlight=False)
-    failed = [d.name for d in differences if not d.ok]
-    if json_path is not None:
-        body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}
-        json_path.write_text(json.dumps({"ok": not failed, "quantities": body}, indent=2) + "\n")
-    if failed:
-        _out.print(
-            f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}", highlight=False
-        )
-        raise SystemExit(1)
-    _out.print(f"verified: all {len(differences)} quantities agree", highlight=False)
-
-
 _FORMATS = {
     "ours": "openpi_ar (orbax)",
     "openpi": "openpi, JAX (orbax)",
@@ -158,9 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
         tyro.extras.subcommand_cli_from_dict(
-            {"convert": convert, "inspect": inspect, "verify": verify},
-            args=argv,
-            prog="python -m openpi_ar.checkpoints",
+            {"convert": convert, "inspect": inspect}, args=argv, prog="python -m openpi_ar.checkpoints"
         )
 
 

@@ -11,6 +11,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.training import distributed
 from openpi_ar.training.metrics import FILE, read_metrics
 from openpi_ar.training.state import TrainState
+from openpi_ar.training.store import CheckpointStore
 
 FOLDER = "best"
 
@@ -27,7 +28,7 @@ class KeepBest:
         if not self._metric:
             return
         self._best = distributed.agree(self._earlier(directory) if distributed.is_primary() else math.inf)
-        self._writer = store.CheckpointStore(directory / FOLDER, keep_last=0)
+        self._writer = CheckpointStore(directory / FOLDER, keep_last=0)
 
     def _earlier(self, directory: Path) -> float:
         """The value of what is kept already, infinite if there is nothing."""

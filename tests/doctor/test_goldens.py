@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from openpi_ar.algorithms import decode
-from openpi_ar.checkpoints import __main__ as cli
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.doctor import __main__ as cli
 from openpi_ar.doctor.verify import HIDDEN, VELOCITY, verify
 from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
 from openpi_ar.models.layers import rotary, sincos_embedding

@@ -18,7 +18,8 @@ from openpi_ar.training.initial import load_initial
 from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import init_model, state_of, train_key
 from openpi_ar.training.step import make_train_step
-from tests.checkpoints.test_store import assets
+from openpi_ar.training.store import CheckpointStore, restore_train_state
+from tests.checkpoint_fixtures import assets
 from tests.data_fixtures import sources, transform
 from tests.model_fixtures import random_like
 
@@ -110,10 +111,10 @@ def test_frozen_parameters_take_no_memory_for_gradients():
 
 def test_state_with_frozen_parts_comes_back_from_disk(stepped, tmp_path):
     cfg, _, state, _ = stepped
-    writer = store.CheckpointStore(tmp_path, keep_last=1)
+    writer = CheckpointStore(tmp_path, keep_last=1)
     writer.save(state, 8, assets(cfg))
     writer.close()
-    restored, position = store.restore_train_state(tmp_path / "2", memory.abstract_state(cfg))
+    restored, position = restore_train_state(tmp_path / "2", memory.abstract_state(cfg))
     assert jax.tree.structure(restored) == jax.tree.structure(state) and position == 8
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     # A policy gets trained averages on frozen weights.

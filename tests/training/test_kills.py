@@ -11,6 +11,7 @@ import pytest
 from openpi_ar.checkpoints import store
 from openpi_ar.training import memory
 from openpi_ar.training.state import TrainState
+from openpi_ar.training.store import restore_train_state
 from tests.training.test_distributed import curves, launch
 
 STEPS, KILLS = 60, 5
@@ -22,7 +23,7 @@ def check_every_step(experiment: Path) -> dict[int, TrainState]:
     states = {}
     for step in store.complete_steps(experiment):
         cfg = store.load_policy_checkpoint(experiment / str(step))[0]
-        states[step], position = store.restore_train_state(experiment / str(step), memory.abstract_state(cfg))
+        states[step], position = restore_train_state(experiment / str(step), memory.abstract_state(cfg))
         assert int(states[step].step) == position == step
     return states
 

@@ -12,20 +12,21 @@ import pytest
 from openpi_ar.checkpoints import store
 from openpi_ar.training.best import KeepBest
 from openpi_ar.training.metrics import MetricsLog
-from tests.checkpoints.test_store import CFG, abstract, assets, random_state
+from openpi_ar.training.store import CheckpointStore, restore_train_state
+from tests.checkpoint_fixtures import CFG, abstract, assets, random_state
 
 MIB = 2**20
 
 
 # Processes that are forked from one which has imported everything and computed nothing: none waits for its imports.
 KILLED = multiprocessing.get_context("forkserver")
-KILLED.set_forkserver_preload(["tests.test_preemption"])
+KILLED.set_forkserver_preload([__name__])
 
 
 def save_forever(directory: Path) -> None:
     """Saves as fast as it can from the step after the last whole one on."""
     jax.config.update("jax_platforms", "cpu")
-    writer, step = store.CheckpointStore(directory, keep_last=1), (store.latest_step(directory) or 0) + 1
+    writer, step = CheckpointStore(directory, keep_last=1), (store.latest_step(directory) or 0) + 1
     while True:
         writer.save(random_state(CFG, step), 10 * step, assets(CFG))
         step += 1
@@ -45,7 +46,7 @@ def kill_while_saving(directory: Path, rng: np.random.Generator) -> int:
     newest = store.latest_step(directory)
     assert newest is not None and newest > before
     for step in store.complete_steps(directory):
-        restored, position = store.restore_train_state(directory / str(step), abstract(CFG))
+        restored, position = restore_train_state(directory / str(step), abstract(CFG))
         jax.tree.map(np.testing.assert_array_equal, restored, random_state(CFG, step))
         assert position == 10 * step
     store.load_policy_checkpoint(directory)
@@ -60,7 +61,7 @@ def test_a_run_killed_while_saving_leaves_only_whole_checkpoints(tmp_path):
     assert steps == sorted(set(steps))
     # What was half-written is deleted by the run that goes on.
     last = steps[-1] + 1
-    writer = store.CheckpointStore(tmp_path, keep_last=1)
+    writer = CheckpointStore(tmp_path, keep_last=1)
     writer.save(random_state(CFG, last), 10 * last, assets(CFG))
     writer.close()
     assert store.latest_step(tmp_path) == last and not list(tmp_path.glob("*tmp*"))
@@ -77,7 +78,7 @@ def test_many_saves_take_no_more_memory_than_a_few(tmp_path):
     cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, vocab_size=2**16))
     state = random_state(cfg, 1)
     assert sum(x.nbytes for x in jax.tree.leaves(state)) > 16 * MIB
-    writer = store.CheckpointStore(tmp_path, keep_last=1)
+    writer = CheckpointStore(tmp_path, keep_last=1)
 
     def save(first: int, count: int) -> float:
         """Resident MiB, the most of what is seen after each save."""
@@ -101,7 +102,7 @@ def test_many_saves_take_no_more_memory_than_a_few(tmp_path):
 
 @pytest.mark.slow
 def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
-    writer = store.CheckpointStore(tmp_path, keep_last=1, keep_every=4)
+    writer = CheckpointStore(tmp_path, keep_last=1, keep_every=4)
     for step in (2, 4, 6, 8, 10, 12, 13):
         writer.save(random_state(CFG, step), step, assets(CFG))
     writer.close()

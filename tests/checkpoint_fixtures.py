@@ -1,0 +1,48 @@
+"""Checkpoints of the smallest preset, written as a run would write them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import get_preset
+from openpi_ar.checkpoints.store import Assets
+from openpi_ar.config import TrainConfig
+from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.training.optimizer import make_optimizer
+from openpi_ar.training.state import TrainState, init_state
+from openpi_ar.training.store import CheckpointStore
+from tests.conftest import tabletop_stats
+
+CFG = get_preset("debug")
+NO_EMA = dataclasses.replace(CFG, optimizer=dataclasses.replace(CFG.optimizer, ema_decay=None))
+
+
+def abstract(cfg: TrainConfig) -> TrainState:
+    return jax.eval_shape(lambda: init_state(cfg, make_optimizer(cfg.optimizer, cfg.num_steps)))
+
+
+def random_state(cfg: TrainConfig, step: int) -> TrainState:
+    """Every leaf different, as none is by chance."""
+    rng = np.random.default_rng(step)
+    state = jax.tree.map(lambda a: jax.numpy.asarray(rng.normal(size=a.shape), a.dtype), abstract(cfg))
+    return state._replace(step=jax.numpy.asarray(step, "int32"))
+
+
+def assets(cfg: TrainConfig) -> Assets:
+    return Assets(cfg, load_tokenizer("embedded"), tabletop_stats())
+
+
+def save(directory: Path, cfg: TrainConfig, *steps: int, keep_last: int = 9) -> list[TrainState]:
+    writer = CheckpointStore(directory, keep_last=keep_last)
+    states = [random_state(cfg, step) for step in steps]
+    for state in states:
+        writer.save(state, 10 * int(state.step), assets(cfg))
+    writer.close()
+    return states
+
+
+def assert_same(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
