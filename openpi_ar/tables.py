@@ -5,9 +5,12 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """The terminal. Not wrapped where output is piped: one row of a table stays one line."""
-    out = Console()
-    return out if out.is_terminal else Console(width=200)
+    """The terminal. Not wrapped where output is piped: one row of a table stays one line.
+
+    Texts are shown as they are: "[red]" in a user's task is no colour, ":smile:" no picture.
+    """
+    out = Console(markup=False, emoji=False)
+    return out if out.is_terminal else Console(width=200, markup=False, emoji=False)
 
 
 def new_table(*columns: str, title: str | None = None, header: bool = True) -> Table:

@@ -72,3 +72,22 @@ def edit_column(file: Path, name: str, change: Callable[[list], object]) -> None
     at = table.column_names.index(name)
     column = pa.array(values, table.schema.field(name).type)
     pq.write_table(table.set_column(at, name, column), file)
+
+
+def add_feature(path: Path, name: str, **entry: object) -> None:
+    edit_json(path / "meta/info.json", lambda info: info["features"].update({name: entry}))
+
+
+def add_texts(path: Path, name: str, texts: Callable[[int], list]) -> None:
+    add_feature(path, name, dtype="string", shape=[1], names=None)
+    for file in path.glob("data/*/*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.append_column(name, pa.array(texts(table.num_rows), pa.string())), file)
+
+
+def rewrite_tasks(path: Path, change: Callable[[list[dict]], object]) -> list[dict]:
+    file = path / "meta/tasks.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    change(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows

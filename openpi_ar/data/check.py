@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from openpi_ar.config import TrainConfig
@@ -42,13 +41,13 @@ def dry_run(
     odd = list(remarks)
     stats = {"state": transform.state_stats, "actions": transform.action_stats}
     out = console()
-    out.print(f"{train.name}: {len(train)} training frames, {len(held_out)} held out", markup=False, soft_wrap=True)
+    out.print(f"{train.name}: {len(train)} training frames, {len(held_out)} held out", soft_wrap=True)
     out.print(_mapping(cfg, train, transform))
     parts = parts_of(train)
     for k, part in enumerate(parts):
         numbers, names = part.numbers(), {"state": part.layout.state, "actions": part.layout.actions}
         if len(parts) > 1:
-            out.print(f"{part.name}, by the statistics of all:", markup=False, soft_wrap=True)
+            out.print(f"{part.name}, by the statistics of all:", soft_wrap=True)
         for what, columns in numbers.items():
             shown, problems = _ranges(what, columns, names[what], stats[what], part)
             out.print(shown)
@@ -56,13 +55,13 @@ def dry_run(
         if plot is not None:
             file = plot.with_stem(f"{plot.stem}_{k}") if k else plot
             _plot(file, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
-            out.print(f"drawn into {file}", markup=False, soft_wrap=True)
+            out.print(f"drawn into {file}", soft_wrap=True)
     odd += _labels(train, transform)
     shown, problems = _texts(cfg, train, transform)
     out.print(shown)
     odd += problems
     for line in odd:
-        out.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
+        out.print(f"! {line}", style="yellow", soft_wrap=True)
     out.print(f"{len(odd) or 'no'} remark{'s' * (len(odd) != 1)}; nothing was trained")
     return odd
 
@@ -202,7 +201,7 @@ def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -
 
 
 def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]:
-    return escape(repr(readable(segments))), str(int(valid.sum())), str(len(valid))
+    return repr(readable(segments)), str(int(valid.sum())), str(len(valid))
 
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:

@@ -1,6 +1,8 @@
 """What `python -m openpi_ar.data` does: each command is a dataclass of its flags with a `run` that prints tables."""
 
+from collections.abc import Mapping, Sequence
 import dataclasses
+import os
 from pathlib import Path
 import time
 from typing import Annotated, Literal
@@ -10,7 +12,7 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.data.lerobot.columns import Frames, label_columns, read_columns, runs, subtask_labels, subtask_source
-from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
+from openpi_ar.data.lerobot.meta import Episode, Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.video import probe
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats, compute_stats, save_norm_stats
 from openpi_ar.errors import UserError
@@ -47,10 +49,15 @@ class Inspect:
         for key, f in meta.features.items():
             names = ", ".join(map(str, f.names)) if isinstance(f.names, list) else ""
             features.add_row(key, f.dtype, " ".join(map(str, f.shape)), names)
+        cameras, faults = _cameras(meta)
+        console().print(about, features, cameras)
+        for fault in [*_faults(meta), *faults]:
+            console().print(fault, style="red", soft_wrap=True)
+        # Last, so that a damaged file of texts leaves the rest to be seen.
         tasks = new_table("task", "episodes")
         for text in meta.tasks.values():
-            tasks.add_row(text or "[red](no text)[/red]", str(sum(text in e.tasks for e in meta.episodes)))
-        console().print(about, features, _cameras(meta), tasks)
+            tasks.add_row(text or "(no text)", str(sum(text in e.tasks for e in meta.episodes)))
+        console().print(tasks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,18 +153,51 @@ class Export:
         console().print(f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True)
 
 
-def _cameras(meta: Meta) -> Table:
+def _cameras(meta: Meta) -> tuple[Table, list[str]]:
+    """What there is of each camera, by the first of its files that is there; and a line on what is missing or unreadable."""
     table = new_table("camera", "stored as", "codec", "pixels", "frames a second", "height x width", "files")
+    faults = []
     for key in meta.cameras:
         f = meta.features[key]
-        paths = {e.videos[key].path if key in e.videos else e.data for e in meta.episodes}
-        if f.dtype == "video" and paths:
-            info = probe(min(paths))
-            size = f"{info.height} x {info.width}"
-            table.add_row(key, "video", info.codec, info.pixels, f"{info.fps:g}", size, str(len(paths)))
-        else:
-            table.add_row(key, "images in parquet", "", "", "", " x ".join(map(str, f.shape)), str(len(paths)))
-    return table
+        if f.dtype == "image":
+            files = {e.data for e in meta.episodes}
+            table.add_row(key, "images in parquet", "", "", "", " x ".join(map(str, f.shape)), str(len(files)))
+            continue
+        files = {e.videos[key].path: e for e in reversed(meta.episodes) if key in e.videos}
+        lost = _lost(files)
+        shown, first = [""] * 4, min(set(files) - set(lost), default=None)
+        if first is not None:
+            try:
+                info = probe(first)
+                shown = [info.codec, info.pixels, f"{info.fps:g}", f"{info.height} x {info.width}"]
+            except UserError as e:
+                faults.append(str(e))
+        table.add_row(key, "video", *shown, f"{len(files) - len(lost)} of {len(files)}" if lost else str(len(files)))
+        if lost:
+            faults.append(f"camera {key}: {_missing(lost, files, 'video')}")
+        if placeless := [e.index for e in meta.episodes if key not in e.videos]:
+            faults.append(
+                f"camera {key}: meta/ does not say where the video of {len(placeless)} of {len(meta.episodes)} episodes is, "
+                f"the first is episode {placeless[0]}"
+            )
+    return table, faults
+
+
+def _faults(meta: Meta) -> list[str]:
+    """A line for each feature that cannot be used, and for the data files that are missing."""
+    files = {e.data: e for e in reversed(meta.episodes)}
+    lost = _lost(files)
+    lines = [f"feature {key} {f.fault}: it cannot be used" for key, f in meta.features.items() if f.fault]
+    return lines + ([_missing(lost, files, "data")] if lost else [])
+
+
+def _lost(files: Mapping[Path, Episode]) -> list[Path]:
+    """Those that are not there, by their first episode."""
+    return sorted((path for path in files if not os.path.isfile(path)), key=lambda path: files[path].index)
+
+
+def _missing(lost: Sequence[Path], files: Mapping[Path, Episode], what: str) -> str:
+    return f"{len(lost)} of {len(files)} {what} files missing, the first is {lost[0]} (episode {files[lost[0]].index})"
 
 
 def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Table:
@@ -184,10 +224,11 @@ def _flag_missing(frames: Frames, labels: np.ndarray) -> None:
     counts = np.bincount(frames.episode_of[missing], minlength=len(frames.episodes))
     empty = [frames.episodes[e].index for e in np.flatnonzero(counts == np.diff(frames.starts))]
     console().print(
-        f"[red]{len(missing)} of {len(frames)} frames have no subtask, in {int((counts > 0).sum())} episodes; the first is "
-        f"{_place(frames, int(missing[0]))}[/red]; training skips them",
+        f"{len(missing)} of {len(frames)} frames have no subtask, in {int((counts > 0).sum())} episodes; the first is "
+        f"{_place(frames, int(missing[0]))}; training skips them",
+        style="red",
         soft_wrap=True,
     )
     if empty:
         some = ", ".join(map(str, empty[:20])) + (", ..." if len(empty) > 20 else "")
-        console().print(f"[red]{len(empty)} episodes have none at all: {some}[/red]", soft_wrap=True)
+        console().print(f"{len(empty)} episodes have none at all: {some}", style="red", soft_wrap=True)

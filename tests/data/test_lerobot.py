@@ -313,5 +313,5 @@ def test_arrays_of_two_dimensions_and_shuffled_texts_are_read(tmp_path):
     assert data[25]["state"].shape == (13,) and data[25]["prompt"] == TASKS[1]
     entry["shape"] = [2, 2]
     edit_json(path / "meta/info.json", lambda info: info["features"].update(grid=entry))
-    with pytest.raises(UserError, match=r"'grid' must hold 4 numbers in each of 60 frames .*found 360"):
+    with pytest.raises(UserError, match=r"'grid' must hold 4 numbers in each of 60 frames .*found 6"):
         source(path, state=("grid",))

@@ -11,17 +11,25 @@ Who says which subtask a frame belongs to (`subtask_labels`):
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from rich.progress import track
 
-from openpi_ar.data.lerobot.meta import LANGUAGE, SUBTASK_INDEX, Episode, Meta, read_table
+from openpi_ar.data.lerobot.meta import LANGUAGE, SUBTASK_INDEX, Episode, Meta
+from openpi_ar.data.lerobot.parquet import read_table, to_array
+from openpi_ar.data.lerobot.texts import text_of
 from openpi_ar.data.robot_spec import split_key
 from openpi_ar.errors import UserError
+from openpi_ar.textfile import is_number
 
 _MANY_FILES = 100
 """Reading more files than this takes seconds, so a progress bar is shown."""
+
+
+Timeline = tuple[np.ndarray, list[str]]
+"""When subtasks begin, float32 seconds, ascending, and their texts."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +39,7 @@ class Frames:
     columns      numbers [N dims] by feature; texts [N] (dtype object).
     starts       first frame of each episode, and N: [E + 1].
     timestamps   float32 [N], seconds from the start of the episode.
-    timelines    per episode, the rows of `language_persistent`; empty if not asked for.
+    timelines    subtasks of each episode by `language_persistent`; none if not asked for.
     """
 
     meta: Meta
@@ -39,7 +47,7 @@ class Frames:
     columns: Mapping[str, np.ndarray]
     starts: np.ndarray
     timestamps: np.ndarray
-    timelines: tuple[Sequence[dict], ...]
+    timelines: tuple[Timeline, ...]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -59,8 +67,10 @@ class Frames:
         return frame - int(self.starts[int(np.searchsorted(self.starts, frame, side="right")) - 1])
 
     def vector(self, keys: Sequence[str]) -> np.ndarray:
-        """Features side by side, float32 [N dims]; "name[0:7]" is some dimensions of one. Raises UserError at the first value
-        that is not finite, and if a feature lacks the dimensions."""
+        """Features side by side, float32 [N dims]; "name[0:7]" is some dimensions of one.
+
+        Raises UserError at the first value that is not finite, if a feature lacks the dimensions, and if it holds no numbers.
+        """
         out = np.concatenate([self._part(key) for key in keys], axis=1)
         bad = ~np.isfinite(out)
         if bad.any():
@@ -73,10 +83,33 @@ class Frames:
 
     def _part(self, key: str) -> np.ndarray:
         name, part = split_key(key)
-        whole = np.asarray(self.columns[self.meta.find(name)], np.float32)
+        name = self.meta.find(name)
+        with np.errstate(over="ignore"):  # too large for float32 is infinite: `vector` says so
+            whole = self.numbers(name).astype(np.float32)
         if not whole[:, part].size or (part.stop or 0) > whole.shape[1]:
             raise UserError(f"{key!r}: {name} of {self.meta.root} has {whole.shape[1]} dimensions, counted from 0")
         return whole[:, part]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A feature's values as read, [N dims]. Raises UserError if it holds no numbers."""
+        values = self.columns.get(name)
+        if values is None or values.dtype == object:
+            what = "texts" if self.meta.feature(name).dtype == "string" else "rows of language"
+            raise UserError(f"feature {name!r} of {self.meta.root} holds {what}, not numbers: name another one")
+        return values
+
+    def index(self, name: str) -> np.ndarray:
+        """A feature of one whole number a frame, int64 [N]; -1 where it is empty. Raises UserError if it is none."""
+        values = self.numbers(name).astype(np.float64)
+        if values.shape[1] != 1:
+            raise UserError(
+                f"feature {name!r} of {self.meta.root} has {values.shape[1]} dimensions, expected one index"
+            )
+        flat = np.where(np.isnan(values[:, 0]), -1, values[:, 0])
+        odd = np.flatnonzero((flat != np.round(flat)) | (np.abs(flat) > 2**31))
+        if len(odd):
+            raise UserError(f"{self.where(int(odd[0]))}: {name} is {flat[odd[0]]:g}, expected a whole number")
+        return flat.astype(np.int64)
 
 
 def read_columns(meta: Meta, episodes: Sequence[Episode], keys: Sequence[str]) -> Frames:
@@ -86,22 +119,27 @@ def read_columns(meta: Meta, episodes: Sequence[Episode], keys: Sequence[str]) -
     timestamps do not belong to the dataset's fps.
     """
     keys = [meta.find(split_key(key)[0]) for key in keys]
+    for key in keys:
+        if (kind := meta.feature(key).dtype) in ("image", "video"):
+            raise UserError(f"feature {key!r} of {meta.root} holds {kind}s, not numbers: name another one")
     by_file: dict = {}
     for episode in episodes:
         by_file.setdefault(episode.data, []).append(episode)
     parts: dict[int, dict[str, np.ndarray]] = {}
-    timelines: dict[int, Sequence[dict]] = {}
+    timelines: dict[int, Timeline] = {}
     wanted = list(dict.fromkeys([*keys, "episode_index", "frame_index", "timestamp"]))
     for path, group in track(by_file.items(), "reading", transient=True, disable=len(by_file) < _MANY_FILES):
         table = read_table(path, wanted, where=_span(group))
-        columns = {k: _numbers(meta, table[k], k, f"{path} ({_span(group)})") for k in wanted if k != LANGUAGE}
+        where = f"{path} ({_span(group)})"
+        columns = {k: _array(meta, table[k], k, where) for k in wanted if k != LANGUAGE}
         places = _places(columns["episode_index"][:, 0])
         for episode in group:
             rows = places.get(episode.index, slice(0, 0))
             parts[episode.index] = part = {k: v[rows] for k, v in columns.items()}
             _check(meta, episode, part)
             # The timeline is the same on every frame of an episode.
-            timelines[episode.index] = table[LANGUAGE][rows.start].as_py() or [] if LANGUAGE in wanted else []
+            said = table[LANGUAGE][rows.start].as_py() if LANGUAGE in wanted else None
+            timelines[episode.index] = _subtasks(said, f"{path}: episode {episode.index}")
     order = [e.index for e in episodes]
     starts = np.concatenate([[0], np.cumsum([len(parts[i]["frame_index"]) for i in order])])
     columns = {k: np.concatenate([parts[i][k] for i in order]) for k in wanted if k != LANGUAGE}
@@ -114,10 +152,13 @@ def subtask_labels(frames: Frames, source: str) -> tuple[list[str], np.ndarray]:
     if source == "language":
         return _language_labels(frames)
     if source in ("index", "task"):
-        texts, key = (frames.meta.subtasks, SUBTASK_INDEX) if source == "index" else (frames.meta.tasks, "task_index")
-        file = frames.meta.subtasks_file if source == "index" else frames.meta.tasks_file
-        return _index_labels(frames, key, texts or {}, str(file), required=source == "task")
-    return _text_labels([str(t or "") for t in frames.columns[source]])
+        meta = frames.meta
+        texts, key = (meta.subtasks, SUBTASK_INDEX) if source == "index" else (meta.tasks, "task_index")
+        file = meta.subtasks_file if source == "index" else meta.tasks_file
+        return _index_labels(frames, key, texts, str(file), required=source == "task")
+    values = frames.columns[source].tolist()
+    texts = {value: text_of(value, f"{frames.meta.root}: {source}") for value in dict.fromkeys(values)}
+    return _text_labels([texts[value] for value in values])
 
 
 def task_labels(frames: Frames) -> tuple[list[str], np.ndarray]:
@@ -132,7 +173,7 @@ def subtask_source(meta: Meta, asked: str) -> str:
     """
     has_index = SUBTASK_INDEX in meta.features
     if asked == "auto":
-        if has_index and meta.subtasks is not None:
+        if has_index and meta.subtasks_file is not None:
             return "index"
         return "language" if LANGUAGE in meta.features else "none"
     needs = {"index": SUBTASK_INDEX, "language": LANGUAGE, "task": "task_index"}.get(asked, asked)
@@ -140,7 +181,7 @@ def subtask_source(meta: Meta, asked: str) -> str:
         feature = meta.feature(needs)
         if asked == needs and feature.dtype != "string":
             raise UserError(f"data.subtasks is {asked!r}, but that feature holds {feature.dtype}, not texts")
-    if asked == "index" and meta.subtasks is None:
+    if asked == "index" and meta.subtasks_file is None:
         raise UserError(f"{meta.root / 'meta'} holds no subtasks.parquet (or .jsonl): the texts of {SUBTASK_INDEX}")
     return asked
 
@@ -156,9 +197,17 @@ def _span(group: Sequence[Episode]) -> str:
     return f"episode {first}" if first == last else f"episodes {first} to {last}"
 
 
+def _array(meta: Meta, column: pa.ChunkedArray, key: str, where: str) -> np.ndarray:
+    # LeRobot's own columns (frame_index, ...) need not be among the features.
+    feature = meta.features.get(key)
+    shape, texts = ((1,), False) if feature is None else (feature.shape, feature.dtype == "string")
+    return to_array(column, shape, texts=texts, where=f"{where}: feature {key!r}")
+
+
 def _places(indices: np.ndarray) -> dict[int, slice]:
     """Rows of each episode in a file. An episode in two pieces is left with the last, and then found to be too short."""
     borders = np.concatenate([[0], np.flatnonzero(np.diff(indices)) + 1, [len(indices)]])
+    indices = np.nan_to_num(indices, nan=-1)
     return {int(indices[a]): slice(int(a), int(b)) for a, b in itertools.pairwise(borders) if b > a}
 
 
@@ -182,45 +231,20 @@ def _check(meta: Meta, episode: Episode, part: Mapping[str, np.ndarray]) -> None
         )
 
 
-def _numbers(meta: Meta, column: pa.ChunkedArray, key: str, where: str) -> np.ndarray:
-    """[rows dims]; a scalar is one dimension, arrays are flattened. Texts [rows]."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    rows = len(array)
-    if meta.features[key].dtype == "string":
-        return np.asarray(array.to_pylist(), object)
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
-        array = array.flatten()
-    flat = array.to_numpy(zero_copy_only=False)
-    dims = int(np.prod(meta.features[key].shape))
-    if flat.size != rows * dims:
-        raise UserError(
-            f"{where}: feature {key!r} must hold {dims} numbers in each of {rows} frames (shape "
-            f"{list(meta.features[key].shape)} in meta/info.json), found {flat.size}"
-        )
-    if flat.dtype == object:  # booleans or integers of which some are null
-        flat = flat.astype(np.float64)
-    return flat.reshape(rows, dims)
-
-
 def _index_labels(
     frames: Frames, key: str, texts: Mapping[int, str], file: str, *, required: bool
 ) -> tuple[list[str], np.ndarray]:
-    index = frames.columns[key][:, 0].astype(np.float64)
-    index = np.where(np.isnan(index), -1, index).astype(np.int64)
+    index = frames.index(key)
     used = np.unique(index)
-    lost = [int(i) for i in used if (i >= 0 and i not in texts) or (required and not texts.get(int(i), "").strip())]
+    lost = [int(i) for i in used if (i >= 0 and i not in texts) or (required and not texts.get(int(i)))]
     if lost:
         frame = int(np.flatnonzero(index == lost[0])[0])
         raise UserError(f"{frames.where(frame)}: {key} is {lost[0]}, which has no text in {file}: add it there")
     names, place = [], np.full(len(used), -1)
     for i, value in enumerate(used):
-        if value >= 0 and texts[int(value)].strip():
+        if value >= 0 and texts[int(value)]:
             place[i] = len(names)
-            names.append(texts[int(value)].strip())
+            names.append(texts[int(value)])
     return names, place[np.searchsorted(used, index)]
 
 
@@ -228,24 +252,31 @@ def _language_labels(frames: Frames) -> tuple[list[str], np.ndarray]:
     said = [""] * len(frames)
     for e, timeline in enumerate(frames.timelines):
         start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
-        begin, texts = _timeline(timeline)
+        begin, texts = timeline
         # Both sides float32: LeRobot's writer widens the frames' float32 timestamps.
         active = np.searchsorted(begin, frames.timestamps[start:stop], side="right") - 1
         said[start:stop] = [texts[i] if i >= 0 else "" for i in active]
     return _text_labels(said)
 
 
-def _timeline(rows: Sequence[dict]) -> tuple[np.ndarray, list[str]]:
-    """Start times float32, ascending, and texts of the subtasks among the persistent rows of an episode."""
-    subtasks = [r for r in rows if r.get("style") == "subtask" and r.get("camera") is None]
-    begin = np.asarray([r["timestamp"] for r in subtasks], np.float32)
+def _subtasks(timeline: Any, where: str) -> Timeline:
+    rows = [] if timeline is None else timeline
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{where}: {LANGUAGE} must be a list of rows, found {type(timeline).__name__}")
+    rows = [row for row in rows if row.get("style") == "subtask" and row.get("camera") is None]
+    for row in rows:
+        if not is_number(row.get("timestamp")):
+            raise UserError(
+                f"{where}: {LANGUAGE} has a subtask at {row.get('timestamp')!r}, expected a time in seconds"
+            )
+    begin = np.asarray([row["timestamp"] for row in rows], np.float32)
     order = np.argsort(begin, kind="stable")
-    return begin[order], [str(subtasks[i]["content"] or "") for i in order]
+    return begin[order], [text_of(rows[i].get("content"), f"{where}: {LANGUAGE}") for i in order]
 
 
 def _text_labels(said: Sequence[str]) -> tuple[list[str], np.ndarray]:
     names: dict[str, int] = {}
-    labels = [names.setdefault(text.strip(), len(names)) if text.strip() else -1 for text in said]
+    labels = [names.setdefault(text, len(names)) if text else -1 for text in said]
     return list(names), np.asarray(labels, np.int64)
 
 

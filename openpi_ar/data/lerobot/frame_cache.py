@@ -35,7 +35,7 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
     meta = frames.meta
     files = {}
     for episode in frames.episodes:
-        path = episode.videos[camera].path if camera in episode.videos else episode.data
+        path = meta.frames_file(episode, camera)
         if path not in files:
             if not path.is_file():
                 raise UserError(
@@ -47,7 +47,7 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
     content = {
         "info": (meta.root / INFO).read_text("utf-8"),
         "files": list(files.values()),
-        "episodes": [(e.index, e.length, e.videos[camera].start if e.videos else 0) for e in frames.episodes],
+        "episodes": [(e.index, e.length, e.videos[camera].start if camera in e.videos else 0) for e in frames.episodes],
         "camera": camera,
         "size": size,
         "version": _VERSION,

@@ -20,6 +20,7 @@ from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.source import POSES, LeRobotSource, Table
 from openpi_ar.data.robots import MASKED, of_data
 from openpi_ar.errors import UserError
+from openpi_ar.lookup import matches
 
 SUPERVISE = "supervise_text"
 """Optional boolean feature: False where the subtask does not follow from the prompt, so that saying it is not trained."""
@@ -87,19 +88,23 @@ def load_lerobot(
 def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dict[str, str | None]:
     """Model camera -> feature; None: the dataset has no such camera, the model then sees none.
 
-    `given` holds "model camera=feature" or "model camera=none", or both as "feature|none"; a feature may be named by its last
-    part. Cameras that are
-    not given take the feature of their own name. Raises UserError that spells out a complete mapping.
+    `given` holds "model camera=feature" or "model camera=none", or both as "feature|none"; features are named as
+    `openpi_ar/lookup.py` says. Cameras that are not given take the feature of their own name. Raises UserError that spells
+    out a complete mapping, and if a feature cannot be read.
     """
-    by_name = {key: key for key in meta.cameras} | {_last(key): key for key in meta.cameras}
     asked: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in given)}
     mapping: dict[str, str | None] = {}
-    problems = [f"{name!r} is no camera of the model" for name in asked if name not in cameras]
+    problems = [f"{entry!r} is not model camera=feature" for entry in given if "=" not in entry]
+    problems += [f"{name!r} is no camera of the model" for name in asked if name not in cameras]
+    if len(asked) < len(given):
+        problems.append("a camera of the model is given twice")
     for name in cameras:
         keys = asked.get(name, name).split("|")
-        there = [by_name[k] for key in keys for k in (key, _last(key)) if k in by_name]
-        mapping[name] = next(iter(there), None)
-        if mapping[name] is None and not (name in asked and set(keys) & set(MASKED)):
+        found = next(filter(None, (matches(key, meta.cameras) for key in keys)), [])
+        mapping[name] = found[0] if len(found) == 1 else None
+        if len(found) > 1:
+            problems.append(f"{name!r} may be {' or '.join(found)}")
+        elif not found and not (name in asked and set(keys) & set(MASKED)):
             problems.append(
                 f"nothing is known of {'|'.join(keys)!r}" if name in asked else f"model camera {name!r} has no feature"
             )
@@ -110,6 +115,8 @@ def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dic
             f"cameras: {'; '.join(problems) or 'all are none'}. The model reads {', '.join(cameras)}; {meta.root} has "
             f"{', '.join(meta.cameras) or 'no cameras'}. Say which is which, for example --data.cameras {example}"
         )
+    for key in filter(None, mapping.values()):
+        meta.feature(key)
     return mapping
 
 
@@ -135,7 +142,7 @@ def _table(
         prompt_id=prompt_id,
         subtasks=tuple(subtasks),
         subtask_id=subtask_id,
-        supervise=frames.columns[SUPERVISE][:, 0] > 0 if SUPERVISE in frames.columns else np.ones(len(frames), bool),
+        supervise=frames.index(SUPERVISE) > 0 if SUPERVISE in frames.columns else np.ones(len(frames), bool),
         last=np.repeat(frames.starts[1:] - 1, np.diff(frames.starts)),
         layout=Layout(
             {name: key or "" for name, key in mapping.items()},
@@ -167,8 +174,3 @@ def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
         order = np.random.default_rng(0).permutation(np.flatnonzero(candidates))
         mask[order[: max(1, math.ceil(fraction * len(candidates)))]] = True
     return mask
-
-
-def _last(key: str) -> str:
-    """The last part of a feature's name, or of a robot's key for it."""
-    return key.replace("/", ".").rsplit(".", 1)[-1]

@@ -6,36 +6,37 @@ either meta/subtasks.{parquet,jsonl}                          optional: texts of
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
-import json
+import functools
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from openpi_ar.data.lerobot.hub import local_dataset
+from openpi_ar.data.lerobot.parquet import read_table, to_rows
+from openpi_ar.data.lerobot.texts import read_texts
 from openpi_ar.data.robot_spec import split_key
 from openpi_ar.errors import UserError
+from openpi_ar.lookup import resolve, unknown
+from openpi_ar.textfile import is_number, read_lines, read_object, whole_number
 
 INFO = "meta/info.json"
 SUBTASK_INDEX = "subtask_index"
 LANGUAGE = "language_persistent"
 
 _LAYOUT = {"v2.0": 2, "v2.1": 2, "v3.0": 3}
-_PARQUET_ERRORS = (pa.ArrowException, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One entry of `features` in info.json. `names` and `info` are as found there."""
+    """One entry of `features` in info.json. `fault` says why it cannot be read; one that is not used does no harm."""
 
     dtype: str
     shape: tuple[int, ...]
     names: Any = None
-    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fault: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,10 @@ class VideoSpan:
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """`length` frames, in one parquet file that may hold other episodes too. `videos` is keyed by feature."""
+    """`length` frames, in one parquet file that may hold other episodes too. `videos` is keyed by feature.
+
+    A camera whose place meta/ does not tell is not among `videos`.
+    """
 
     index: int
     length: int
@@ -59,7 +63,7 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Meta:
-    """A dataset without its frames. `tasks` and `subtasks` map an index to its text; subtasks is None if there is no file."""
+    """A dataset without its frames. Texts are read when they are asked for: a damaged file of them may not be needed."""
 
     root: Path
     version: str
@@ -67,91 +71,104 @@ class Meta:
     robot_type: str
     features: Mapping[str, Feature]
     episodes: tuple[Episode, ...]
-    tasks: Mapping[int, str]
-    subtasks: Mapping[int, str] | None
-    subtasks_file: Path | None
+
+    @functools.cached_property
+    def tasks(self) -> Mapping[int, str]:
+        """Text of each task index, "" where there is none. Raises UserError if the file is not what it should be."""
+        return read_texts(self.tasks_file, "task")
+
+    @functools.cached_property
+    def subtasks(self) -> Mapping[int, str]:
+        """Text of each subtask index, as `tasks`; none if there is no file."""
+        return {} if self.subtasks_file is None else read_texts(self.subtasks_file, "subtask")
+
+    @property
+    def tasks_file(self) -> Path:
+        """Where the tasks' texts are."""
+        return self.root / ("meta/tasks.parquet" if _LAYOUT[self.version] == 3 else "meta/tasks.jsonl")
+
+    @property
+    def subtasks_file(self) -> Path | None:
+        """Where the subtasks' texts are, if there are any."""
+        files = (self.root / f"meta/subtasks.{suffix}" for suffix in ("parquet", "jsonl"))
+        return next((file for file in files if file.is_file()), None)
 
     @property
     def cameras(self) -> tuple[str, ...]:
         """Features that hold images, in the dataset's order."""
         return tuple(key for key, f in self.features.items() if f.dtype in ("image", "video"))
 
-    @property
-    def tasks_file(self) -> Path:
-        """Where the tasks' texts are, for messages."""
-        return self.root / ("meta/tasks.parquet" if _LAYOUT[self.version] == 3 else "meta/tasks.jsonl")
-
     def find(self, key: str) -> str:
-        """The feature that a key means: its own name, or a plain name's (or a robot's, `observation/state`) last part.
+        """The feature that a key means (`openpi_ar/lookup.py`). Raises UserError listing what there is, or why it cannot be used."""
+        name = resolve(key, self.features, f"{self.root / INFO} has no feature")
+        self.feature(name)
+        return name
 
-        Raises UserError, listing what there is, if no feature or several are called so.
-        """
-        if key not in self.features and ("." not in key or "/" in key):
-            same = [name for name in self.features if name.rsplit(".", 1)[-1] == key.rsplit("/", 1)[-1]]
-            if len(same) == 1:
-                return same[0]
-        self.feature(key)
-        return key
+    def feature(self, name: str) -> Feature:
+        """Raises UserError, listing what there is, if the dataset has no such feature or it cannot be used."""
+        if name not in self.features:
+            raise unknown(name, self.features, f"{self.root / INFO} has no feature")
+        if fault := self.features[name].fault:
+            raise UserError(f"{self.root / INFO}: feature {name!r} {fault}")
+        return self.features[name]
+
+    def span(self, episode: Episode, camera: str) -> VideoSpan:
+        """Where an episode's frames are in a video. Raises UserError if the dataset does not say."""
+        if camera not in episode.videos:
+            raise UserError(
+                f"{self.root / 'meta'} does not say where the video of camera {camera!r}, episode {episode.index} is: "
+                f"expected video_path in info.json, and in v3.0 its place in meta/episodes"
+            )
+        return episode.videos[camera]
+
+    def frames_file(self, episode: Episode, camera: str) -> Path:
+        """The file that holds an episode's frames of a camera. Raises UserError if the dataset does not say."""
+        return self.span(episode, camera).path if self.feature(camera).dtype == "video" else episode.data
 
     def dimension_names(self, key: str) -> list[str]:
         """ "feature.name" of each dimension of a feature, or of a slice of it: "observation.state[0:7]"."""
         name, part = split_key(key)
         name = self.find(name)
         f = self.features[name]
-        dims = int(np.prod(f.shape))
-        names = f.names if isinstance(f.names, list) and len(f.names) == dims else range(dims)
+        dims = math.prod(f.shape)
+        # {"motors": [...]} in datasets of early versions.
+        found = next(iter(f.names.values()), None) if isinstance(f.names, dict) and len(f.names) == 1 else f.names
+        names = found if isinstance(found, list) and len(found) == dims else range(dims)
         return [f"{name}.{n}" for n in names][part]
-
-    def feature(self, key: str) -> Feature:
-        """Raises UserError, listing what there is, if the dataset has no such feature."""
-        if key not in self.features:
-            raise UserError(f"{self.root / INFO} has no feature {key!r}: it has {', '.join(self.features)}")
-        return self.features[key]
 
 
 def read_meta(path: str | Path) -> Meta:
-    """Reads and checks `meta/` of a directory, or of a dataset of the Hugging Face hub by its name. Raises UserError naming the file and what was expected of it."""
+    """Reads and checks `meta/` of a directory, or of a dataset of the Hugging Face hub by its name.
+
+    Raises UserError naming the file and what was expected of it. What may not be needed is not checked here: texts, files
+    of frames, features that nobody asked for.
+    """
     root = local_dataset(path)
     if not root.is_dir():
         raise UserError(f"{root} is not a directory: expected a LeRobot dataset, the directory that holds meta/")
     file = root / INFO
-    info = _json(file)
-    version = info.get("codebase_version")
-    if version not in _LAYOUT:
+    info = read_object(file)
+    version, features, fps = info.get("codebase_version"), info.get("features"), info.get("fps")
+    if not isinstance(version, str) or version not in _LAYOUT:
         raise UserError(
             f"{file}: codebase_version is {version!r}, this reads {', '.join(_LAYOUT)}: convert the dataset with "
             f"LeRobot's own converter, or record it anew"
         )
-    try:
-        features = {key: _feature(entry) for key, entry in info["features"].items()}
-        fps, expected = float(info["fps"]), int(info["total_episodes"])
-        if not fps > 0:
-            raise ValueError(f"fps is {fps}")
-        read_episodes = _episodes_v3 if _LAYOUT[version] == 3 else _episodes_v2
-        episodes = read_episodes(root, info, [k for k, f in features.items() if f.dtype == "video"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{file} does not describe a {version} dataset: {type(e).__name__} {e}") from e
+    if not isinstance(features, dict) or not features:
+        raise UserError(f"{file}: features is {features!r}, expected an object with an entry for each feature")
+    if not is_number(fps) or not fps > 0:
+        raise UserError(f"{file}: fps is {fps!r}, expected a number above 0")
+    expected = whole_number(info, "total_episodes", str(file))
+    known = {key: _feature(entry, float(fps)) for key, entry in features.items()}
+    read_episodes = _episodes_v3 if _LAYOUT[version] == 3 else _episodes_v2
+    episodes = read_episodes(root, info, [key for key, f in known.items() if f.dtype == "video"])
+    episodes.sort(key=lambda e: e.index)
+    if twice := [e.index for e, after in itertools.pairwise(episodes) if e.index == after.index]:
+        raise UserError(f"{root / 'meta'} lists episode {twice[0]} more than once: leave one of them")
     if len(episodes) != expected:
         raise UserError(f"{file} says {expected} episodes, {root / 'meta'} lists {len(episodes)}: a file is missing")
-    for key, f in features.items():
-        rate = f.info.get("video.fps")
-        if rate is not None and abs(float(rate) - fps) > 0.01 * fps:
-            raise UserError(f"{file}: fps is {fps:g}, but feature {key!r} is recorded as video.fps {float(rate):g}")
-    subtasks_file = next((p for name in ("parquet", "jsonl") if (p := root / f"meta/subtasks.{name}").is_file()), None)
-    meta = Meta(
-        root=root,
-        version=version,
-        fps=fps,
-        robot_type=str(info.get("robot_type") or "unknown"),
-        features=features,
-        episodes=tuple(episodes),
-        tasks={},
-        subtasks=None if subtasks_file is None else _texts(subtasks_file, "subtask"),
-        subtasks_file=subtasks_file,
-    )
-    return dataclasses.replace(meta, tasks=_texts(meta.tasks_file, "task"))
+    robot = info.get("robot_type")
+    return Meta(root, version, float(fps), robot if isinstance(robot, str) else "unknown", known, tuple(episodes))
 
 
 def choose_episodes(meta: Meta, wanted: Sequence[int]) -> tuple[Episode, ...]:
@@ -160,72 +177,38 @@ def choose_episodes(meta: Meta, wanted: Sequence[int]) -> tuple[Episode, ...]:
         return meta.episodes
     known = {e.index for e in meta.episodes}
     if unknown := sorted(set(wanted) - known):
-        raise UserError(
-            f"{meta.root} has no episode {', '.join(map(str, unknown))}: it has {len(known)}, {min(known)} to {max(known)}"
-        )
+        there = f"{len(known)}, {min(known)} to {max(known)}" if known else "none"
+        raise UserError(f"{meta.root} has no episode {', '.join(map(str, unknown))}: it has {there}")
     return tuple(e for e in meta.episodes if e.index in set(wanted))
 
 
-def read_table(
-    path: Path, columns: Sequence[str] | None = None, *, where: str = "", only: pc.Expression | None = None
-) -> pa.Table:
-    """These columns of a parquet file, of the rows that `only` holds for. Raises UserError naming the file, `where` (an episode, say) and the column."""
-    where = f" ({where})" if where else ""
-    if not path.is_file():
-        raise UserError(f"{path} is missing{where}: download or copy the dataset again")
-    try:
-        with pq.ParquetFile(path) as file:
-            present = set(file.schema_arrow.names)
-            if missing := [name for name in columns or () if name not in present]:
-                raise UserError(
-                    f"{path} has no column {', '.join(missing)}{where}: it has {', '.join(sorted(present))}"
-                )
-        return pq.read_table(path, columns=None if columns is None else list(columns), filters=only)
-    except _PARQUET_ERRORS as e:
-        raise UserError(f"{path} is not a readable parquet file{where}: {_first_line(e)}; copy it again") from e
-
-
-def _first_line(e: BaseException) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0]
-
-
-def _json(file: Path) -> dict:
-    if not file.is_file():
-        raise UserError(f"{file} is missing: expected the description of a LeRobot dataset there")
-    try:
-        body = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is not JSON: {e}") from e
-    if not isinstance(body, dict):
-        raise UserError(f"{file} must hold a JSON object, found {type(body).__name__}")
-    return body
-
-
-def _json_lines(file: Path) -> list[dict]:
-    if not file.is_file():
-        raise UserError(f"{file} is missing: a v2 dataset lists one JSON object per line there")
-    rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise UserError(f"{file} line {number} is not JSON: {e}") from e
-    return rows
-
-
-def _feature(entry: Mapping[str, Any]) -> Feature:
-    return Feature(entry["dtype"], tuple(entry["shape"]), entry.get("names"), entry.get("info") or {})
+def _feature(entry: Any, fps: float) -> Feature:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, info = entry.get("dtype"), entry.get("shape"), entry.get("info") or entry.get("video_info")
+    rate = info.get("video.fps") if isinstance(info, dict) else None
+    fault = ""
+    if not isinstance(dtype, str):
+        fault = f"has dtype {dtype!r}, expected a name such as float32"
+    elif not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        fault = "" if dtype in ("image", "video") else f"has shape {shape!r}, expected a list of whole numbers"
+    if rate is not None and not (is_number(rate) and abs(rate - fps) <= 0.01 * fps):
+        fault = f"is recorded as video.fps {rate!r}, but the dataset's fps is {fps:g}"
+    sizes = tuple(n for n in shape if type(n) is int) if isinstance(shape, list) else ()
+    return Feature(dtype if isinstance(dtype, str) else "unknown", sizes, entry.get("names"), fault)
 
 
 def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[Episode]:
+    file, per_chunk = root / "meta/episodes.jsonl", whole_number(info, "chunks_size", str(root / INFO), least=1)
     episodes = []
-    for row in _json_lines(root / "meta/episodes.jsonl"):
-        index = int(row["episode_index"])
-        place = {"episode_chunk": index // int(info["chunks_size"]), "episode_index": index}
-        spans = {key: VideoSpan(root / info["video_path"].format(video_key=key, **place), 0.0) for key in videos}
-        data = root / info["data_path"].format(**place)
-        episodes.append(Episode(index, int(row["length"]), data, tuple(row.get("tasks", ())), spans))
+    for number, row in enumerate(read_lines(file), 1):
+        where = f"{file}, entry {number}"
+        index, length = whole_number(row, "episode_index", where), whole_number(row, "length", where, least=1)
+        place = {"episode_chunk": index // per_chunk, "episode_index": index}
+        spans = {}
+        with contextlib.suppress(UserError):  # said when a camera is used: `Meta.span`
+            spans = {key: VideoSpan(_path(root, info, "video_path", video_key=key, **place), 0.0) for key in videos}
+        data = _path(root, info, "data_path", **place)
+        episodes.append(Episode(index, length, data, _strings(row.get("tasks")), spans))
     return episodes
 
 
@@ -233,37 +216,40 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
     files = sorted((root / "meta/episodes").glob("*/*.parquet"))
     if not files:
         raise UserError(f"{root / 'meta/episodes'} holds no parquet file: a v3.0 dataset lists its episodes there")
-    columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    places = [f"videos/{key}/{name}" for key in videos for name in ("chunk_index", "file_index", "from_timestamp")]
+    rows = [
+        (row, f"{file}, row {number}")
+        for file in files
+        for number, row in enumerate(to_rows(read_table(file, columns, optional=["tasks", *places]), file))
+    ]
+    return [_episode_v3(root, info, videos, row, where) for row, where in rows]
+
+
+def _episode_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str], row: dict, where: str) -> Episode:
+    def place(of: str) -> dict[str, int]:
+        return {name: whole_number(row, f"{of}/{name}", where) for name in ("chunk_index", "file_index")}
+
+    spans = {}
     for key in videos:
-        columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-
-    def place(row: Mapping[str, Any], of: str) -> dict[str, int]:
-        return {name: int(row[f"{of}/{name}"]) for name in ("chunk_index", "file_index")}
-
-    episodes = []
-    for row in [row for file in files for row in read_table(file, columns).to_pylist()]:
-        spans = {
-            key: VideoSpan(
-                root / info["video_path"].format(video_key=key, **place(row, f"videos/{key}")),
-                float(row[f"videos/{key}/from_timestamp"]),
-            )
-            for key in videos
-        }
-        data = root / info["data_path"].format(**place(row, "data"))
-        episodes.append(Episode(int(row["episode_index"]), int(row["length"]), data, tuple(row["tasks"] or ()), spans))
-    return sorted(episodes, key=lambda e: e.index)
+        start = row.get(f"videos/{key}/from_timestamp")
+        with contextlib.suppress(UserError):  # said when the camera is used: `Meta.span`
+            path = _path(root, info, "video_path", video_key=key, **place(f"videos/{key}"))
+            if is_number(start) and start >= 0:
+                spans[key] = VideoSpan(path, float(start))
+    index, length = whole_number(row, "episode_index", where), whole_number(row, "length", where, least=1)
+    return Episode(index, length, _path(root, info, "data_path", **place("data")), _strings(row.get("tasks")), spans)
 
 
-def _texts(file: Path, kind: str) -> dict[int, str]:
-    """Index -> text. In parquet the text may be a pandas index under another name: it is the only string column."""
-    if file.suffix == ".jsonl":
-        rows, text = _json_lines(file), kind
-    else:
-        table = read_table(file)
-        strings = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-        text = kind if kind in strings else (strings or [kind])[0]
-        rows = table.to_pylist()
+def _path(root: Path, info: Mapping[str, Any], template: str, **place: int | str) -> Path:
+    """A file by its template in info.json. Raises UserError if there is no such template, or it asks for other fields."""
     try:
-        return {int(row[f"{kind}_index"]): "" if row[text] is None else str(row[text]) for row in rows}
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{file} must give {kind}_index and {kind} in each row, found {type(e).__name__} {e}") from e
+        return root / info[template].format(**place)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(
+            f"{root / INFO}: {template} is {info.get(template)!r}, expected a path with the fields {', '.join(place)}"
+        ) from e
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(text.strip() for text in value if isinstance(text, str)) if isinstance(value, list) else ()

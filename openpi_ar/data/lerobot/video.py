@@ -5,23 +5,28 @@ import dataclasses
 import functools
 import io
 from pathlib import Path
+from typing import Any
 
 import av
 from av.container import InputContainer
 import av.error
 from av.video.frame import VideoFrame
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from openpi_ar.data.lerobot.meta import Episode, Meta, read_table
+from openpi_ar.data.lerobot.meta import Episode, Meta
+from openpi_ar.data.lerobot.parquet import read_table
 from openpi_ar.errors import UserError
 
 _NEAR = 0.45
 """Of a frame period: further from every frame than this, a timestamp has no frame of its own."""
 
 _EPISODES_IN_MEMORY = 8
+
+_EIGHT_BIT = ("RGB", "RGBA", "L", "LA", "P", "1")
+"""Pillow's modes that become RGB without loss of anything but transparency; 16-bit depth, for one, would be clipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,8 @@ def probe(path: Path) -> VideoInfo:
     with _open(path, path.name) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
+        if codec is None:
+            raise UserError(f"{path} is in a codec that this PyAV does not know")
         name = {"libdav1d": "av1", "libaom-av1": "av1"}.get(str(codec.name), str(codec.name))
         rate = float(stream.average_rate or 0)
         return VideoInfo(name, str(codec.pix_fmt), rate, stream.frames, codec.height, codec.width)
@@ -56,13 +63,15 @@ def read_frames(meta: Meta, episode: Episode, camera: str, timestamps: np.ndarra
         UserError: a file is missing, truncated or recorded at another rate, or an image cannot be read; names the file,
             the episode and the frame.
     """
-    if meta.feature(camera).dtype == "image":
+    if (kind := meta.feature(camera).dtype) == "image":
         return _images(meta, episode, camera, frames)
+    if kind != "video":
+        raise UserError(f"feature {camera!r} of {meta.root} holds {kind}, not images or video")
     return _video(meta, episode, camera, [float(timestamps[i]) for i in frames], frames)
 
 
 def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames: Sequence[int]) -> Iterator:
-    span = episode.videos[camera]
+    span = meta.span(episode, camera)
     where = f"camera {camera!r}, episode {episode.index}"
     with _open(span.path, where) as container:
         stream = container.streams.video[0]
@@ -71,7 +80,7 @@ def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames
             raise UserError(
                 f"{span.path} ({where}) has {float(rate):g} frames a second, info.json says {meta.fps:g}: the fps differ"
             )
-        decoded = _decode(container, span.start + times[0] - _NEAR / meta.fps if times else 0.0)
+        decoded = _decode(container, span.start + times[0] if times else 0.0, _NEAR / meta.fps)
         before: VideoFrame | None = None
         now: VideoFrame | None = None
         ended = False
@@ -90,14 +99,28 @@ def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames
             yield near.to_ndarray(format="rgb24")
 
 
-def _decode(container: InputContainer, start: float) -> Iterator[VideoFrame]:
-    """Frames in order of time from the key frame before `start` on."""
+def _decode(container: InputContainer, wanted: float, back: float) -> Iterator[VideoFrame]:
+    """Frames in order of time, from one at or before `wanted` seconds on, if the file holds one.
+
+    Seeks to the key frame before `wanted - back`. Some streams (MPEG-4 with B-frames) are indexed by decoding time and land
+    too late: then from further back.
+    """
     stream = container.streams.video[0]
-    if start > 0 and stream.time_base is not None:
-        container.seek(int(start / stream.time_base), stream=stream)
-    for frame in container.decode(stream):
-        if frame.pts is not None:
-            yield frame
+    while stream.time_base is not None and wanted > back:
+        container.seek(int((wanted - back) / stream.time_base), stream=stream)
+        frames = _with_time(container)
+        first = next(frames, None)
+        if first is not None and _time(first) <= wanted + 1e-6:
+            yield first
+            yield from frames
+            return
+        back = 4 * back + 1
+    container.seek(0)
+    yield from _with_time(container)
+
+
+def _with_time(container: InputContainer) -> Iterator[VideoFrame]:
+    return (frame for frame in container.decode(container.streams.video[0]) if frame.pts is not None)
 
 
 def _nearest(before: VideoFrame | None, after: VideoFrame | None, time: float) -> VideoFrame | None:
@@ -130,13 +153,22 @@ def _images(meta: Meta, episode: Episode, camera: str, frames: Sequence[int]) ->
     for number in frames:
         entry = column[number].as_py()
         where = f"{episode.data}: camera {camera!r}, episode {episode.index}, frame {number}"
-        try:
-            # Without embedded bytes, LeRobot's path is relative to the dataset.
-            source = io.BytesIO(entry["bytes"]) if entry["bytes"] else meta.root / entry["path"]
-            with Image.open(source) as image:
-                yield np.asarray(image.convert("RGB"))
-        except (KeyError, TypeError, OSError, UnidentifiedImageError) as e:
-            raise UserError(f"{where} is not a readable image: {str(e).splitlines()[0]}") from e
+        yield _image(entry, meta.root, where)
+
+
+def _image(entry: Any, root: Path, where: str) -> np.ndarray:
+    try:
+        # Without embedded bytes, LeRobot's path is relative to the dataset.
+        source = io.BytesIO(entry["bytes"]) if entry["bytes"] else root / entry["path"]
+        with Image.open(source) as image:
+            if image.mode in _EIGHT_BIT:
+                # As LeRobot reads them: upright.
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            mode = image.mode
+    except Exception as e:  # Pillow's decoders raise nearly anything on damaged bytes
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{where} is not a readable image: {reason}") from e
+    raise UserError(f"{where} has pixels of mode {mode}, expected 8 bits: {', '.join(_EIGHT_BIT)}")
 
 
 @functools.lru_cache(maxsize=_EPISODES_IN_MEMORY)

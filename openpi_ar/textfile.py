@@ -1,0 +1,66 @@
+"""Text and JSON files that other programs wrote, and the numbers in them: what is not as expected is one line naming the file.
+
+Texts are UTF-8, with or without a byte-order mark.
+"""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import sys
+from typing import Any, TypeGuard
+
+from openpi_ar.errors import UserError
+
+_LARGEST = 2**31 - 1
+"""Indices and lengths stay below: what numpy and pyarrow hold, and no dataset reaches."""
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. Raises UserError if it is missing, cannot be read or is in another encoding."""
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is missing") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 (byte {e.object[e.start]:#04x} at {e.start}): save it as UTF-8") from e
+    except (OSError, ValueError) as e:  # ValueError: the path itself holds a zero byte
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError if it does not."""
+    return _object(read_text(path), str(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object a line; blank lines are skipped. Raises UserError naming the line that holds none.
+
+    Lines end with a line feed alone: JSON texts may hold the other characters that Unicode breaks lines at.
+    """
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [_object(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def whole_number(row: Mapping[str, Any], key: str, where: str, least: int = 0) -> int:
+    """A whole number out of a user's file. Raises UserError saying where, if it is anything else or below `least`."""
+    value = row.get(key)
+    # Floats too: pandas makes them of integers.
+    if not is_number(value) or value != int(value) or not least <= value <= _LARGEST:
+        found = f"is {value!r}" if key in row else "is missing"
+        raise UserError(f"{where}: {key} {found}, expected a whole number of {least} or more")
+    return int(value)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """A finite number, not True or False."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not JSON: {e}") from e
+    if not isinstance(body, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(body).__name__}")
+    return body
