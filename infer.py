@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-import openpi_ar
 from openpi_ar.config import TabletopData
 from openpi_ar.errors import UserError, command_line
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from openpi_ar.policy import Policy
     from openpi_ar.worlds.tabletop.world import Tabletop
 
-TABLETOP = Path(openpi_ar.__file__).parent / "assets" / "tabletop"
 _TABLETOP_ACTIONS = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")
 
 
@@ -33,8 +31,8 @@ class Args:
     """Says what to do next and does it: one observation, a question, or closed-loop episodes."""
 
     ckpt: str
-    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package. With
-    --robot also a checkpoint of openpi's or LeRobot's."""
+    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package (a directory
+    of that name is `./tabletop`). With --robot also a checkpoint of openpi's or LeRobot's."""
     robot: str | None = None
     """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .yaml or .json
     file. A checkpoint of yours trained on LeRobot data needs none."""
@@ -97,13 +95,15 @@ def run(args: Args) -> None:
     given = observations.given(args.images, args.state, args.prompt, args.observation, flat=_sends_its_own(args))
     foreign = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
     with console.status(f"loading {args.ckpt}"):
-        policy = Policy.from_checkpoint(resolve_checkpoint(args.ckpt), seed=args.seed, **foreign)
+        policy = Policy.from_checkpoint(args.ckpt, **foreign)
     if args.rollout:
         report = _rollout(args, policy, console)
     else:
         raw = _observation(args, given, policy)
         with console.status("compiling and running"):
-            report = policy.measure(raw, subtask=args.subtask, question=args.question, repeats=args.repeats)
+            report = policy.measure(
+                raw, seed=args.seed, subtask=args.subtask, question=args.question, repeats=args.repeats
+            )
         prompt = raw["prompt"] if policy.robot is None else policy.robot.prompt_of(raw)
         report = {"prompt": args.question or prompt, **report}
         _print_result(report, policy, console)
@@ -111,18 +111,6 @@ def run(args: Args) -> None:
             _plot(args.plot, report, policy)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2, default=lambda a: a.tolist()) + "\n")
-
-
-def resolve_checkpoint(name: str) -> Path | str:
-    """`tabletop` is the checkpoint inside the package, everything else a path or a URL."""
-    if name != "tabletop":
-        return name if "://" in name else Path(name)
-    if not TABLETOP.is_dir():
-        raise UserError(
-            f"the tabletop checkpoint is not in this installation (expected at {TABLETOP}): train one with "
-            "`python train.py --config pi05_subtask_tabletop` and give its directory to --ckpt"
-        )
-    return TABLETOP
 
 
 # ----------------------------------------------------------------------------------------------------------------------

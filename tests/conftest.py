@@ -92,7 +92,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_checkpoint: Path) -> Policy:
-    """Its policy, compiled once for all tests; call `reseed` before depending on its noise."""
+    """Its policy, compiled once for all tests."""
     from openpi_ar.policy import Policy
 
     return Policy.from_checkpoint(tiny_checkpoint)

@@ -1,4 +1,6 @@
-"""Remote checkpoints: a local copy in openpi's cache, downloaded once, resumed after an interruption.
+"""Where a checkpoint is: shipped with the package, on this disk, or remote and copied to openpi's cache.
+
+A remote one is downloaded once, and resumed after an interruption.
 
 `$OPENPI_DATA_HOME`, else `~/.cache/openpi`, laid out as openpi does (`gs://bucket/a/b` is `<cache>/bucket/a/b`), so that what
 openpi has downloaded is found and not fetched again.
@@ -13,7 +15,11 @@ from urllib.parse import urlsplit
 import fsspec
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+import openpi_ar
 from openpi_ar.errors import UserError
+
+SHIPPED = {"tabletop": Path(openpi_ar.__file__).parent / "assets" / "tabletop"}
+"""Names of the checkpoints that come with the package, and where they are."""
 
 _BLOCK = 8 << 20
 _PARTIAL = ".partial"
@@ -25,13 +31,28 @@ def cache_dir() -> Path:
     return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
 
 
+def shipped(path: str | Path) -> str | Path:
+    """The directory of a checkpoint that comes with the package, if `path` is exactly its name; any other path unchanged.
+
+    A directory that has the same name is `./tabletop`, or a `Path`. Raises UserError if this installation lacks the checkpoint.
+    """
+    if not isinstance(path, str) or path not in SHIPPED:
+        return path
+    if not SHIPPED[path].is_dir():
+        raise UserError(
+            f"the checkpoint {path!r} is not in this installation: expected at {SHIPPED[path]}. Train one with `python train.py "
+            f"--config pi05_subtask_tabletop` and give its directory; a directory called {path} is ./{path}"
+        )
+    return SHIPPED[path]
+
+
 def local_copy(path: str | Path) -> Path:
     """A local path as it is; an address or hub id (`owner/name`) as its copy in the cache, downloaded if need be.
 
-    A file is written as `<name>.partial` and renamed when whole; a directory is marked complete after its last file.
+    `tabletop` is the checkpoint that comes with the package (`shipped`). A file is written as `<name>.partial` and renamed when whole; a directory is marked complete after its last file.
     Raises UserError if it cannot be reached.
     """
-    text = str(path)
+    text = str(shipped(path))
     scheme = text.split("://", 1)[0] if "://" in text else ""
     if not scheme:
         local = Path(text).expanduser()

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms import decode
-from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
@@ -30,8 +29,8 @@ from openpi_ar.policy.host import (
     resizes_on_device,
     shrink,
 )
-from openpi_ar.policy.load import load_policy_parts
-from openpi_ar.policy.programs import Draft, Programs
+from openpi_ar.policy.programs import Draft, Drawn, Programs, known, stacked_drafts
+from openpi_ar.policy.session import Session, one_for_each_row
 from openpi_ar.text.templates import Template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Observation, Tokens
@@ -42,7 +41,7 @@ Result = dict[str, Any]
 
 
 class Policy:
-    """A trained model as a function of observations.
+    """A trained model as a function of observations. It remembers nothing: what lasts is a `Session` of the caller.
 
     Args:
         cfg: the run's configuration.
@@ -51,7 +50,6 @@ class Policy:
         stats: normalisation statistics of "state" and "actions".
         robot: takes this robot's observations as it sends them and gives actions that it can execute. None: the robot whose
             dataset it was trained on.
-        seed: of the noise that actions are denoised from (and of sampled text). Every call draws anew.
 
     Raises:
         UserError: tokenizer, statistics or robot do not fit the model.
@@ -64,8 +62,6 @@ class Policy:
         tokenizer: Tokenizer,
         stats: Mapping[str, NormStats],
         robot: RobotSpec | None = None,
-        *,
-        seed: int = 0,
     ):
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
@@ -78,11 +74,10 @@ class Policy:
         dtype = inference_dtype(cfg.decode.dtype)
         self._model = jax.jit(lambda m: m.prepared(dtype))(model)
         self._table = jax.jit(lambda m: decode.flow_table(m, cfg.decode.denoise_steps))(self._model)
-        self._budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
         allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
-        programs = Programs(
+        self._programs = Programs(
             cfg,
-            budget=self._budget,
+            budget=cfg.text.max_target_tokens if self.transform.writes_text else 0,
             speech={
                 "max_tokens": cfg.text.max_target_tokens,
                 "eos_id": tokenizer.eos_id,
@@ -90,37 +85,19 @@ class Policy:
                 "temperature": cfg.decode.temperature,
             },
         )
-        self._act, self._images, self._prefill = programs.act, programs.images, programs.prefill
-        self._generate, self._flow = programs.generate, programs.flow
-        self._draft = programs.draft
         self._resizes = resizes_on_device(cfg.decode.resize)
-        self.reseed(seed)
 
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | Path,
-        *,
-        robot: str | None = None,
-        asset_id: str | None = None,
-        horizon: int | None = None,
-        seed: int = 0,
-    ) -> "Policy":
-        """The policy of a checkpoint: a step or experiment of ours, or with a robot's name openpi's or LeRobot's.
+    @staticmethod
+    def from_checkpoint(path: str | Path, **options: Any) -> "Policy":
+        """The policy of a checkpoint: `openpi_ar.policy.load`, which see."""
+        from openpi_ar.policy.checkpoint import load  # imports this module
 
-        Arguments as of `load_policy_parts`. Raises UserError if it is not whole or the arguments do not fit it.
-        """
-        keep_compiled_programs()
-        return cls(*load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon), seed=seed)
+        return load(path, **options)
 
-    def reseed(self, seed: int) -> None:
-        """Start the sequence of noises anew and forget what was said: the same calls then give the same results."""
-        self._key = jax.random.key(seed)
-        self.forget()
-
-    def forget(self) -> None:
-        """Check no earlier text in the next call. What is said does not depend on it, only the time that takes."""
-        self._said: tuple[np.ndarray, np.ndarray] | None = None
+    @staticmethod
+    def session(seed: int = 0) -> Session:
+        """What one robot's calls share, for `infer(raw, session=...)`: it belongs to the caller."""
+        return Session(seed)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -141,18 +118,31 @@ class Policy:
         for size in sorted({longest, *(b for b in self.cfg.decode.prompt_buckets if b < longest)}):
             obs = blank_observation(cfg, batch_size, count, size, image_size if self._resizes else None)
             start = time.perf_counter()
-            none = self._draft(batch_size, None)
-            jax.block_until_ready(self._act(self._model, obs, jax.random.key(0), None, none, self._table))
+            _, keys, noise = self._programs.draw(np.stack([Session().key] * batch_size))
+            draft = stacked_drafts([None] * batch_size, self._programs.budget) if self._programs.drafts else None
+            jax.block_until_ready(self._programs.act(self._model, obs, keys, noise, None, draft, self._table))
             took[size] = time.perf_counter() - start
         return took
 
-    def infer(self, raw: Raw, *, subtask: str | None = None, timing: bool = False) -> Result:
-        """What to say and do now.
+    def infer(
+        self,
+        raw: Raw,
+        *,
+        seed: int = 0,
+        noise: np.ndarray | None = None,
+        subtask: str | None = None,
+        session: Session | None = None,
+        timing: bool = False,
+    ) -> Result:
+        """What to say and do now. Without a session the same arguments give the same result.
 
         Args:
             raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units; with a robot, what it
                 sends (`RobotSpec`).
-            subtask: have the model act as if it had said this.
+            seed: of the noise that actions are denoised from, and of sampled text.
+            noise: [A X], normalised, in place of the seed's.
+            subtask: have the model act as if it had generated this.
+            session: in place of `seed`: draws new noise in every call and checks the last text before decoding a new one.
             timing: time the stages apart (slower than the usual path, which is one program).
 
         Returns:
@@ -161,40 +151,53 @@ class Policy:
             `prepare` and `model`, or `images`, `prefill`, `text`, `flow`; and `total`. The first call compiles.
 
         Raises:
-            UserError: the observation does not fit the model, or `subtask` does not fit the template.
+            UserError: the observation or the noise does not fit the model, or `subtask` does not fit the template.
         """
-        return self.infer_batch([raw], subtasks=[subtask], timing=timing)[0]
+        sessions = None if session is None else [session]
+        return self.infer_batch([raw], seed=seed, noise=noise, subtasks=[subtask], sessions=sessions, timing=timing)[0]
 
     def infer_batch(
         self,
         raws: Sequence[Raw],
         *,
+        seed: int = 0,
+        noise: np.ndarray | None = None,
         subtasks: Sequence[str | None] | None = None,
+        sessions: Sequence[Session] | None = None,
         batch_size: int | None = None,
         timing: bool = False,
     ) -> list[Result]:
-        """`infer` for several observations in one call; `timing` is the whole batch's.
+        """`infer` for several observations in one call: each row gets what it would get alone; `timing` is the batch's.
 
         Args:
             raws: one to `batch_size` observations.
+            seed: of every row that has no session.
+            noise: [B A X], or [A X] for all rows.
             subtasks: forced subtask of each, all or none given.
+            sessions: one for each observation, all different.
             batch_size: pad to this many rows, so that batches of all sizes share one compiled program.
             timing: as in `infer`.
         """
         start = time.perf_counter()
         rows = self._observations(raws)
+        sessions = one_for_each_row(sessions, len(rows), seed)
         obs, text = self._stack(rows, batch_size), self._forced_text(subtasks, len(rows), batch_size)
-        draft = None if text is not None else self._draft(obs.images.shape[0], self._said)
+        drawn = self._drawn(sessions, obs.images.shape[0], noise)
+        drafts = [session.draft for session in sessions] + [sessions[0].draft] * (len(obs.images) - len(rows))
+        draft = None
+        if text is None and self._programs.drafts:
+            draft = stacked_drafts(drafts, self._programs.budget)
         prepared = time.perf_counter()
         if timing:
-            out, ms = self._staged(obs, text, draft)
+            out, ms = self._staged(obs, drawn, text, draft)
         else:
-            out = jax.block_until_ready(self._act(self._model, obs, self._next_key(), text, draft, self._table))
+            out = self._programs.act(self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
+            jax.block_until_ready(out)
             ms = {"prepare": milliseconds(prepared - start), "model": milliseconds(time.perf_counter() - prepared)}
-        actions = self.transform.actions_to_real(np.asarray(out.actions)[: len(rows)], raws)
-        ids, valid = np.asarray(out.ids), np.asarray(out.valid)
-        if text is None:
-            self._said = ids, valid
+        chunks, ids, valid = (np.asarray(x) for x in (out.actions, out.ids, out.valid))
+        for row, (session, key) in enumerate(zip(sessions, np.asarray(drawn.next_keys), strict=False)):
+            session.advance(key, (ids[row], valid[row]) if text is None else None, chunks[row])
+        actions = self.transform.actions_to_real(chunks[: len(rows)], raws)
         ms["total"] = milliseconds(time.perf_counter() - start)
         results = []
         for row in range(len(rows)):
@@ -202,12 +205,13 @@ class Policy:
             results.append({"subtask": said, "text_status": status, "actions": actions[row], "timing": ms})
         return results
 
-    def answer(self, raw: Raw, question: str) -> Result:
+    def answer(self, raw: Raw, question: str, *, seed: int = 0) -> Result:
         """The answer to a question about the images, by PaliGemma's VQA template; no actions.
 
         Args:
             raw: as in `infer`; its prompt is not read, and its state may be left out.
             question: in plain words.
+            seed: of sampled text.
 
         Returns:
             `answer`, `text_status` and `timing` as in `infer`.
@@ -215,14 +219,22 @@ class Policy:
         start = time.perf_counter()
         raw = {**raw, "question": question, "template": "vqa"}
         row = self.transform.observation(raw)
-        out, ms = self._staged(self._stack([row], None), None, None, act=False)
+        out, ms = self._staged(self._stack([row], None), self._drawn([Session(seed)], 1, None), None, None, act=False)
         ms["total"] = milliseconds(time.perf_counter() - start)
         said, status = self._read(
             self.transform.template(raw), np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist()
         )
         return {"answer": said, "text_status": status, "timing": ms}
 
-    def measure(self, raw: Raw, *, subtask: str | None = None, question: str | None = None, repeats: int = 5) -> Result:
+    def measure(
+        self,
+        raw: Raw,
+        *,
+        seed: int = 0,
+        subtask: str | None = None,
+        question: str | None = None,
+        repeats: int = 5,
+    ) -> Result:
         """The result of one `infer` (or, with a question, `answer`) with `timing` measured over several calls.
 
         `timing` in ms, on warm programs, medians of `repeats` calls: each stage, and `total` from the raw observation to
@@ -230,17 +242,13 @@ class Policy:
         total, compilation included if this shape was new. The text is decoded in every call, not checked.
         """
         if question is not None:
-            calls = [self.answer(raw, question) for _ in range(1 + repeats)]
-            result, warm, staged = calls[0], calls[1:], calls[1:]
+            calls = [self.answer(raw, question, seed=seed) for _ in range(1 + repeats)]
+            staged = calls[1:]
         else:
-
-            def fresh(timing: bool) -> Result:
-                self.forget()
-                return self.infer(raw, subtask=subtask, timing=timing)
-
-            calls = [fresh(timing=False) for _ in range(1 + repeats)]
-            result, warm = calls[0], calls[1:]
-            staged = [fresh(timing=True) for _ in range(1 + repeats)][1:]
+            # Without a session, so that every call decodes its text.
+            calls = [self.infer(raw, seed=seed, subtask=subtask) for _ in range(1 + repeats)]
+            staged = [self.infer(raw, seed=seed, subtask=subtask, timing=True) for _ in range(1 + repeats)][1:]
+        result, warm = calls[0], calls[1:]
         first = result["timing"]["total"]
         names = [name for name in STAGES if name in staged[0]["timing"]]
         medians = {name: float(np.median([r["timing"][name] for r in staged])) for name in names}
@@ -248,25 +256,32 @@ class Policy:
         return {**result, "timing": {**medians, "first_call": first}}
 
     def _staged(
-        self, obs: Observation, text: Tokens | None, draft: Draft | None, *, act: bool = True
+        self, obs: Observation, drawn: Drawn, text: Tokens | None, draft: Draft | None, *, act: bool = True
     ) -> tuple[decode.Act, dict[str, float]]:
-        """`_act_in_one` as separate programs; the keys are split as in `decode.act`. `act=False`: text only."""
-        text_key, noise_key = jax.random.split(self._next_key())
-        clock = Stopwatch()
-        tokens = clock.lap("images", self._images(self._model, obs))
-        out, cache = clock.lap("prefill", self._prefill(self._model, obs, text, tokens, draft))
-        batch = obs.images.shape[0]
-        said = decode.Generated.known(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
-        if text is not None:
-            said = decode.Generated.known(text.ids, text.valid)
-        elif self._budget or not act:
-            said, cache = self._generate(self._model, cache, out, text_key, draft)
+        """`Programs.act` as separate programs. `act=False`: text only."""
+        run, clock = self._programs, Stopwatch()
+        tokens = clock.lap("images", run.images(self._model, obs))
+        out, cache = clock.lap("prefill", run.prefill(self._model, obs, text, tokens, draft))
+        said = known(text, obs.images.shape[0])
+        if text is None and (run.budget or not act):
+            said, cache = run.generate(self._model, cache, out, drawn.text_keys, draft)
         clock.lap("text", (said, cache))
-        shape = (batch, self.cfg.model.action_horizon, self.cfg.model.action_dim)
-        if not act:
-            return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=jnp.zeros(shape)), clock.ms
-        actions = clock.lap("flow", self._flow(self._model, obs, cache, noise_key, self._table))
+        actions = jnp.zeros((obs.images.shape[0], *run.chunk))
+        if act:
+            actions = clock.lap("flow", run.flow(self._model, obs, cache, drawn.noise, self._table))
         return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=actions), clock.ms
+
+    def _drawn(self, sessions: Sequence[Session], batch: int, noise: np.ndarray | None) -> Drawn:
+        """The random numbers of a call. Rows of padding have those of the first row."""
+        keys = [session.key for session in sessions]
+        drawn = self._programs.draw(np.stack(keys + keys[:1] * (batch - len(keys))))
+        if noise is None:
+            return drawn
+        given, chunk, rows = np.asarray(noise, np.float32), self._programs.chunk, len(sessions)
+        if given.shape not in (chunk, (rows, *chunk)):
+            raise UserError(f"noise must be {list(chunk)} or {[rows, *chunk]}, found {list(given.shape)}")
+        given = np.broadcast_to(given, (rows, *chunk))
+        return drawn._replace(noise=np.concatenate([given, *[given[:1]] * (batch - rows)]))
 
     def _observations(self, raws: Sequence[Raw]) -> list[Arrays]:
         if self._resizes:
@@ -274,10 +289,6 @@ class Policy:
             if len({row["images"].shape for row in rows}) == 1:
                 return rows
         return [self.transform.observation(raw) for raw in raws]
-
-    def _next_key(self) -> jax.Array:
-        self._key, now = jax.random.split(self._key)
-        return now
 
     def _stack(self, rows: list[Arrays], batch_size: int | None) -> Observation:
         missing = _missing(len(rows), batch_size)

@@ -1,8 +1,9 @@
-"""The policy's compiled programs: talk-and-act in one, and its stages apart, for timing."""
+"""The policy's compiled programs: random numbers, talk-and-act in one, and its stages apart, for timing."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms import decode
@@ -12,7 +13,15 @@ from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Observation, Tokens
 
 Draft = tuple[Array, Array]
-"""ids and valid [B M] of what may be said; nothing valid: no guess."""
+"""ids and valid [B M] of texts that may be generated again; nothing valid: no draft."""
+
+
+class Drawn(NamedTuple):
+    """Random numbers of one call, row by row: data of the keys of the next call, of the keys of sampled text; noise [B A X]."""
+
+    next_keys: Array
+    text_keys: Array
+    noise: Array
 
 
 class Programs:
@@ -20,44 +29,47 @@ class Programs:
 
     Args:
         cfg: denoising steps, action sizes.
-        budget: tokens said before acting; 0: none.
+        budget: tokens generated before acting; 0: none.
         speech: arguments of `generate`.
     """
 
     def __init__(self, cfg: TrainConfig, *, budget: int, speech: dict[str, Any]):
-        self._steps, self._budget, self._speech = cfg.decode.denoise_steps, budget, speech
-        self._drafts = cfg.decode.draft and cfg.decode.temperature == 0.0 and budget > 0
-        self._chunk = (cfg.model.action_horizon, cfg.model.action_dim)
+        self._steps, self._speech = cfg.decode.denoise_steps, speech
+        self.budget = budget
+        self.drafts = cfg.decode.draft and cfg.decode.temperature == 0.0 and budget > 0
+        self.chunk = (cfg.model.action_horizon, cfg.model.action_dim)
+        self.draw = jax.jit(self._draw)
         self.act = jax.jit(self._act)
         self.images = jax.jit(lambda model, obs: model.embed_images(obs))
         self.prefill = jax.jit(self._prefill)
         self.generate = jax.jit(self._generate)
         self.flow = jax.jit(self._flow)
 
-    def draft(self, batch: int, said: Draft | None) -> Draft | None:
-        """What each row said last time; empty for rows that are new. None if texts are not to be checked or cannot be.
-
-        Always there otherwise, so that one program serves all calls.
-        """
-        if not self._drafts:
-            return None
-        ids, valid = np.zeros((batch, self._budget), np.int32), np.zeros((batch, self._budget), bool)
-        if said is not None:
-            known = min(batch, len(said[0]))
-            ids[:known], valid[:known] = said[0][:known], said[1][:known]
-        return ids, valid
+    def _draw(self, keys: Array) -> Drawn:
+        """From the key data [B k] of the rows, each row by itself, so that none depends on its batch."""
+        split = jax.vmap(jax.random.split)
+        after = split(jax.random.wrap_key_data(jnp.asarray(keys)))
+        now = split(after[:, 1])
+        noise = jax.vmap(lambda key: jax.random.normal(key, self.chunk))(now[:, 1])
+        return Drawn(jax.random.key_data(after[:, 0]), jax.random.key_data(now[:, 0]), noise)
 
     def _act(
         self,
         model: Pi0,
         obs: Observation,
-        key: jax.Array,
-        text: Tokens | None,
+        keys: Array,
+        noise: Array,
+        text: Tokens | None = None,
         draft: Draft | None = None,
         table: Array | None = None,
     ) -> decode.Act:
-        speech = {**self._speech, "max_tokens": self._budget}
-        return decode.act(model, obs, key, num_steps=self._steps, text=text, draft=draft, table=table, **speech)
+        out, cache = self._prefill(model, obs, text, model.embed_images(obs), draft)
+        said = known(text, obs.images.shape[0])
+        if text is None and self.budget:
+            said, cache = self._generate(model, cache, out, keys, draft)
+        return decode.Act(
+            ids=said.ids, valid=said.valid, steps=said.steps, actions=self._flow(model, obs, cache, noise, table)
+        )
 
     def _guess(self, draft: Draft | None) -> Tokens | None:
         if draft is None:
@@ -70,11 +82,27 @@ class Programs:
         return decode.prefill(model, obs, self._guess(draft) if text is None else text, image_tokens=images, lean=True)
 
     def _generate(
-        self, model: Pi0, cache: decode.KVCache, out: decode.Prefill, key: Array, draft: Draft | None = None
+        self, model: Pi0, cache: decode.KVCache, out: decode.Prefill, keys: Array, draft: Draft | None = None
     ) -> tuple[decode.Generated, decode.KVCache]:
-        guess = self._guess(draft)
+        guess, key = self._guess(draft), jax.random.wrap_key_data(jnp.asarray(keys[0]))
         return decode.generate(model, cache, out.prompt_last, key, draft=guess, draft_hidden=out.text, **self._speech)
 
-    def _flow(self, model: Pi0, obs: Observation, cache: decode.KVCache, key: Array, table: Array | None) -> Array:
-        noise = jax.random.normal(key, (obs.images.shape[0], *self._chunk))
+    def _flow(self, model: Pi0, obs: Observation, cache: decode.KVCache, noise: Array, table: Array | None) -> Array:
         return decode.denoise(model, obs, cache, noise, num_steps=self._steps, table=table)
+
+
+def known(text: Tokens | None, batch: int) -> decode.Generated:
+    """A text that is given; None: no text."""
+    if text is not None:
+        return decode.Generated.known(text.ids, text.valid)
+    return decode.Generated.known(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
+
+
+def stacked_drafts(drafts: list[tuple[np.ndarray, np.ndarray] | None], budget: int) -> Draft:
+    """Drafts of a batch's rows, cut to the budget; empty for rows without one, so that one program serves all calls."""
+    ids, valid = np.zeros((len(drafts), budget), np.int32), np.zeros((len(drafts), budget), bool)
+    for row, draft in enumerate(drafts):
+        if draft is not None:
+            n = min(budget, len(draft[0]))
+            ids[row, :n], valid[row, :n] = draft[0][:n], draft[1][:n]
+    return ids, valid

@@ -34,22 +34,26 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
     cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
     policy = Policy(cfg, model, tok, stats)
     assert policy.warmup().keys() == {cfg.text.max_prompt_tokens}
-    steps, run = [], policy._act
+    steps, run = [], policy._programs.act
 
     def spied(*args):
         out = run(*args)
         steps.append(int(out.steps))
         return out
 
-    policy._act = spied
+    policy._programs.act = spied
     raw, other = raw_observation(1), raw_observation(2, "clear the table into the left bin")
-    texts = [policy.infer(r)["subtask"] for r in (raw, raw, other, raw)]
+    session = policy.session()
+    texts = [policy.infer(r, session=session)["subtask"] for r in (raw, raw, other, raw)]
     assert steps[0] > 0 == steps[1]
     assert texts[0] == texts[1] == texts[3]
-    policy.forget()
-    assert policy.infer(raw)["subtask"] == texts[0] and steps[-1] == steps[0]
+    session.clear_draft()
+    assert policy.infer(raw, session=session)["subtask"] == texts[0] and steps[-1] == steps[0]
+    # Without a session nothing is remembered.
+    assert [policy.infer(raw)["subtask"] for _ in range(2)] == [texts[0]] * 2 and steps[-2:] == steps[:1] * 2
     off = Policy(dataclasses.replace(cfg, decode=dataclasses.replace(cfg.decode, draft=False)), model, tok, stats)
-    assert [off.infer(r)["subtask"] for r in (raw, other)] == [texts[0], texts[2]]
+    session = off.session()
+    assert [off.infer(r, session=session)["subtask"] for r in (raw, other)] == [texts[0], texts[2]]
 
 
 def test_after_warming_up_prompts_of_all_lengths_are_served_without_compiling(tiny_checkpoint, monkeypatch):
@@ -66,10 +70,11 @@ def test_after_warming_up_prompts_of_all_lengths_are_served_without_compiling(ti
     def traced(*args, **kwargs):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(decode, "act", traced)
+    monkeypatch.setattr(decode, "prefill", traced)
     for raw in raws:
+        sessions = [policy.session(), policy.session()]
         for _ in range(2):  # without an earlier text to check, and with one
-            assert len(policy.infer_batch([raw, raw])) == 2
+            assert len(policy.infer_batch([raw, raw], sessions=sessions)) == 2
     with pytest.raises(AssertionError, match="compiled again"):
         policy.infer_batch(raws)
 

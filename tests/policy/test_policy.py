@@ -28,7 +28,6 @@ def raw_observation(seed: int, prompt: str = "put the red block in the left bin"
 
 @pytest.fixture
 def policy(tiny_policy: Policy) -> Policy:
-    tiny_policy.reseed(0)
     return tiny_policy
 
 
@@ -41,7 +40,7 @@ def test_images_resized_on_the_device_are_those_resized_on_the_host(policy, monk
     native = policy._observations(raws)
     assert native[0]["images"].shape == (2, 45, 60, 3)
     seen, want = (
-        policy._images(policy._model, collate(rows))
+        policy._programs.images(policy._model, collate(rows))
         for rows in (native, [policy.transform.observation(raw) for raw in raws])
     )
     np.testing.assert_array_equal(seen, want)
@@ -88,7 +87,6 @@ def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoi
 
 def test_staged_path_gives_the_same_numbers(policy):
     one = policy.infer(raw_observation(1))
-    policy.reseed(0)
     staged = policy.infer(raw_observation(1), timing=True)
     np.testing.assert_allclose(staged["actions"], one["actions"], atol=1e-5)
     assert staged["subtask"] == one["subtask"]
@@ -96,22 +94,38 @@ def test_staged_path_gives_the_same_numbers(policy):
     assert set(staged["timing"]) == {"images", "prefill", "text", "flow", "total"}
     assert staged["timing"]["total"] >= sum(staged["timing"][k] for k in ("images", "prefill", "text", "flow"))
 
-    policy.reseed(0)
     forced = policy.infer(raw_observation(1), subtask="done")
-    policy.reseed(0)
     staged = policy.infer(raw_observation(1), subtask="done", timing=True)
     np.testing.assert_allclose(staged["actions"], forced["actions"], atol=1e-5)
     assert staged["subtask"] == forced["subtask"] == "done"
 
 
-def test_noise_is_new_in_every_call_and_the_same_after_reseeding(policy):
+def test_a_call_is_a_function_of_its_arguments(policy):
+    raw, other = raw_observation(1), raw_observation(2, "clear the table into the left bin")
+    first = policy.infer(raw)
+    policy.infer_batch([other, raw], sessions=[policy.session(5), policy.session(6)])
+    again = policy.infer(raw)
+    np.testing.assert_array_equal(again["actions"], first["actions"])
+    assert again["subtask"] == first["subtask"]
+    assert np.abs(policy.infer(raw, seed=1)["actions"] - first["actions"]).max() > 1e-3
+    for row in policy.infer_batch([raw, raw]):
+        np.testing.assert_allclose(row["actions"], first["actions"], atol=1e-5)
+
+
+def test_noise_that_is_given_is_used_as_it_is(policy):
     raw = raw_observation(1)
-    first, second = policy.infer(raw)["actions"], policy.infer(raw)["actions"]
-    assert np.abs(first - second).max() > 1e-3
-    policy.reseed(0)
-    np.testing.assert_array_equal(policy.infer(raw)["actions"], first)
-    policy.reseed(1)
-    assert np.abs(policy.infer(raw)["actions"] - first).max() > 1e-3
+    zeros, ones = (policy.infer(raw, noise=np.full((4, 4), x))["actions"] for x in (0.0, 1.0))
+    assert np.abs(zeros - ones).max() > 1e-3
+    both = policy.infer_batch([raw, raw], noise=np.stack([np.zeros((4, 4)), np.ones((4, 4))]))
+    np.testing.assert_allclose(both[0]["actions"], zeros, atol=1e-5)
+    np.testing.assert_allclose(both[1]["actions"], ones, atol=1e-5)
+    session = policy.session()
+    noise = np.asarray(policy._programs.draw(session.key[None]).noise)
+    np.testing.assert_array_equal(
+        policy.infer(raw, session=session)["actions"], policy.infer(raw, noise=noise, seed=9)["actions"]
+    )
+    with pytest.raises(UserError, match=r"noise must be \[4, 4\] or \[1, 4, 4\], found \[8, 4\]"):
+        policy.infer(raw, noise=np.zeros((8, 4)))
 
 
 def test_a_padded_batch_answers_each_row_as_it_would_alone(policy):
@@ -122,9 +136,7 @@ def test_a_padded_batch_answers_each_row_as_it_would_alone(policy):
     assert len(results) == 3
     for raw, result in zip(raws, results, strict=True):
         assert policy.infer(raw)["subtask"] == result["subtask"]
-    policy.reseed(0)
     full = policy.infer_batch([*raws, raws[0]], batch_size=4)  # the padding is the first row
-    policy.reseed(0)
     again = policy.infer_batch(raws, batch_size=4)
     for a, b in zip(full, again, strict=False):
         np.testing.assert_array_equal(a["actions"], b["actions"])
@@ -138,7 +150,7 @@ def test_one_program_serves_all_calls_of_one_batch_size(policy, monkeypatch):
     def traced(*args, **kwargs):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(decode, "act", traced)
+    monkeypatch.setattr(decode, "prefill", traced)
     for n in (1, 2, 3):
         assert len(policy.infer_batch(raws[:n], batch_size=4)) == n
     with pytest.raises(AssertionError, match="compiled again"):
@@ -148,7 +160,6 @@ def test_one_program_serves_all_calls_of_one_batch_size(policy, monkeypatch):
 def test_forced_subtask_is_what_is_acted_on(policy):
     raw, actions = raw_observation(2), {}
     for text in ("pick up the red block", "done"):
-        policy.reseed(0)
         result = policy.infer(raw, subtask=text)
         assert (result["subtask"], result["text_status"]) == (text, "ok")
         actions[text] = result["actions"]
@@ -170,9 +181,10 @@ def test_only_text_is_ever_said(policy):
     loud.embedder.table = nnx.Param(jnp.asarray(table))
     for i in range(4):
         obs = policy._stack([policy.transform.observation(raw_observation(i))], None)
-        out, _ = policy._prefill(loud, obs, None, policy._images(loud, obs))
+        run, drawn = policy._programs, policy._drawn([policy.session()], 1, None)
+        out, _ = run.prefill(loud, obs, None, run.images(loud, obs))
         assert int(loud.logits(out.prompt_last)[0].argmax()) in forbidden
-        said = policy._act(loud, obs, jax.random.key(0), None)
+        said = run.act(loud, obs, drawn.text_keys, drawn.noise)
         ids = np.asarray(said.ids)[np.asarray(said.valid)]
         assert len(ids) and not set(ids.tolist()) & set(forbidden.tolist())
 
@@ -205,7 +217,6 @@ def test_measured_times_are_apart_and_the_first_call_too(policy):
     result = policy.measure(raw_observation(1), repeats=3)
     assert list(result["timing"]) == ["images", "prefill", "text", "flow", "total", "first_call"]
     assert all(ms > 0 for ms in result["timing"].values())
-    policy.reseed(0)
     np.testing.assert_array_equal(result["actions"], policy.infer(raw_observation(1))["actions"])
     asked = policy.measure({"images": raw_observation(1)["images"]}, question="what?", repeats=1)
     assert list(asked["timing"]) == ["images", "prefill", "text", "total", "first_call"]

@@ -34,7 +34,7 @@ class Scripted:
         self.batches: list[tuple[int, int | None]] = []
         self.brightest = 0
 
-    def infer_batch(self, raws, *, subtasks=None, batch_size=None):
+    def infer_batch(self, raws, *, subtasks=None, sessions=None, batch_size=None):
         self.batches.append((len(raws), batch_size))
         return [self.infer(raw, None if subtasks is None else subtasks[i]) for i, raw in enumerate(raws)]
 

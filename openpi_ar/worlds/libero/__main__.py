@@ -116,7 +116,7 @@ class Eval:
             raise UserError(f"the folder {str(self.json.parent)!r} does not exist: create it first")
         world = LiberoWorld(self.image_size)
         policy, execute = (ExpertPolicy(world), 1) if self.ckpt == EXPERT else (self._policy(), self.execute)
-        cfg = EvalConfig(self.tasks, self.episodes, self.first, execute, self.expert_drives)
+        cfg = EvalConfig(self.tasks, self.episodes, self.first, execute, self.expert_drives, self.seed)
         began = time.perf_counter()
         result = run_episodes(policy, cfg, world, video=self.video)
         steps = sum(e.steps for e in result.episodes)
@@ -133,9 +133,8 @@ class Eval:
 
         keys = ("robot", "asset_id", "horizon")
         foreign = {key: value for key in keys if (value := getattr(self, key)) is not None}
-        path = self.ckpt if "://" in self.ckpt else Path(self.ckpt)
         with console().status(f"loading {self.ckpt}"):
-            policy = Policy.from_checkpoint(path, seed=self.seed, **foreign)
+            policy = Policy.from_checkpoint(self.ckpt, **foreign)
         dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
         if dims != (STATE_DIM, ACTION_DIM):
             raise UserError(

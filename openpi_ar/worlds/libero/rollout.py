@@ -9,6 +9,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpi_ar.errors import UserError
+from openpi_ar.policy.session import Session
 from openpi_ar.worlds.libero.expert import expert_action
 from openpi_ar.worlds.libero.tasks import TASKS, next_subtask
 from openpi_ar.worlds.libero.world import FPS, LiberoWorld
@@ -19,7 +20,7 @@ from openpi_ar.worlds.video import Shot, VideoWriter
 class SinglePolicy(Protocol):
     """What an episode needs of a policy; see `openpi_ar.policy.Policy`."""
 
-    def infer(self, raw: Any) -> dict[str, Any]: ...
+    def infer(self, raw: Any, *, session: Session | None = None) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class EvalConfig:
     episodes       of each task: from initial state `first`, `first + 1`, ...
     execute        actions of each chunk that are executed before the policy is asked again; 5 is openpi's.
     expert_drives  the scripted expert acts; the policy only says what comes next, and only that is judged.
+    seed           of the policy's session in the first episode; `seed + 1` in the second, ...
     """
 
     tasks: tuple[int, ...] = tuple(TASKS)
@@ -37,6 +39,7 @@ class EvalConfig:
     first: int = 0
     execute: int = 5
     expert_drives: bool = False
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class ExpertPolicy:
     def __init__(self, world: LiberoWorld) -> None:
         self._world = world
 
-    def infer(self, raw: Any) -> dict[str, Any]:
+    def infer(self, raw: Any, *, session: Session | None = None) -> dict[str, Any]:
         """As `openpi_ar.policy.Policy.infer`."""
         facts = self._world.facts()
         subtask = next_subtask(self._world.task, facts)
@@ -112,8 +115,9 @@ def run_episodes(
         contextlib.nullcontext() if video is None else VideoWriter(video, fps=FPS) as film,
     ):
         shown = bar.add_task("episodes", total=len(plan), means="")
-        for task, state in plan:
-            result, shots = _run(policy, cfg, world, task, state, record=film is not None)
+        for i, (task, state) in enumerate(plan):
+            session = Session(cfg.seed + i)
+            result, shots = _run(policy, session, cfg, world, (task, state), record=film is not None)
             if film is not None:
                 film.add_episode(TASKS[task].prompt, shots)
             done.append(result)
@@ -125,8 +129,15 @@ def run_episodes(
 
 
 def _run(
-    policy: SinglePolicy, cfg: EvalConfig, world: LiberoWorld, task: int, state: int, *, record: bool
+    policy: SinglePolicy,
+    session: Session,
+    cfg: EvalConfig,
+    world: LiberoWorld,
+    episode: tuple[int, int],
+    *,
+    record: bool,
 ) -> tuple[EpisodeResult, list[Shot]]:
+    task, state = episode
     sees = record or not isinstance(policy, ExpertPolicy)  # drawing takes most of the time
     obs, info = world.reset(task, state, render=sees)
     right: list[bool] = []
@@ -134,7 +145,7 @@ def _run(
     film: list[Shot] = []
     over = False
     while not over:
-        plan = policy.infer(obs)
+        plan = policy.infer(obs, session=session)
         if len(plan["actions"]) < cfg.execute:
             raise UserError(
                 f"execute is {cfg.execute} but the policy plans {len(plan['actions'])} steps: execute that many at most"

@@ -14,6 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpi_ar.errors import UserError
+from openpi_ar.policy.session import Session
 from openpi_ar.worlds.tabletop.expert import Expert, approached, parse_subtask
 from openpi_ar.worlds.tabletop.tasks import Split, pick_up, sample_task
 from openpi_ar.worlds.tabletop.world import Info, Observation, Tabletop
@@ -28,7 +29,12 @@ class BatchPolicy(Protocol):
     """What a rollout needs of a policy; see `openpi_ar.policy.Policy`."""
 
     def infer_batch(
-        self, raws: Sequence[Any], *, subtasks: Sequence[str | None] | None = None, batch_size: int | None = None
+        self,
+        raws: Sequence[Any],
+        *,
+        subtasks: Sequence[str | None] | None = None,
+        sessions: Sequence[Session] | None = None,
+        batch_size: int | None = None,
     ) -> list[dict[str, Any]]: ...
 
 
@@ -36,7 +42,7 @@ class BatchPolicy(Protocol):
 class RolloutConfig:
     """Which episodes to run, and how.
 
-    episodes         how many; their seeds are `seed`, `seed + 1`, ...
+    episodes         how many; their seeds are `seed`, `seed + 1`, ..., of the scene and of the policy's session.
     split            tasks asked for: "train", or combinations never trained on, "held_out".
     execute          actions of each chunk that are executed before the policy is asked again.
     batch            episodes run at once.
@@ -163,6 +169,7 @@ class _Slot:
         if episode is None:
             return False
         self.episode, self.seed, self.prompt = episode, cfg.seed + episode, prompts[episode]
+        self.session = Session(self.seed)
         self.obs, self.info = self.world.reset(self.seed, split=cfg.split)
         self.forced = _forced(cfg, self.seed, self.info)
         self.limit = min(APPROACH_STEPS, self.world.max_steps) if cfg.is_forced else self.world.max_steps
@@ -224,7 +231,10 @@ class _Slot:
 def _replan(policy: BatchPolicy, cfg: RolloutConfig, live: Sequence[_Slot], batch_size: int) -> None:
     """Asks the policy for all live episodes at once and executes what it answers."""
     forced = [slot.forced for slot in live] if cfg.is_forced else None
-    plans = policy.infer_batch([slot.raw(cfg) for slot in live], subtasks=forced, batch_size=batch_size)
+    sessions = [slot.session for slot in live]
+    plans = policy.infer_batch(
+        [slot.raw(cfg) for slot in live], subtasks=forced, sessions=sessions, batch_size=batch_size
+    )
     for slot, plan in zip(live, plans, strict=True):
         if len(plan["actions"]) < cfg.execute:
             raise UserError(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+import subprocess
 import sys
 import types
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 import infer
+from openpi_ar.checkpoints import remote
 from openpi_ar.config import ModelConfig
 from openpi_ar.data.normalize import NormStats, save_norm_stats
 from openpi_ar.data.robots import ROBOTS, dumps
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.policy import Policy
-from openpi_ar.policy import load as foreign
+from openpi_ar.policy import checkpoint as foreign
 from openpi_ar.text.tokenizer import load_tokenizer
 from tests.model_fixtures import tiny_config, tiny_model
 
@@ -253,3 +255,29 @@ def test_infer_says_in_one_line_what_a_robot_lacks(loader, tmp_path, capsys, cha
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count("\n") == 1
     assert [part for part in parts if part not in err] == []
+
+
+def test_the_shipped_checkpoint_opens_by_its_name_from_any_directory(tmp_path, monkeypatch, tiny_checkpoint):
+    """Its exact name is the shipped one, even where a directory is called so; `./tabletop` is that directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tabletop").symlink_to(tiny_checkpoint)
+    assert foreign.load_policy_parts("tabletop").cfg.exp_name != "tiny"
+    for path in ("./tabletop", Path("tabletop"), str(tmp_path / "tabletop")):
+        assert foreign.load_policy_parts(path).cfg.exp_name == "tiny"
+    assert remote.local_copy("tabletop") == remote.SHIPPED["tabletop"]  # what training starts from, and the tools
+    assert remote.local_copy("./tabletop") == Path("tabletop")
+    monkeypatch.setitem(remote.SHIPPED, "tabletop", tmp_path / "none")
+    with pytest.raises(
+        UserError, match=r"'tabletop' is not in this installation: expected at .*/none.*train\.py.*\./tabletop"
+    ):
+        foreign.load_policy_parts("tabletop")
+
+
+def test_what_the_package_offers_is_imported_when_asked_for():
+    """Whatever was imported before: a module must not hide the function of its name; and observations need no JAX."""
+    code = (
+        "import sys; from openpi_ar.policy import observations; assert 'jax' not in sys.modules; "
+        "import openpi_ar.policy.checkpoint; from openpi_ar.policy import Policy, Session, load; "
+        "assert callable(load) and load.__name__ == 'load' and Policy.__name__ == 'Policy'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from openpi_ar.checkpoints import store
+from openpi_ar.checkpoints import remote, store
+from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
 from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats, needed_mode
 from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.policy.policy import Policy
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 
 # openpi's Pi0Config.max_token_len: pi0's prompt does not carry the state.
@@ -36,13 +38,25 @@ class PolicyParts(NamedTuple):
     robot: RobotSpec | None
 
 
+def load(
+    path: str | Path, *, robot: str | None = None, asset_id: str | None = None, horizon: int | None = None
+) -> Policy:
+    """The policy of a checkpoint, whoever wrote it: `load("tabletop")` is the one that comes with the package.
+
+    Compiled programs are kept on disk for the next start. Arguments and errors: see `load_policy_parts`.
+    """
+    keep_compiled_programs()
+    return Policy(*load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon))
+
+
 def load_policy_parts(
     path: str | Path, robot: str | None = None, *, asset_id: str | None = None, horizon: int | None = None
 ) -> PolicyParts:
     """Configuration, model, tokenizer, statistics and robot of a checkpoint, whoever wrote it.
 
     Args:
-        path: a step or experiment of ours; or an openpi or LeRobot checkpoint, local or remote (`load_model`).
+        path: `tabletop`, which comes with the package; a step or experiment of ours; or an openpi or LeRobot checkpoint,
+            local or remote (`load_model`).
         robot: name in `ROBOTS` or a .yaml or .json file. Others' checkpoints need it; ours then take its observations, unless
             they were trained with a robot of their own: that one is used, and another one is an error.
         asset_id: directory under `assets/` with the statistics, where there are several.
@@ -51,6 +65,7 @@ def load_policy_parts(
     Raises:
         UserError: something is missing, unknown or does not fit; said before parameters are read where possible.
     """
+    path = remote.shipped(path)
     spec = None if robot is None else get_robot(robot)
     if horizon is not None and horizon < 1:
         raise UserError(f"the horizon must be 1 action or more, found {horizon}")
