@@ -1,9 +1,15 @@
-"""If this fails, the map of the code no longer shows what is there."""
+"""If this fails, the map of the code lacks a file, a link leads nowhere, or a page states a figure that was not measured."""
 
 from pathlib import Path
 import re
+import sys
+
+import pytest
+
+from benchmarks import results
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
 
 
 def test_every_source_file_is_on_the_map_and_every_file_on_the_map_exists():
@@ -26,6 +32,51 @@ def test_every_source_file_is_on_the_map_and_every_file_on_the_map_exists():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for page in PAGES:
+        for target, _, section in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", page.read_text()):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            if section:
+                titles = re.findall(r"(?m)^#+ (.*)", there.read_text())
+                assert section in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, section
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs/index.md").read_text()
+    for page in PAGES[1:]:
+        name = str(page.relative_to(ROOT / "docs"))
+        assert name == "index.md" or f"({name})" in index, f"docs/index.md does not link to {name}"
+
+
+@pytest.mark.parametrize("page", results.pages(), ids=lambda page: page.name)
+def test_every_figure_is_the_measured_one(page):
+    assert not list(results.differences(page.read_text(), results.load()))
+
+
+def test_a_figure_that_was_not_measured_is_found():
+    """Negative control: a figure that the entry contradicts, one without an entry, and an entry that is not there."""
+    entries = {"a": {"values": {"success": 0.987, "s": 66.0, "x": 3.14159e-5}}}
+    right = "does 99 %<!--a:success--> in **1.1 minutes**<!--a:s-->, off by 3.1e-5<!--a:x-->; `--x 7 ms` is code"
+    assert not list(results.differences(right, entries))
+    assert results.quoted(right.replace("99", "71").replace("3.1", "9.9"), entries) == right
+    (wrong,) = results.differences(right.replace("99 %", "71 %"), entries)
+    assert "a:success is 99, the page says 71" in wrong
+    (bare,) = results.differences("does 71 % of them", entries)
+    assert "'71 %' quotes no result" in bare
+    with pytest.raises(results.UserError, match="no 'failure'"):
+        list(results.differences("0 %<!--a:failure-->", entries))
+
+
+def test_a_command_is_recorded_with_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FILE", tmp_path / "results.json")
+    (tmp_path / "results.json").write_text('{"other": {}}')
+    write = "import json, sys; json.dump({'a': {'b': 0.5, 'c': [1]}, 'ok': True, 'd': 2}, open(sys.argv[1], 'w'))"
+    results.Record("key", (sys.executable, "-c", write, "{json}"), machine="a machine", keep=("a/*",)).run()
+    entries = results.load()
+    values = entries["key"]["values"]
+    assert set(entries) == {"key", "other"} and set(values) == {"a/b", "seconds", "cpu_seconds"}
+    assert values["a/b"] == 0.5 and values["seconds"] > 0
+    assert entries["key"]["command"].endswith("{json}") and entries["key"]["machine"] == "a machine"
+    with pytest.raises(results.UserError, match="exit status 3"):
+        results.Record("key", (sys.executable, "-c", "raise SystemExit(3)")).run()
+    assert results.load() == entries

@@ -23,7 +23,7 @@ from openpi_ar.types import Batch, Observation, Tokens
 GIB = 2**30
 _F32 = 4
 _SURE = 0.75
-"""Of an estimate before compiling. It has been up to 18 % above what a step took (docs/results.md), and what might fit is for
+"""Of an estimate before compiling. It has been up to 18 % above what a step took (docs/lab/scale.md), and what might fit is for
 the compiled step to decide."""
 
 
