@@ -136,8 +136,8 @@ class Record:
                 raise UserError(f"the command ended with exit status {done.returncode}: nothing is recorded")
             found = numbers(json.loads(out.read_text())) if out.exists() else {}
         values = {path: v for path, v in found.items() if any(fnmatch.fnmatch(path, k) for k in self.keep)}
-        values["seconds"] = round(time.perf_counter() - began, 1)
-        values["cpu_seconds"] = round(cpu_seconds() - cpu, 1)
+        values["seconds"] = round(time.perf_counter() - began, 2)
+        values["cpu_seconds"] = round(cpu_seconds() - cpu, 2)
         entry = {
             "command": shlex.join(self.command).replace("'{json}'", "{json}"),
             "date": dt.date.today().isoformat(),
