@@ -23,6 +23,7 @@ from configs.pi05_subtask import PI05_SUBTASK
 from openpi_ar.algorithms.decode import act
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.config import ModelConfig
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.params import flatten
@@ -79,7 +80,7 @@ def main(args: Args) -> None:
         figures["write_s"] = time.perf_counter() - start
     figures["file_gb"] = (args.dir / export.SAFETENSORS).stat().st_size / 1e9
     before, start = peak_gb(), time.perf_counter()
-    loaded = load_model(args.dir, cameras=("base_0_rgb",), compute_dtype=args.compute_dtype)
+    loaded = load_model(args.dir, LoadOptions(cameras=("base_0_rgb",), compute_dtype=args.compute_dtype))
     figures["load_s"] = time.perf_counter() - start
     figures["load_peak_gb"] = peak_gb()
     leaves = jax.tree.leaves(loaded.model)

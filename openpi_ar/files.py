@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 from pathlib import Path
 import shutil
@@ -10,29 +11,45 @@ from typing import Any
 
 import numpy as np
 
+from openpi_ar.errors import UserError
+
 
 def cache_root(given: str | Path | None = None) -> Path:
     """Where caches are: the given directory, else `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
     return Path(given or os.environ.get("OPENPI_AR_CACHE") or "~/.cache/openpi_ar").expanduser()
 
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 @contextlib.contextmanager
-def when_whole(path: Path) -> Iterator[Path]:
+def when_whole(path: Path, *, must_be_new: bool = False) -> Iterator[Path]:
     """A scratch directory beside `path`, which takes its name at the end of the block: a half-written one is never seen.
 
-    An error leaves nothing behind. If another process was faster, its directory stays: use this where both are the same.
+    An error leaves nothing behind. If another process was faster, its directory stays: use this where both are the same, or
+    have it refused by `must_be_new`. Raises UserError if the directory cannot be written, or exists and must be new.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
+    if must_be_new and path.exists():
+        raise UserError(f"{path} exists: name a new directory, or delete this one first")
+    scratch: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
+        scratch.chmod(0o755)
         yield scratch
         try:
             scratch.rename(path)
         except OSError:
-            if not path.is_dir():
+            if must_be_new or not path.is_dir():
                 raise
+    except OSError as e:
+        if scratch is not None and e.errno not in _DISK:
+            raise
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free
+        raise UserError(f"{path} cannot be written ({free / 1e9:.1f} GB free): {e}; nothing was left behind") from e
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Mapped:

@@ -5,6 +5,7 @@ A path is "/"-joined and the same in memory and in a checkpoint: `vlm/blocks/lay
 """
 
 from collections.abc import Collection, Mapping
+import re
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -89,8 +90,14 @@ def join(model: Tree, part: Any) -> Tree:
 
 def misfits(want: Mapping[str, Any], have: Mapping[str, Any]) -> list[str]:
     """All differences between two mappings from names to arrays (or anything with a shape): what is missing in `have`, what is
-    unknown to `want`, and what has another shape."""
-    problems = [f"{name}: missing" for name in want if name not in have]
+    unknown to `want`, and what has another shape. Missing names that differ in a layer's number (`.3.`) are one entry."""
+    missing: dict[str, list[str]] = {}
+    for name in want:
+        if name not in have:
+            missing.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    problems = [
+        f"{names[0] if len(names) == 1 else f'{len(names)} of {some}'}: missing" for some, names in missing.items()
+    ]
     problems += [f"{name}: unknown" for name in have if name not in want]
     shapes = ((name, list(want[name].shape), list(have[name].shape)) for name in want if name in have)
     return problems + [f"{name}: expected {a}, found {b}" for name, a, b in shapes if a != b]

@@ -25,7 +25,9 @@ _LOW, _HIGH = np.float32([-0.16, -0.18, 0.022, 0.0]), np.float32([0.16, 0.2, 0.2
 _LONG = (
     "test_train.py",
     "test_goldens.py",
-    "test_checkpoint_formats.py",
+    "test_export.py",
+    "test_load.py",
+    "test_commands.py",
     "test_step.py",
     "test_decode.py",
     "test_memory.py",

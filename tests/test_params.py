@@ -64,3 +64,6 @@ def test_everything_that_does_not_fit_is_said_at_once():
     with pytest.raises(UserError, match=r"^x\.npz does not fit the model: c: missing; e: unknown; b: expected"):
         params.check_fit(want, have, "x.npz")
     params.check_fit(want, want, "x.npz")
+    layers = {f"norm1.layers.{i}.w": Shaped(()) for i in range(12)}
+    assert params.misfits(layers, {}) == ["12 of norm1.layers.*.w: missing"]
+    assert params.misfits(layers, dict(list(layers.items())[1:])) == ["norm1.layers.0.w: missing"]

@@ -5,7 +5,7 @@ python -m openpi_ar.checkpoints convert checkpoints/pi05_subtask/run/30000 my_po
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.checkpoints import export, load
+from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
 from openpi_ar.config import TowerConfig
 from openpi_ar.errors import UserError, command_line
 
@@ -27,11 +28,7 @@ def convert(
     target: Annotated[Path, tyro.conf.Positional],
     *,
     to: export.Format,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    action_horizon: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    siglip_heads: int | None = None,
-    num_kv_heads: int | None = None,
+    options: Annotated[LoadOptions, tyro.conf.OmitArgPrefixes] = AS_IT_IS,
 ) -> None:
     """Write a checkpoint in another format: parameters and assets, no optimizer state.
 
@@ -39,22 +36,11 @@ def convert(
         source: directory, file, address or hub id of the checkpoint.
         target: new directory; must not exist.
         to: openpi (orbax), torch (openpi's model.safetensors), lerobot, or ours.
-        dtype: stored type; as it is if not given.
-        action_horizon: where the source does not tell it.
-        image_size: height and width; the position embedding is resampled to it.
-        siglip_heads: where the source does not tell it.
-        num_kv_heads: where the source does not tell it.
+        options: what the source does not tell, and what is wanted.
     """
     if target.exists():
         raise UserError(f"{target} exists: name a new directory, or delete this one first")
-    loaded = load.load_model(
-        source,
-        dtype=dtype,
-        action_horizon=action_horizon,
-        image_size=image_size,
-        siglip_heads=siglip_heads,
-        num_kv_heads=num_kv_heads,
-    )
+    loaded = load.load_model(source, options)
     for note in loaded.notes:
         _out.print(f"note: {note}", markup=False, highlight=False)
     export.convert(loaded, target, to)
@@ -68,19 +54,18 @@ def inspect(source: Where) -> None:
         source: directory, file, address or hub id of the checkpoint.
     """
     looked = load.inspect(source)
-    cfg, specs = looked.config, looked.source.specs
+    cfg, opened = looked.config, looked.matched.source
+    specs = opened.specs
     count = {name: int(np.prod(spec.shape, dtype=np.int64)) for name, spec in specs.items()}
     dtypes: dict[str, int] = {}
     for name, spec in specs.items():
         dtypes[spec.dtype.name] = dtypes.get(spec.dtype.name, 0) + count[name]
-    assets = export.assets_of(looked.source.path)
+    assets = export.assets_of(opened.path)
     table = Table(show_header=False, box=None)
     rows = {
-        "path": str(looked.source.path),
-        "format": _FORMATS[looked.source.kind],
-        "model": ("pi0.5" if cfg.pi05 else "pi0")
-        if looked.source.kind != "paligemma"
-        else "PaliGemma (no action tower)",
+        "path": str(opened.path),
+        "format": _FORMATS[looked.kind],
+        "model": ("pi0.5" if cfg.pi05 else "pi0") if looked.kind != "paligemma" else "PaliGemma (no action tower)",
         "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} GB",
         "types": ", ".join(f"{name} {n:,}" for name, n in sorted(dtypes.items())),
         "images": f"{cfg.siglip.image_size[0]} x {cfg.siglip.image_size[1]}, patch {cfg.siglip.patch_size}, "

@@ -1,10 +1,9 @@
-"""Checkpoints in the formats of others: openpi's orbax tree, openpi's and LeRobot's safetensors, and our own.
+"""Writes checkpoints in the formats of others: openpi's orbax tree, openpi's and LeRobot's safetensors; and in ours.
 
-Written beside the target and renamed when whole; an interrupted or failed conversion leaves nothing behind.
+Everything is written beside the target, which appears when it is complete; a conversion that fails leaves nothing behind.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -12,14 +11,13 @@ import shutil
 from typing import Any, Literal
 
 from einops import rearrange
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_ar import config_json
-from openpi_ar.checkpoints import names, store
-from openpi_ar.checkpoints.infer_config import expected_shape
-from openpi_ar.checkpoints.load import Loaded
+from openpi_ar.checkpoints import store
+from openpi_ar.checkpoints.family import Family, expected_shape
+from openpi_ar.checkpoints.load import FAMILIES, Loaded
 from openpi_ar.config import ModelConfig, TextConfig, TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
@@ -41,13 +39,11 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
         to: "openpi" (orbax, what its `restore_params` reads), "torch" (openpi's `model.safetensors`), "lerobot" or "ours".
 
     Raises:
-        UserError: the target exists or the disk is full.
+        UserError: the target exists, it cannot be written, or the name table lacks parameters of the model.
     """
-    if target.exists():
-        raise UserError(f"{target} exists: name a new directory, or delete this one first")
     flat = flatten(loaded.model)
     assets = assets_of(loaded.path)
-    with _atomically(target) as scratch:
+    with when_whole(target.absolute(), must_be_new=True) as scratch:
         if assets is not None:
             shutil.copytree(assets, scratch / "assets", ignore=shutil.ignore_patterns(store.COMMITTED, store.CONFIG))
         if to == "ours":
@@ -55,15 +51,23 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
             _save_config(scratch / "assets", assets, loaded.config)
             (scratch / store.MARK).write_text("{}\n")
         elif to == "openpi":
-            _save_orbax(scratch / "params", unflatten(to_openpi(flat)))
+            _save_orbax(scratch / "params", unflatten(to_openpi(flat, loaded.config)))
         else:
             save_safetensors(scratch, flat, loaded.config, to)
 
 
-def to_openpi(flat: Mapping[str, Array]) -> dict[str, Array]:
-    """Arrays by openpi's path."""
-    rows = {row.ours: row for row in names.TABLE}
+def to_openpi(flat: Mapping[str, Array], cfg: ModelConfig) -> dict[str, Array]:
+    """Arrays by openpi's path. Raises UserError listing the parameters that the name table lacks."""
+    rows = _family(flat, cfg).by_path
     return {rows[path].openpi: a[None] if rows[path].lead else a for path, a in flat.items()}
+
+
+def _family(flat: Mapping[str, Array], cfg: ModelConfig) -> Family:
+    """The family of a model, all of whose parameters its table names."""
+    family = next(f for f in FAMILIES if type(cfg) is f.config)
+    if unnamed := sorted(flat.keys() - family.by_path.keys()):
+        raise UserError(f"the name table of {family.title} has no row for {', '.join(unnamed)}: it cannot be written")
+    return family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,36 +81,24 @@ class Tensor:
 
 def to_torch(flat: Mapping[str, Array], cfg: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of openpi's PyTorch module. Adapters are added to the weights they belong to."""
-    rows = {row.ours: row for row in names.TABLE}
-    sizes = _sizes(cfg)
+    family = _family(flat, cfg)
+    sizes = family.sizes(cfg)
     for path, array in flat.items():
-        row, dtype = rows[path], np.dtype(array.dtype)
-        if not row.torch:
-            continue
-        used = {a: sizes[a.rstrip("12")] for a in row.part_layout.replace("(", " ").replace(")", " ").split()}
+        row, dtype = family.by_path[path], np.dtype(array.dtype)
         shape = expected_shape(row.to_torch, sizes)
         for i in range(array.shape[0]) if row.layers else (None,):
             for part, name in enumerate(row.torch):
                 place = tuple(x for x in (i, part if len(row.torch) == 2 else None) if x is not None)
 
-                def make(path=path, place=place, row=row, used=used, dtype=dtype) -> np.ndarray:
+                def make(path=path, place=place, row=row, dtype=dtype) -> np.ndarray:
                     one = np.asarray(flat[path][place]) + _lora_delta(path, flat, place)
-                    return rearrange(one.astype(dtype), f"{row.part_layout} -> {row.to_torch}", **used)
+                    axes = row.part_axes(sizes)
+                    return rearrange(one.astype(dtype), f"{row.part_layout} -> {row.to_torch}", **axes)
 
                 yield name.format(i), Tensor(shape, dtype, make)
-    # Every file of the PyTorch port holds this matrix; nothing reads it.
-    shape, dtype = (cfg.vocab_size, cfg.expert.width), np.dtype(flat["embedder/table"].dtype)
-    yield names.EXPERT_HEAD, Tensor(shape, dtype, lambda: np.zeros(shape, dtype))
-
-
-def _sizes(cfg: ModelConfig) -> dict[str, int]:
-    s, v, e = cfg.siglip, cfg.vlm, cfg.expert
-    head = s.width // s.num_heads
-    siglip = {"w": s.width, "m": s.mlp_dim, "n": s.num_heads, "h": head, "p": s.patch_size, "T": s.num_tokens}
-    towers = {"D": v.width, "F": v.mlp_dim, "E": e.width, "G": e.mlp_dim, "N": v.num_heads, "K": v.num_kv_heads}
-    return (
-        names.FIXED | siglip | towers | {"H": v.head_dim, "V": cfg.vocab_size, "X": cfg.action_dim, "P": cfg.state_dim}
-    )
+    dtype = np.dtype(flat["embedder/table"].dtype)
+    for name, shape in family.padding(cfg).items():
+        yield name, Tensor(shape, dtype, lambda shape=shape: np.zeros(shape, dtype))
 
 
 def _lora_delta(path: str, flat: Mapping[str, Array], place: tuple[int, ...]) -> np.ndarray | int:
@@ -121,8 +113,8 @@ def _lora_delta(path: str, flat: Mapping[str, Array], place: tuple[int, ...]) ->
     return a @ b
 
 
-def _save_orbax(folder: Path, params: Any) -> None:
-    ocp.PyTreeCheckpointer().save(folder.absolute(), {"params": params})
+def _save_orbax(folder: Path, tree: Any) -> None:
+    ocp.PyTreeCheckpointer().save(folder.absolute(), {"params": tree})
     # orbax's marks of success name the directory they were written in; complete is what has been renamed.
     (folder / store.COMMITTED).unlink(missing_ok=True)
 
@@ -140,34 +132,23 @@ def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
 
 def save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: ModelConfig, to: Format) -> None:
     """Writes `model.safetensors` and `config.json` of openpi's PyTorch port ("torch") or of LeRobot."""
-    is_half = flat["embedder/table"].dtype == ml_dtypes.bfloat16
-    metadata = {"format": "pt"}
-    # What shapes do not tell, for readers that are not bound to the public sizes.
-    heads = {"siglip_heads": cfg.siglip.num_heads, "num_kv_heads": cfg.vlm.num_kv_heads}
-    if to == "torch":
-        # `safetensors.torch.save_model` keeps the first name of two tied tensors and notes the other.
-        metadata[names.EMBED_TOKENS] = names.LM_HEAD
-        body = {
-            "action_dim": cfg.action_dim,
-            "action_horizon": cfg.action_horizon,
-            "paligemma_variant": "gemma_2b",
-            "action_expert_variant": "gemma_300m",
-            "precision": "bfloat16" if is_half else "float32",
-        }
-    else:
-        body = _lerobot_config(cfg) | {"dtype": "bfloat16" if is_half else "float32"}
+    family = _family(flat, cfg)
+    kept, other = family.tied
+    # `safetensors.torch.save_model` writes one of two tied tensors and notes the other; LeRobot writes both.
+    metadata = {"format": "pt"} | ({kept: other} if to == "torch" else {})
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in to_torch(flat, cfg):
-            if name == names.EMBED_TOKENS:
-                yield (names.LM_HEAD if to == "torch" else f"model.{names.LM_HEAD}"), tensor
             if to == "lerobot":
                 yield f"model.{name}", tensor
-            elif name != names.EMBED_TOKENS:
+            if name == kept:
+                yield (other if to == "torch" else f"model.{other}"), tensor
+            elif to == "torch":
                 yield name, tensor
 
     write_safetensors(folder / SAFETENSORS, dict(tensors()), metadata)
-    (folder / "config.json").write_text(json.dumps(body | heads, indent=2) + "\n")
+    body = family.torch_settings(cfg, np.dtype(flat["embedder/table"].dtype).name, to)
+    (folder / "config.json").write_text(json.dumps(body, indent=2) + "\n")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -192,45 +173,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             f.write(np.ascontiguousarray(tensors[name].make()).view(np.uint8).data)
 
 
-def _lerobot_config(cfg: ModelConfig) -> dict[str, Any]:
-    """LeRobot's policy config: what its `PI0Config` and `PI05Config` need to build the same model."""
-    height, width = cfg.siglip.image_size
-    images = {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, height, width]} for c in cfg.cameras}
-    norm = "QUANTILES" if cfg.pi05 else "MEAN_STD"
-    return {
-        "type": "pi05" if cfg.pi05 else "pi0",
-        "input_features": images | {"observation.state": {"type": "STATE", "shape": [cfg.state_dim]}},
-        "output_features": {"action": {"type": "ACTION", "shape": [cfg.action_dim]}},
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
-        "dtype": "float32",
-        "chunk_size": cfg.action_horizon,
-        "n_action_steps": cfg.action_horizon,
-        "max_state_dim": cfg.state_dim,
-        "max_action_dim": cfg.action_dim,
-        "image_resolution": [height, width],
-        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": norm, "ACTION": norm},
-    }
-
-
 def assets_of(path: Path) -> Path | None:
     """The assets directory of a checkpoint, given its params directory, step directory or file."""
     for folder in (path, path.parent):
         if (folder / "assets").is_dir():
             return folder / "assets"
     return None
-
-
-@contextlib.contextmanager
-def _atomically(target: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `target` if all goes well and vanishes if not."""
-    try:
-        with when_whole(target.absolute()) as scratch:
-            yield scratch
-            scratch.chmod(0o755)
-    except OSError as e:
-        free = shutil.disk_usage(target.parent).free
-        raise UserError(f"{target} cannot be written ({free / 1e9:.1f} GB free): {e}; nothing was left behind") from e
 
 
 def size_of(folder: Path) -> int:

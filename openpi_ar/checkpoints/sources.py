@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 import zipfile
 import zlib
 
@@ -14,10 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 
-from openpi_ar.checkpoints.names import canonical_torch
+from openpi_ar import config_json
+from openpi_ar.checkpoints.family import Column
 from openpi_ar.errors import UserError
 
-Layout = Literal["ours", "openpi", "torch"]
 INDEX = "model.safetensors.index.json"
 
 _NPY_BFLOAT16 = "|V2"  # numpy's files have no bfloat16: two bytes of anything
@@ -39,20 +39,20 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Tensors of one checkpoint by the table's names (`names.Row`), read one at a time.
+    """Tensors of one checkpoint by their names in it, read one at a time.
 
-    kind    what wrote it: "ours", "openpi", "torch" (openpi's PyTorch), "lerobot", "paligemma".
-    layout  which column of the table its names are.
-    path    the directory or file that was opened.
-    specs   shape and dtype by name.
-    read    returns one array; raises UserError if the file is damaged.
+    path      the directory or file that was opened.
+    columns   the columns of a family's name table that its names may be in.
+    specs     shape and dtype by name.
+    read      returns one array; raises UserError if the file is damaged.
+    settings  body of the config.json beside the tensors, empty if there is none.
     """
 
-    kind: str
-    layout: Layout
     path: Path
+    columns: tuple[Column, ...]
     specs: dict[str, Spec]
     read: Callable[[str], np.ndarray]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_source(path: Path) -> Source:
@@ -60,6 +60,12 @@ def open_source(path: Path) -> Source:
 
     Raises UserError if the path is no checkpoint that is known, or its headers cannot be read.
     """
+    source = _open(path)
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    return dataclasses.replace(source, settings=config_json.read_object(beside)) if beside.is_file() else source
+
+
+def _open(path: Path) -> Source:
     if path.is_file():
         if path.suffix == ".npz":
             return _open_npz(path)
@@ -101,38 +107,31 @@ def _open_index(index: Path) -> Source:
 
 
 def _open_safetensors(path: Path, files: list[Path]) -> Source:
-    where: dict[str, tuple[Path, str]] = {}
+    where: dict[str, Path] = {}
+    names: dict[str, str] = {}
     specs: dict[str, Spec] = {}
     ties: dict[str, str] = {}
-    lerobot = False
     for file in files:
         with _safe_open(file) as f:
-            for raw in f.keys():  # noqa: SIM118 (not a mapping)
-                name, view = canonical_torch(raw), f.get_slice(raw)
-                lerobot |= raw.startswith("model.") and raw != name
+            for name in f.keys():  # noqa: SIM118 (not a mapping)
+                view = f.get_slice(name)
                 if name in where:
-                    raise UserError(
-                        f"{path}: {raw} in {file.name} and {where[name][1]} in {where[name][0].name} are one tensor"
-                    )
+                    raise UserError(f"{path}: {name} is in {where[name].name} and in {file.name}")
                 if (stored := view.get_dtype()) not in _DTYPES:
-                    raise UserError(f"{file}: {raw} is stored as {stored}: expected one of {', '.join(_DTYPES)}")
-                where[name] = (file, raw)
+                    raise UserError(f"{file}: {name} is stored as {stored}: expected one of {', '.join(_DTYPES)}")
+                where[name], names[name] = file, name
                 specs[name] = Spec(tuple(view.get_shape()), np.dtype(_DTYPES[stored]))
             ties |= {k: v for k, v in (f.metadata() or {}).items() if isinstance(v, str)}
     # A dropped name of a tie stands for the kept one (safetensors.torch.save_model records the pair in the header).
     for dropped, kept in ties.items():
-        if canonical_torch(kept) in where and canonical_torch(dropped) not in where:
-            where[canonical_torch(dropped)] = where[canonical_torch(kept)]
-            specs[canonical_torch(dropped)] = specs[canonical_torch(kept)]
+        if kept in specs and dropped not in specs:
+            where[dropped], names[dropped], specs[dropped] = where[kept], kept, specs[kept]
 
     def read(name: str) -> np.ndarray:
-        file, raw = where[name]
-        with _safe_open(file) as f:
-            return f.get_tensor(raw)
+        with _safe_open(where[name]) as f:
+            return f.get_tensor(names[name])
 
-    hub = (path if path.is_dir() else path.parent) / "config.json"
-    lerobot |= hub.is_file() and '"type"' in hub.read_text(errors="replace")
-    return Source("lerobot" if lerobot else "torch", "torch", path, specs, read)
+    return Source(path, ("torch",), specs, read)
 
 
 def _safe_open(file: Path) -> Any:
@@ -151,11 +150,9 @@ def _open_npz(path: Path) -> Source:
         headers = {name: _npy_spec(archive, name) for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} cannot be read as an .npz of arrays: {e}") from e
-    rename = {f"PaliGemma/{name.removeprefix('params/')}": name for name in archive.files if name.startswith("params/")}
-    kind = "paligemma"
-    if any(name.startswith("PaliGemma/") for name in archive.files):
-        kind, rename = "openpi", {name: name for name in archive.files}
-    if not rename:
+    if not any(name.startswith("PaliGemma/") for name in headers):  # not openpi's: big_vision's, perhaps with more
+        headers = {name: spec for name, spec in headers.items() if name.startswith("params/")}
+    if not headers:
         raise UserError(
             f"{path} is no checkpoint: expected arrays named params/llm/... and params/img/... (PaliGemma), or openpi's "
             f"PaliGemma/..."
@@ -163,11 +160,11 @@ def _open_npz(path: Path) -> Source:
 
     def read(name: str) -> np.ndarray:
         try:
-            return archive[rename[name]].view(headers[rename[name]].dtype)
+            return archive[name].view(headers[name].dtype)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            raise UserError(f"{path}: array {rename[name]} cannot be read: {e}") from e
+            raise UserError(f"{path}: array {name} cannot be read: {e}") from e
 
-    return Source(kind, "openpi", path, {n: headers[raw] for n, raw in rename.items()}, read)
+    return Source(path, ("openpi",), headers, read)
 
 
 def _npy_spec(archive: Any, name: str) -> Spec:
@@ -208,5 +205,4 @@ def _open_orbax(folder: Path) -> Source:
             raise UserError(f"{folder}: array {name} cannot be read: {' '.join(str(e).split())[:300]}") from e
         return jax.tree.leaves(tree)[0]
 
-    kind: Layout = "ours" if any(name.startswith(("img/", "embedder/")) for name in specs) else "openpi"
-    return Source(kind, kind, folder, specs, read)
+    return Source(folder, ("ours", "openpi"), specs, read)

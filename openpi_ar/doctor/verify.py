@@ -15,6 +15,7 @@ import numpy as np
 
 from openpi_ar.algorithms import decode, losses
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.checkpoints.options import Dtype, LoadOptions
 from openpi_ar.config_json import read_object
 from openpi_ar.doctor.goldens import IMAGE, Golden, input_arrays, observation, read_arrays, text_run
 from openpi_ar.errors import UserError
@@ -54,7 +55,7 @@ class Difference:
 
 
 def verify(
-    path: str | Path, golden: Path, *, compute_dtype: str = "float32", siglip_heads: int | None = None
+    path: str | Path, golden: Path, *, compute_dtype: Dtype = "float32", siglip_heads: int | None = None
 ) -> tuple[list[Difference], tuple[str, ...]]:
     """(differences by quantity, notes of the loader).
 
@@ -68,17 +69,17 @@ def verify(
     cameras = tuple(body.get("image_keys") or dict.fromkeys(m[2] for k in arrays if (m := IMAGE.fullmatch(k))))
     heads = siglip_heads or body.get("siglip", {}).get("num_heads")
     horizon = next(v.shape[1] for k, v in arrays.items() if re.split("[:/]", k)[-1] in ("actions", "in_actions"))
-    known = {
-        "dtype": None if compute_dtype == "bfloat16" else "float32",
-        "compute_dtype": compute_dtype,
-        "action_horizon": horizon,
-        "cameras": cameras,
-        "num_kv_heads": body.get("pali", {}).get("num_kv_heads"),
-    }
+    known = LoadOptions(
+        dtype=None if compute_dtype == "bfloat16" else "float32",
+        compute_dtype=compute_dtype,
+        action_horizon=horizon,
+        cameras=cameras,
+        num_kv_heads=body.get("pali", {}).get("num_kv_heads"),
+    )
     options = _head_counts(path, known) if heads is None else [heads]
     best: tuple[float, Pi0, tuple[str, ...]] | None = None
     for count in options:
-        loaded = load_model(path, siglip_heads=count, **known)
+        loaded = load_model(path, dataclasses.replace(known, siglip_heads=count))
         if "in_images" not in arrays:
             arrays = arrays | input_arrays(arrays, cameras, loaded.config)
         error = _image_error(loaded.model, arrays, cameras) if len(options) > 1 else 0.0
@@ -97,9 +98,9 @@ def verify(
         return list(_differences(model, arrays, cameras, bfloat16=compute_dtype == "bfloat16")), best[2]
 
 
-def _head_counts(path: str | Path, known: dict) -> list[int]:
+def _head_counts(path: str | Path, known: LoadOptions) -> list[int]:
     """Head counts to try: one if the shapes tell it."""
-    loaded = load_model(path, siglip_heads=1, **known)
+    loaded = load_model(path, dataclasses.replace(known, siglip_heads=1))
     if loaded.config.siglip.num_heads != 1 or loaded.kind not in ("torch", "lerobot"):
         return [loaded.config.siglip.num_heads]
     width = loaded.config.siglip.width

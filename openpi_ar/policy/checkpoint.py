@@ -5,13 +5,13 @@ robot they were trained for, so that has to be named.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from flax import nnx
 
 from openpi_ar.checkpoints import remote, store
+from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
 from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats, needed_mode
@@ -24,8 +24,6 @@ from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 
 # openpi's Pi0Config.max_token_len: pi0's prompt does not carry the state.
 _PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
-# Names of the horizon in the config.json of openpi's PyTorch and of LeRobot's checkpoints.
-_HORIZON_KEYS = ("action_horizon", "chunk_size")
 
 
 class PolicyParts(NamedTuple):
@@ -86,7 +84,7 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
     tokenizer = load_tokenizer("paligemma")
     if (local := Path(path).expanduser()).exists():
         find_norm_stats(_root(local), asset_id=asset_id, known=spec.asset_ids)
-    loaded = load_model(path, action_horizon=horizon)
+    loaded = load_model(path, LoadOptions(action_horizon=horizon))
     if loaded.kind == "ours" and not store.missing_parts(loaded.path.parent):
         assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
         mode = assets.stats["state"].mode
@@ -101,7 +99,7 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
     stats = load_norm_stats(folder, required_mode=needed_mode(loaded.config.pi05))
     variant = spec.variant(loaded.config.pi05)
     if horizon is None:
-        horizon = loaded.config.action_horizon if _says_horizon(root) else variant.horizon
+        horizon = loaded.config.action_horizon if loaded.tells_horizon else variant.horizon
     model_cfg = dataclasses.replace(loaded.config, action_horizon=horizon)
     return PolicyParts(_train_config(model_cfg, spec), _with_config(loaded.model, model_cfg), tokenizer, stats, spec)
 
@@ -159,11 +157,3 @@ def _refuse_without_robot(path: str | Path) -> None:
 def _root(path: Path) -> Path:
     """The directory that holds `assets/`: openpi's parameters are in its `params/`, or in a file in it."""
     return path.parent if path.is_file() or path.name == "params" else path
-
-
-def _says_horizon(root: Path) -> bool:
-    try:
-        body = json.loads((root / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(body, dict) and any(key in body for key in _HORIZON_KEYS)

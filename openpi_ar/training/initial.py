@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
@@ -26,13 +27,13 @@ def load_initial(cfg: TrainConfig) -> tuple[Pi0, tuple[str, ...]]:
 
     Raises UserError, also for whatever `checkpoints.load.load_model` refuses.
     """
-    loaded = load_model(
-        cfg.init_from,
+    options = LoadOptions(
         action_horizon=cfg.model.action_horizon,
         image_size=cfg.model.siglip.image_size,
         cameras=cfg.model.cameras,
         compute_dtype=cfg.model.dtype,
     )
+    loaded = load_model(cfg.init_from, options)
     abstract = jax.eval_shape(lambda: init_model(cfg))
     want, have, notes = flatten(abstract), flatten(loaded.model), loaded.notes
     del loaded

@@ -217,7 +217,7 @@ def test_nothing_is_left_of_a_dataset_that_was_not_finished(tmp_path):
 
 
 def test_what_cannot_be_written_is_refused_first(tmp_path):
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="out exists: name a new directory"):
         (tmp_path / "out").mkdir()
         small(tmp_path)
     for fields, words in (({"image_size": (17, 16)}, "even"), ({"images": "av1"}, "at least 64")):

@@ -11,6 +11,7 @@ import pytest
 from openpi_ar.algorithms import decode
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.doctor import __main__ as cli
 from openpi_ar.doctor.verify import HIDDEN, VELOCITY, verify
 from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
@@ -192,7 +193,7 @@ def test_verify_command(tmp_path, capsys):
     folder = GOLDEN / "torch_pi0"
     cli.main(["verify", str(folder / "lerobot_layout"), str(folder), "--json", str(tmp_path / "ok.json")])
     assert "verified: all 11 quantities agree" in capsys.readouterr().out
-    loaded = load_model(folder / "lerobot_layout", siglip_heads=4)
+    loaded = load_model(folder / "lerobot_layout", LoadOptions(siglip_heads=4))
     loaded.model.action_out.bias[...] = loaded.model.action_out.bias[...] + 0.01
     export.convert(loaded, tmp_path / "changed", "torch")
     with pytest.raises(SystemExit) as e:

@@ -13,6 +13,7 @@ import pytest
 
 import infer
 from openpi_ar.checkpoints import remote
+from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.config import ModelConfig
 from openpi_ar.data.normalize import NormStats, save_norm_stats
 from openpi_ar.data.robots import ROBOTS, dumps
@@ -33,6 +34,7 @@ class Loaded:
     config: ModelConfig
     kind: str
     path: Path
+    tells_horizon: bool
 
 
 class Loader:
@@ -42,13 +44,17 @@ class Loader:
         self.kind, self.pi05, self.calls, self.remote = "openpi", True, [], None
         self.models: dict[bool, Pi0] = {}
 
-    def __call__(self, path, *, action_horizon: int | None = None, **other: object) -> Loaded:
-        assert not other
-        self.calls.append(action_horizon)
-        cfg = tiny_config(**SIZES, pi05=self.pi05, action_horizon=action_horizon or 50)
+    def __call__(self, path, options: LoadOptions) -> Loaded:
+        assert options == LoadOptions(action_horizon=options.action_horizon)
+        self.calls.append(options.action_horizon)
+        said = Path(path) / "config.json"
+        horizon = options.action_horizon or (
+            json.loads(said.read_text()).get("action_horizon") if said.is_file() else None
+        )
+        cfg = tiny_config(**SIZES, pi05=self.pi05, action_horizon=horizon or 50)
         if self.pi05 not in self.models:
             self.models[self.pi05] = tiny_model(tiny_config(**SIZES, pi05=self.pi05, action_horizon=50))
-        return Loaded(self.models[self.pi05], cfg, self.kind, self.remote or Path(path))
+        return Loaded(self.models[self.pi05], cfg, self.kind, self.remote or Path(path), horizon is not None)
 
 
 @pytest.fixture(scope="module")

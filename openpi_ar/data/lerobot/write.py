@@ -9,8 +9,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-import shutil
-import tempfile
+import sys
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from openpi_ar.data.lerobot.encode import CODECS, VideoFiles
 from openpi_ar.data.lerobot.meta import LANGUAGE, SUBTASK_INDEX
 from openpi_ar.data.lerobot.stats import flatten, pixel_counts, pixel_stats, vector_stats
 from openpi_ar.errors import UserError
+from openpi_ar.files import when_whole
 
 _DATA_MB, _VIDEO_MB, _CHUNK = 100, 200, 1000
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -64,12 +64,10 @@ class LeRobotWriter:
 
     def __init__(self, root: str | Path, spec: Spec):
         self.root, self.spec = Path(root).expanduser(), spec
-        if self.root.exists():
-            raise UserError(f"{self.root} exists already: remove it or choose another directory")
         if spec.images != "png":
             CODECS[spec.images].check(spec.image_size)
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"{self.root.name}.", suffix=".partial", dir=self.root.parent))
+        self._writing = when_whole(self.root, must_be_new=True)
+        self._scratch = self._writing.__enter__()
         self._tasks: dict[str, int] = {}
         self._subtasks: dict[str, int] = {}
         self._episodes: list[dict[str, Any]] = []
@@ -88,16 +86,18 @@ class LeRobotWriter:
     def __enter__(self) -> "LeRobotWriter":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
             self._close_parquet()
             for video in self._videos.values():
                 video.close()
-            if kind is None:
+            if error[0] is None:
                 self._write_meta()
-                self._scratch.rename(self.root)
+        except BaseException:
+            error = sys.exc_info()
+            raise
         finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._writing.__exit__(*error)
 
     def add(
         self,

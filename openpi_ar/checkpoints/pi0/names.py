@@ -1,9 +1,7 @@
-"""The name table: one row a tensor, our path <-> openpi's (JAX) <-> PyTorch's (openpi and LeRobot).
+"""The name table of pi0 and pi0.5: one row a tensor, our path <-> openpi's (JAX) <-> PyTorch's (openpi and LeRobot).
 
-A layout names a tensor's axes as einops does; layers are left out of it. JAX trees stack layers on a leading axis, PyTorch
-numbers them (`{}` in a name). `openpi/models/gemma.py`, `siglip.py` and `pi0.py` define the left side, its
-`examples/convert_jax_model_to_pytorch.py` the right one; big_vision's PaliGemma `.npz` is openpi's tree without the second
-tower, `params/` in place of `PaliGemma/`.
+`openpi/models/gemma.py`, `siglip.py` and `pi0.py` define openpi's side, its `examples/convert_jax_model_to_pytorch.py`
+PyTorch's; big_vision's PaliGemma `.npz` is openpi's tree without the second tower, `params/` in place of `PaliGemma/`.
 
     w m n h  SigLIP width, mlp width, heads, head dim     p  patch     T  patches of an image     C  colours
     D F      first tower: width, mlp width                V  vocabulary
@@ -11,12 +9,11 @@ tower, `params/` in place of `PaliGemma/`.
     N K H    heads, key/value heads, head dim, shared by the towers
     R S      LoRA rank of the first and the second tower
     c t      fixed: 2 (keys and values, gate and up, actions and time), 3 (scale, shift, gate)
-
-A digit after a letter tells axes of equal size apart.
 """
 
-import dataclasses
 import re
+
+from openpi_ar.checkpoints.family import Row
 
 FIXED = {"c": 2, "t": 3, "C": 3}
 
@@ -29,38 +26,6 @@ EMBED_TOKENS = f"{_LM}.embed_tokens.weight"
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 """The same matrix as EMBED_TOKENS: `safetensors` keeps only this name of the two, LeRobot writes both."""
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor.
-
-    ours      path in `store.pure_params`, "/"-joined.
-    openpi    path in openpi's tree.
-    layout    axes of ours, per layer.
-    torch     names of the PyTorch tensors: two if our leading axis `c` is two tensors there; none if there is no such one.
-    to_torch  axes of each of them.
-    lead      openpi's array has an axis of size 1 before ours.
-    """
-
-    ours: str
-    openpi: str
-    layout: str
-    torch: tuple[str, ...] = ()
-    to_torch: str = ""
-    lead: bool = False
-
-    @property
-    def layers(self) -> str:
-        """The axis of layers: `l` (SigLIP), `L` (towers), "" for a tensor outside the layers."""
-        if "/layers/" not in self.ours:
-            return ""
-        return "l" if self.ours.startswith("img/") else "L"
-
-    @property
-    def part_layout(self) -> str:
-        """Axes of ours that one PyTorch tensor holds."""
-        return self.layout.removeprefix("c ") if len(self.torch) == 2 else self.layout
 
 
 def _rows(prefix: tuple[str, str, str], *specs: tuple[str, str, str, tuple[str, ...], str]) -> list[Row]:
@@ -194,7 +159,7 @@ def _linear(ours: str, name: str, layout: str, to_torch: str, bias: str) -> list
     ]
 
 
-TABLE: tuple[Row, ...] = (
+ROWS: tuple[Row, ...] = (
     *_siglip(),
     Row("embedder/table", "PaliGemma/llm/embedder/input_embedding", "V D", (EMBED_TOKENS,), "V D"),
     *_tower("vlm", "", _LM, "D", "F", "R"),
@@ -208,14 +173,14 @@ TABLE: tuple[Row, ...] = (
     *_linear("action_time_mlp_out", "action_time_mlp_out", "E1 E2", "E2 E1", "E"),
 )
 
-TORCH_IGNORED: tuple[tuple[str, str], ...] = (
+IGNORED: tuple[tuple[str, str], ...] = (
     (re.escape(EXPERT_HEAD), "the second tower has no vocabulary: random and never used"),
     (r".*\.rotary_emb\.inv_freq", "RoPE's frequencies are computed"),
     (r".*\.embeddings\.position_ids", "a constant 0, 1, 2, ..."),
 )
-"""PyTorch tensors that may be there and are not read: (pattern of the whole name, reason)."""
 
-TORCH_RENAMES: tuple[tuple[str, str], ...] = (
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"params/", "PaliGemma/"),  # big_vision's PaliGemma
     (r"model\.(?=action_|time_|state_|paligemma_with_expert\.)", ""),  # LeRobot's policies
     # PaliGemma as the transformers library writes it.
     (r"(model\.)?language_model\.(model\.)?(?=layers|norm|embed_tokens)", f"{_LM}."),
@@ -223,12 +188,3 @@ TORCH_RENAMES: tuple[tuple[str, str], ...] = (
     (r"(model\.)?multi_modal_projector\.linear", _PROJECTOR),
     (r"(language_model\.)?lm_head\.weight", LM_HEAD),
 )
-"""(pattern at the start of a name, replacement): the first that matches makes it one of the table's."""
-
-
-def canonical_torch(name: str) -> str:
-    """A PyTorch tensor's name as the table has it."""
-    for pattern, replacement in TORCH_RENAMES:
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", replacement, name)
-    return name
