@@ -175,9 +175,9 @@ def train(
                     log.write("train", step, values)
                     display.metrics(step, values)
                 if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.num_steps):
-                    values, said = evaluate(state.best_model)
+                    values, texts = evaluate(state.best_model)
                     log.write("eval", step, values)
-                    display.evaluation(step, values, said)
+                    display.evaluation(step, values, texts)
                     best.offer(step, values, state)
                     interrupted = True
                 if step % cfg.save_every == 0 or last:

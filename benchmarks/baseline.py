@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from openpi_ar.algorithms.losses import mean_where, sample_time
+from openpi_ar.algorithms.losses import sample_time
 from openpi_ar.models.cache import positions, prefix_lm_mask
 from openpi_ar.models.decoder import Tower
 from openpi_ar.models.layers import MASKED, GatedMLP, Linear, rotary, rotate
@@ -206,6 +206,11 @@ def text_and_actions(model: Pi0, obs: Observation, noise: Array, tokens: int, st
     hidden, cache = prefill(model, obs, room=tokens)
     ids, cache = generate(model, cache, first_logits(model, hidden), tokens)
     return ids, denoise(model, obs, cache, noise, steps)
+
+
+def mean_where(x: Array, mask: Array) -> Array:
+    """Mean of x where mask holds; 0 where it holds nowhere."""
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(mask.sum(), 1)
 
 
 def text_ce(model: Pi0, hidden: Array, prompt: Tokens, target: Tokens) -> Array:

@@ -71,7 +71,7 @@ def programs(size: Size) -> tuple[Programs, dict[str, float]]:
     tx: Any = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     key = jax.random.key(4)
     step_key = jax.random.fold_in(key, 0)
-    weights = (train.loss.flow_weight, train.loss.text_weight)
+    weights = (train.loss.flow_weight, train.loss.subtask_weight)
     variants = {
         "ours": (cfg, 1),
         "ours, 4 draws": (cfg, 4),

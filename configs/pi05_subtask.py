@@ -86,7 +86,7 @@ PI05_SUBTASK_TABLETOP = TrainConfig(
 
 
 def actions_only(cfg: TrainConfig) -> TrainConfig:
-    """The same preset saying nothing: openpi's prompt, flow loss alone."""
+    """The same preset without text: openpi's prompt, flow loss alone."""
     data = cfg.data
     if isinstance(data, TabletopData):
         data = dataclasses.replace(
@@ -96,5 +96,4 @@ def actions_only(cfg: TrainConfig) -> TrainConfig:
         cfg,
         data=data,
         text=dataclasses.replace(cfg.text, template="openpi", max_target_tokens=1),
-        loss=dataclasses.replace(cfg.loss, text_weight=0.0),
     )

@@ -111,12 +111,15 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`loss = flow_weight * flow + text_weight * cross_entropy`."""
+    """`loss = flow_weight * flow + subtask_weight * subtask_ce + answer_weight * answer_ce + action_token_weight * ...`, each
+    cross-entropy the mean over the batch's supervised tokens of that kind."""
 
     flow_weight: float = 10.0
-    text_weight: float = 1.0
+    subtask_weight: float = 1.0
+    answer_weight: float = 1.0
+    action_token_weight: float = 1.0
     flow_draws: int = 4
-    """Noise and time draws per prefix; the prefix is ~100x dearer than the action tower."""
+    """Noise and time draws per prefix; the prefix costs ~100x what the action tower does."""
     knowledge_insulation: bool = False
     """Stop the flow loss's gradient at the keys and values of the first tower (arXiv 2505.23705)."""
     average_padded_dims: bool = False
@@ -304,7 +307,7 @@ class TrainConfig:
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are kept for good; 0: none are."""
     keep_best: str = ""
-    """Held-out metric (`loss`, `action_mse`, ...; `-said_exact`: the higher the better) whose best parameters are kept in
+    """Held-out metric (`loss`, `action_mse`, ...; `-subtask_generated_exact`: the higher the better) whose best parameters are kept in
     `<exp>/best/<step>`, ready for a policy; empty: none."""
     checkpoint_dir: str = "checkpoints"
     tensorboard: bool = False

@@ -12,6 +12,10 @@ from openpi_ar.errors import UserError
 
 # Written for fields that may hold one of several dataclasses, so that reading knows which.
 _TYPE = "type"
+# Fields of earlier versions, by class and name: the fields that have taken their place.
+_RENAMED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("LossConfig", "text_weight"): ("subtask_weight", "answer_weight"),
+}
 
 
 def dumps(cfg: TrainConfig) -> str:
@@ -73,6 +77,7 @@ def _encode(value: Any, *, tagged: bool) -> Any:
 def decode(cls: type, body: Any, where: str) -> Any:
     if not isinstance(body, dict):
         raise UserError(f"{where}: expected the fields of {cls.__name__}, found {body!r}")
+    body = {new: value for name, value in body.items() for new in _RENAMED.get((cls.__name__, name), (name,))}
     values, fields = {}, {f.name: (f, options) for f, options in _fields(cls)}
     if unknown := sorted(set(body) - set(fields) - {_TYPE}):
         raise UserError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}; written by another version?")

@@ -77,6 +77,13 @@ def test_json_of_an_older_version_takes_defaults():
     assert config_json.loads(json.dumps(body)) == PRESETS["debug"]
 
 
+def test_json_of_an_older_version_may_use_older_names():
+    body = json.loads(config_json.dumps(PRESETS["debug"]))
+    del body["loss"]["subtask_weight"], body["loss"]["answer_weight"]
+    loss = config_json.loads(json.dumps(body | {"loss": body["loss"] | {"text_weight": 0.5}})).loss
+    assert (loss.subtask_weight, loss.answer_weight, loss.action_token_weight) == (0.5, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -95,11 +95,19 @@ def test_run_leaves_everything_it_should(uninterrupted):
     assert (uninterrupted / "loss.png").read_bytes()[1:4] == b"PNG"
     records = read_metrics(uninterrupted / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
-    assert {"loss", "flow", "text_ce", "exact_match", "first_token", "grad_norm", "learning_rate", "wait_s"} < set(
-        records[0]
-    )
+    assert {
+        "loss",
+        "flow",
+        "subtask_ce",
+        "subtask_exact_match",
+        "subtask_first_token",
+        "grad_norm",
+        "learning_rate",
+        "wait_s",
+    } < set(records[0])
+    assert not any(name.startswith(("answer", "action_token")) or name.endswith("_count") for name in records[0])
     (evaluation,) = [r for r in records if r["kind"] == "eval"]
-    assert {"loss", "said_exact", "action_error", "action_error_3"} < set(evaluation)
+    assert {"loss", "subtask_generated_exact", "action_error", "action_error_3"} < set(evaluation)
     first, last = (
         np.mean([v for _, v in losses(uninterrupted)[:10]]),
         np.mean([v for _, v in losses(uninterrupted)[-10:]]),
@@ -194,9 +202,9 @@ def test_overfits_one_batch_keeps_its_average_and_compiles_once():
             expected = jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * np.array(p), old, state.model)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
     assert int(state.step) == STEPS
-    assert history[0]["text_ce"] > 6.0  # chance is log 1024 = 6.93
-    assert history[-1]["text_ce"] < 0.3
-    assert history[-1]["exact_match"] == 1.0
+    assert history[0]["subtask_ce"] > 6.0  # chance is log 1024 = 6.93
+    assert history[-1]["subtask_ce"] < 0.3
+    assert history[-1]["subtask_exact_match"] == 1.0
     assert np.mean([h["flow"] for h in history[-20:]]) < 0.35 * np.mean([h["flow"] for h in history[:5]])
     assert step._cache_size() == 1
 

@@ -1,53 +1,80 @@
-"""`loss = 10 * flow + subtask cross-entropy`, from one prefill and one velocity per noise draw."""
+"""The training loss: `10 * flow + cross-entropy of each kind of token`, from one prefill and one velocity per noise draw."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 
 from openpi_ar.algorithms.cross_entropy import token_losses
 from openpi_ar.algorithms.decode import prefill, velocities
 from openpi_ar.config import LossConfig
 from openpi_ar.models.cache import KVCache
 from openpi_ar.models.pi0 import Pi0
-from openpi_ar.types import Array, Batch, Observation, Tokens
+from openpi_ar.types import Array, Batch, Kind, Observation, Tokens
 
 Metrics = dict[str, Float[Array, ""]]
+_TEXT = ("ce", "exact_match", "first_token")
 
 
-def mean_where(x: Float[Array, "*d"], mask: Array) -> Float[Array, ""]:
-    """Mean of x where mask holds; 0 where it holds nowhere."""
-    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(mask.sum(), 1)
+KINDS = (Kind.SUBTASK, Kind.ANSWER, Kind.ACTION)
+"""What a model may be trained to write, in the order of the arrays [K]."""
+PARTS = ("flow", *(kind.label for kind in KINDS))
+"""What losses are made of. A part's metrics have names that begin with it; `<part>_count` is how much it was measured on."""
 
 
 class Counts(NamedTuple):
-    """What the parts of the loss are divided by, at least 1 each: the supervised tokens, rows with supervised text, rows
-    whose first token is supervised, and action entries of a batch. A slice of a batch is divided by its share of the whole
-    batch's, so that the mean over slices is the loss of the whole."""
+    """What the parts of the loss are divided by: supervised tokens, rows with such tokens, and rows whose first token of the
+    kind is one, each by kind; and action entries. A slice of a batch is divided by its share of the whole batch's counts, so
+    that the mean over slices is the loss of the whole."""
 
-    tokens: Float[Array, ""]
-    rows: Float[Array, ""]
-    firsts: Float[Array, ""]
+    tokens: Float[Array, " K"]
+    rows: Float[Array, " K"]
+    firsts: Float[Array, " K"]
     entries: Float[Array, ""]
 
+    def metrics(self) -> Metrics:
+        """`<part>_count` of each part: a part that counts nothing has no meaningful metrics."""
+        counts = {f"{kind.label}_count": self.tokens[k] for k, kind in enumerate(KINDS)}
+        return {"flow_count": self.entries, **counts}
 
-def scored_tokens(target: Tokens) -> Bool[Array, "B T"]:
-    """Tokens that the cross-entropy counts."""
-    return jnp.asarray(target.loss) & target.valid
+
+class _Supervised(NamedTuple):
+    """Supervised tokens by kind, and of them the first tokens that a row has of the kind."""
+
+    tokens: Bool[Array, "K B T"]
+    firsts: Bool[Array, "K B T"]
+
+
+def _supervised(target: Tokens) -> _Supervised:
+    of_kind = (jnp.asarray(target.kind) == jnp.array(KINDS)[:, None, None]) & target.valid
+    firsts = of_kind & (jnp.cumsum(of_kind, axis=-1) == 1)
+    return _Supervised(of_kind & target.loss, firsts & target.loss)
 
 
 def text_counts(target: Tokens) -> Counts:
-    """The counts of a target alone: `entries` is 1."""
-    scored = scored_tokens(target)
-    parts = (scored, scored.any(-1), scored[:, 0])
-    return Counts(*(jnp.maximum(p.sum(), 1).astype(jnp.float32) for p in parts), entries=jnp.float32(1))
+    """The counts of a target alone: `entries` is 0."""
+    scored, firsts = _supervised(target)
+    counts = (scored.sum((1, 2)), scored.any(-1).sum(-1), firsts.sum((1, 2)))
+    return Counts(*(n.astype(jnp.float32) for n in counts), entries=jnp.float32(0))
 
 
 def batch_counts(batch: Batch) -> Counts:
     """The counts of a batch."""
-    entries = jnp.maximum(jnp.asarray(batch.action_mask).sum(), 1).astype(jnp.float32)
-    return text_counts(batch.target)._replace(entries=entries)
+    return text_counts(batch.target)._replace(entries=jnp.asarray(batch.action_mask).sum().astype(jnp.float32))
+
+
+def per(total: Num[Array, "*k"], count: Float[Array, "*k"]) -> Float[Array, "*k"]:
+    """A total divided by its count; the total, which is 0, where nothing was counted."""
+    return total / jnp.where(count > 0, count, 1.0)
+
+
+def predictors(prompt_last: Float[Array, "B D"], hidden: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Array:
+    """Hidden states [B T D] that predict the target's tokens: each is that of the last valid token before the slot, for the
+    first valid one the prompt's last. Padding may stand anywhere."""
+    slots = jnp.where(valid, jnp.arange(1, valid.shape[1] + 1), 0)
+    before = jnp.pad(jax.lax.cummax(slots, axis=1)[:, :-1], [(0, 0), (1, 0)])
+    return jnp.take_along_axis(jnp.concatenate([prompt_last[:, None], hidden], axis=1), before[..., None], axis=1)
 
 
 def text_loss(
@@ -55,29 +82,35 @@ def text_loss(
     prompt_last: Float[Array, "B D"],
     hidden: Float[Array, "B T D"],
     target: Tokens,
+    cfg: LossConfig | None = None,
     counts: Counts | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Cross-entropy of the target text given its teacher-forced hidden states. The target is right-padded.
+    """(sum over kinds of weight * cross-entropy, metrics) of the target given its teacher-forced hidden states.
 
-    The last prompt token predicts the first target token, each target token the next one. Only these T rows go through
-    the vocabulary-wide head, a slice of it at a time (`cross_entropy.py`). Every supervised token weighs the same.
-    `exact_match` is the fraction of supervised rows whose every token is the arg max, which is when greedy decoding
-    returns exactly the target; `first_token` the fraction whose first one is.
+    Each kind's cross-entropy is the mean over its supervised tokens of the batch. Only these T rows go through the
+    vocabulary-wide head, a slice of it at a time (`cross_entropy.py`). Metrics are, with `<kind>` the label of each kind:
+
+        <kind>_ce            cross-entropy
+        <kind>_exact_match   fraction of rows with supervised tokens of the kind in which each is the arg max, which is when
+                             greedy decoding returns exactly the target
+        <kind>_first_token   fraction of rows in which the first one is
     """
     counts = text_counts(target) if counts is None else counts
-    predicts = jnp.concatenate([prompt_last[:, None], hidden[:, :-1]], axis=1)
+    cfg = cfg or LossConfig()
+    predicts = predictors(prompt_last, hidden, jnp.asarray(target.valid))
     flat = predicts.reshape(-1, predicts.shape[-1])
     each, best = token_losses(flat, model.embedder.table[...], jnp.asarray(target.ids).reshape(-1))
     each, best = each.reshape(target.ids.shape), best.reshape(target.ids.shape)
-    scored = scored_tokens(target)
-    ce = jnp.sum(jnp.where(scored, each, 0.0)) / counts.tokens
+    scored, firsts = _supervised(target)
+    ce = per(jnp.where(scored, each, 0.0).sum((1, 2)), counts.tokens)
     right = (best == target.ids) | ~scored
-    metrics: Metrics = {
-        "text_ce": ce,
-        "exact_match": jnp.sum(right.all(-1) & scored.any(-1)) / counts.rows,
-        "first_token": jnp.sum(right[:, 0] & scored[:, 0]) / counts.firsts,
-    }
-    return ce, metrics
+    exact = per((right.all(-1) & scored.any(-1)).sum(-1), counts.rows)
+    first = per((right & firsts).sum((1, 2)), counts.firsts)
+    loss, metrics = jnp.float32(0), {}
+    for k, kind in enumerate(KINDS):
+        loss += getattr(cfg, f"{kind.label}_weight") * ce[k]
+        metrics |= {f"{kind.label}_{name}": x[k] for name, x in zip(_TEXT, (ce, exact, first), strict=True)}
+    return loss, metrics
 
 
 def sample_time(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -110,24 +143,24 @@ def flow_loss(
     t = sample_time(time_key, noise.shape[:2])
     error = flow_error(model, batch.observation, cache, actions, noise, t)
     entries = (batch_counts(batch) if counts is None else counts).entries
-    return jnp.sum(jnp.where(jnp.asarray(batch.action_mask)[:, None], error, 0.0)) / (draws * entries)
+    return per(jnp.sum(jnp.where(jnp.asarray(batch.action_mask)[:, None], error, 0.0)), draws * entries)
 
 
 def compute_loss(
-    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, said: Tokens | None = None
+    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, fed: Tokens | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The training loss and its parts: `loss`, `flow`, `text_ce`, `exact_match`, `first_token` (float32 scalars).
+    """The training loss and its parts: `loss`, `flow` and those of `text_loss` (float32 scalars).
 
-    The ground-truth text is the text run of the prefill, so the actions are conditioned on it exactly as they are on
-    generated text at inference. `counts` stand in for the batch's own where it is a slice of a larger one. `said` is fed
-    in place of the true text, which stays the target.
+    The true text is the text run of the prefill, so the actions are conditioned on it exactly as they are on generated
+    text at inference. `counts` stand in for the batch's own where it is a slice of a larger one. `fed` is fed in place of
+    the true text, which stays the target.
     """
     counts = batch_counts(batch) if counts is None else counts
-    out, cache = prefill(model, batch.observation, batch.target if said is None else said)
+    out, cache = prefill(model, batch.observation, batch.target if fed is None else fed)
     assert out.text is not None
-    ce, metrics = text_loss(model, out.prompt_last, out.text, batch.target, counts)
+    text, metrics = text_loss(model, out.prompt_last, out.text, batch.target, cfg, counts)
     if cfg.knowledge_insulation:
         cache = jax.lax.stop_gradient(cache)
     flow = flow_loss(model, batch, cache, key, cfg.flow_draws, counts)
-    loss = cfg.flow_weight * flow + cfg.text_weight * ce
+    loss = cfg.flow_weight * flow + text
     return loss, {"loss": loss, "flow": flow, **metrics}

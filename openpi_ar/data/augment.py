@@ -9,16 +9,16 @@ from jaxtyping import Float
 import numpy as np
 
 from openpi_ar.config import AugmentConfig
-from openpi_ar.types import Array, Batch, Observation, Tokens
+from openpi_ar.types import Array, Batch, Kind, Observation, Tokens
 
 _MISTAKEN = 1 / 3
-"""Of the tokens of a row that is fed mistakes."""
+"""Fraction of the tokens of a row that is fed mistakes."""
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 
 def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[str]) -> Observation:
-    """The observation with its images changed, every image on its own; the very same observation if none is to be.
+    """The observation with its images changed, every image on its own. Returned unchanged if augmentation is off.
 
     Images come back float32 in [-1, 1]. Cameras with `wrist` in their name are not cropped, as in openpi: what a gripper
     camera sees is tied to the gripper's place in its image.
@@ -42,20 +42,26 @@ def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[
 
 
 def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Tokens]:
-    """The batch, and the text to feed in place of its target: in this fraction of rows some tokens of the row before.
+    """The batch, and the text to feed in place of its target: in this fraction of rows some tokens of another row's subtask.
 
-    Those rows have no action in the loss any more: their actions do not follow from such a text. A kin of word dropout
-    (S. Bowman et al., "Generating Sentences from a Continuous Space", CoNLL 2016, section 3.1).
+    Those rows have no action in the loss any more: their actions do not follow from such a text. Rows without a subtask
+    (questions) stay as they are and lend no tokens. Similar to word dropout (S. Bowman et al., "Generating Sentences from a
+    Continuous Space", CoNLL 2016, section 3.1).
     """
     target = batch.target
     if not fraction:
         return batch, target
-    ids, valid = jnp.asarray(target.ids), jnp.asarray(target.valid)
+    ids = jnp.asarray(target.ids)
     row_key, token_key = jax.random.split(key)
-    rows = jax.random.uniform(row_key, (ids.shape[0], 1)) < fraction
-    swapped = rows & (jax.random.uniform(token_key, ids.shape) < _MISTAKEN) & valid & jnp.roll(valid, 1, axis=0)
-    said = dataclasses.replace(target, ids=jnp.where(swapped, jnp.roll(ids, 1, axis=0), ids))
-    return dataclasses.replace(batch, action_mask=batch.action_mask & ~rows[:, :, None]), said
+    subtask = jnp.asarray(target.valid) & (jnp.asarray(target.kind) == Kind.SUBTASK)
+    has = subtask.any(-1)
+    # The row before among those with a subtask; before the first comes the last.
+    order, rank = jnp.argsort(~has, stable=True), jnp.cumsum(has) - 1
+    lender = order[(rank - 1) % jnp.maximum(has.sum(), 1)]
+    rows = (jax.random.uniform(row_key, (ids.shape[0], 1)) < fraction) & has[:, None]
+    swapped = rows & (jax.random.uniform(token_key, ids.shape) < _MISTAKEN) & subtask & subtask[lender]
+    fed = dataclasses.replace(target, ids=jnp.where(swapped, ids[lender], ids))
+    return dataclasses.replace(batch, action_mask=batch.action_mask & ~rows[:, :, None]), fed
 
 
 def _random_window(image: Float[Array, "h w 3"], key: Array, crop: float) -> Float[Array, "h w 3"]:

@@ -36,8 +36,8 @@ class Loader(Iterator[Batch]):
     """Endless batches. Every epoch is a fresh permutation of the source; batches run across epoch borders. Of several
     processes each makes the rows that lie on its devices (`data/shards.py`).
 
-    Batch i depends on the seed and i alone, so `position` is all there is to save and a restored run goes on with the
-    very next batch. `wait_seconds` is how long the last `next` waited for data: near zero when the device is the limit.
+    Batch i depends on the seed and i alone, so `position` is all there is to save and a restored run continues with the
+    next batch. `wait_seconds` is how long the last `next` waited for data: near zero when the device is the limit.
 
     With `workers`, that many processes make the batches, in turns: the batches stay the same. They start with the first
     batch, which is when the source must be picklable. 0: threads of this process, enough for cached frames.
@@ -101,7 +101,7 @@ class Loader(Iterator[Batch]):
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs in each worker: signals are the trainer's to answer, and without the trainer there is nothing to do."""
+    """Runs in each worker: ignores the signals that the trainer handles, and ends when the trainer has ended."""
     del index, count
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -125,11 +125,13 @@ def evaluation_batches(
 ) -> list[tuple[Sequence[dict], Batch]]:
     """(raw samples, Batch) pairs spread evenly over the source, the same ones on every call.
 
-    A source with fewer rows than one batch is repeated to fill it, so that every batch has one shape.
+    A source with fewer rows than one batch is repeated to fill it, so that every batch has one shape. In a batch, rows with
+    actions come first: the noise of a row, drawn by its place, does not then depend on how many questions are among them.
     """
     rows = np.linspace(0, len(source), batch_size * batches, endpoint=False).astype(int)
     # Strided, so that each batch alone spans all episodes.
     groups = [[source[int(i)] for i in rows[b::batches]] for b in range(batches)]
+    groups = [sorted(group, key=lambda raw: raw.get("actions") is None) for group in groups]
     return [(raw, _as_batch(stack_rows([transform.sample(r) for r in raw]), sharding)) for raw in groups]
 
 

@@ -1,5 +1,5 @@
-"""Held-out evaluation: losses, what the model says, how far its actions are off in the robot's units, and whether it
-listens to its prompt at all.
+"""Held-out evaluation: losses, generated text, how far actions are off in the robot's units, and whether the prompt matters
+to the model at all.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform, stack_rows, to_device
 from openpi_ar.data.loader import Source, evaluation_batches
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.training.metrics import averaged
 from openpi_ar.training.sharding import Placement
 from openpi_ar.training.step import make_act, make_eval_loss
 from openpi_ar.types import Observation
@@ -20,31 +21,37 @@ _SHOWN = 4
 
 
 class Evaluator:
-    """The same held-out frames with the same noise each time, so that figures of different steps compare.
+    """The same held-out rows with the same noise each time, so that figures of different steps compare.
 
-    Call it with a model: returns (metrics, [(true subtask, said subtask)]). Metrics are the means of the losses over
-    all batches and, from talking and acting on the first batch: `said_exact` (fraction of decoded subtasks that equal
-    the truth), `action_error` (mean absolute error over valid steps and dimensions), `action_mse` (mean squared error) and
-    both by dimension, `action_error_<i>` and `action_mse_<i>`.
+    Call it with a model: returns (metrics, [(true text, generated text)]). Metrics are the means of the losses over all
+    batches and, from talking and acting on the first batch:
 
-    Prompt-swap sensitivity, where the frames have different prompts: each row is asked again with the same images, state and
-    noise but the prompt of another row. `swap_action` is the mean absolute change of its actions, `swap_said` the fraction
-    of rows that then say something else; both near zero mean that the prompt is ignored.
+        <kind>_generated_exact   fraction of generated texts that equal the truth, over rows with a target of the kind
+        action_error, action_mse mean absolute and squared error over valid steps and dimensions of rows with actions; also by
+                                 dimension, `action_error_<i>` and `action_mse_<i>`
+        swap_action, swap_text   if rows with actions have different prompts: each is asked again with the same images, state
+                                 and noise but the prompt of another one. Mean absolute change of its actions, and fraction
+                                 of rows whose text changes; both near zero mean that the prompt is ignored
+
+    What no row can be measured on is left out. Rows without actions (questions) change no figure of the others.
     """
 
     def __init__(self, cfg: TrainConfig, source: Source, transform: InputTransform, placement: Placement | None = None):
         sharding = None if placement is None else placement.batch
-        self._cfg, self._transform = cfg, transform
+        self._transform = transform
         self._batches = evaluation_batches(
             source, transform, batch_size=cfg.batch_size, batches=cfg.eval_batches, sharding=sharding
         )
+        raw, _ = self._batches[0]
+        self._acting = np.array([r.get("actions") is not None for r in raw])
+        self._writing = np.array([transform.template(r).target is not None for r in raw])
         tokenizer = transform.tokenizer
         self._loss = make_eval_loss(cfg.loss)
         self._act = make_act(
             cfg.decode,
-            max_tokens=cfg.text.max_target_tokens if transform.writes_text else 0,
+            max_tokens=cfg.text.max_target_tokens if self._writing.any() else 0,
             eos_id=tokenizer.eos_id,
-            # A model may have more embeddings than the tokenizer has pieces; nothing may be said with those.
+            # A model may have more embeddings than the tokenizer has pieces; nothing may be generated with those.
             allowed=np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size)),
             # Every process sees the whole answer: all of them decide by the same figures.
             where=None if placement is None else placement.replicated,
@@ -53,29 +60,39 @@ class Evaluator:
         self._swapped = self._with_swapped_prompts(sharding)
 
     def __call__(self, model: Pi0) -> tuple[dict[str, float], list[tuple[str, str]]]:
-        rows = [self._loss(model, batch, self._key) for _, batch in self._batches]
-        metrics = {name: float(np.mean([float(r[name]) for r in rows])) for name in rows[0]}
+        metrics = averaged([self._loss(model, batch, self._key) for _, batch in self._batches])
         raw, batch = self._batches[0]
         act = self._act(model, batch.observation, self._key)
-        metrics |= self._action_errors(raw, np.asarray(act.actions))
+        metrics |= self._action_errors(raw, act)
         metrics |= self._swap_sensitivity(model, raw, act)
-        if not self._transform.writes_text:
-            return metrics, []
-        said = [
-            self._subtask(ids[valid]) for ids, valid in zip(np.asarray(act.ids), np.asarray(act.valid), strict=True)
-        ]
-        truth = [self._transform.template(r).canonical(r["subtask"]) for r in raw]
-        metrics["said_exact"] = float(np.mean([a == b for a, b in zip(truth, said, strict=True)]))
-        shown = np.linspace(0, len(raw), min(_SHOWN, len(raw)), endpoint=False).astype(int)
-        return metrics, [(truth[i], said[i]) for i in shown]
+        exact, texts = self._generated(raw, act)
+        shown = np.linspace(0, len(texts), min(_SHOWN, len(texts)), endpoint=False).astype(int)
+        return metrics | exact, [texts[i] for i in shown]
 
-    def _subtask(self, ids: np.ndarray) -> str:
-        return self._transform.template({}).parse(self._transform.tokenizer, ids.tolist())
+    def _generated(self, raw: Sequence[dict], act: Act) -> tuple[dict[str, float], list[tuple[str, str]]]:
+        """(`<kind>_generated_exact` of each kind, [(true text, generated text)] of the rows with a target)."""
+        ids, valid = np.asarray(act.ids), np.asarray(act.valid)
+        exact: dict[str, list[bool]] = {}
+        texts = []
+        for i in np.flatnonzero(self._writing).tolist():
+            template = self._transform.template(raw[i])
+            truth = template.canonical(raw[i][template.key])
+            text = template.parse(self._transform.tokenizer, ids[i][valid[i]].tolist())
+            exact.setdefault(template.key, []).append(truth == text)
+            texts.append((truth, text))
+        return {f"{kind}_generated_exact": float(np.mean(hits)) for kind, hits in exact.items()}, texts
 
-    def _action_errors(self, raw: Sequence[dict], actions: np.ndarray) -> dict[str, float]:
-        real = self._transform.actions_to_real(actions, raw)
-        valid = np.stack([r["action_valid"] for r in raw])
-        difference = (real - np.stack([r["actions"] for r in raw]))[valid]
+    def _real_actions(self, raw: Sequence[dict], act: Act, rows: np.ndarray) -> np.ndarray:
+        """Actions of these rows (bool [B]) in the robot's units."""
+        chosen = [r for r, wanted in zip(raw, rows, strict=True) if wanted]
+        return self._transform.actions_to_real(np.asarray(act.actions)[rows], chosen)
+
+    def _action_errors(self, raw: Sequence[dict], act: Act) -> dict[str, float]:
+        if not self._acting.any():
+            return {}
+        real, rows = self._real_actions(raw, act, self._acting), [raw[i] for i in np.flatnonzero(self._acting).tolist()]
+        valid = np.stack([r["action_valid"] for r in rows])
+        difference = (real - np.stack([r["actions"] for r in rows]))[valid]
         metrics = {}
         for name, each in (("action_error", np.abs(difference)), ("action_mse", np.square(difference))):
             by_dimension = each.mean(0)
@@ -86,13 +103,15 @@ class Evaluator:
     def _with_swapped_prompts(self, sharding: jax.sharding.Sharding | None) -> tuple[np.ndarray, Observation] | None:
         """(rows that another prompt could be found for, the first batch with those prompts); None if there are none."""
         raw, _ = self._batches[0]
-        said = [r.get("prompt") for r in raw]
-        other = [next((p for p in (*said[i:], *said) if p != said[i]), said[i]) for i in range(len(said))]
-        changed = np.array([a != b for a, b in zip(said, other, strict=True)])
+        acting = np.flatnonzero(self._acting).tolist()
+        prompts = [raw[i].get("prompt") for i in acting]
+        changed, rows = np.zeros(len(raw), bool), list(raw)
+        for at, (i, prompt) in enumerate(zip(acting, prompts, strict=True)):
+            other = next((p for p in (*prompts[at:], *prompts) if p != prompt), prompt)
+            changed[i], rows[i] = other != prompt, {**raw[i], "prompt": other}
         if not changed.any():
             return None
-        rows = [self._transform.observation({**r, "prompt": p}) for r, p in zip(raw, other, strict=True)]
-        obs = to_device(stack_rows(rows), sharding)
+        obs = to_device(stack_rows([self._transform.observation(row) for row in rows]), sharding)
         assert isinstance(obs, Observation)
         return changed, obs
 
@@ -101,9 +120,9 @@ class Evaluator:
             return {}
         changed, obs = self._swapped
         swapped = self._act(model, obs, self._key)
-        a, b = (self._transform.actions_to_real(np.asarray(x.actions), raw)[changed] for x in (act, swapped))
+        a, b = (self._real_actions(raw, x, changed) for x in (act, swapped))
         metrics = {"swap_action": float(np.abs(a - b).mean())}
-        if self._transform.writes_text:
-            same = (np.asarray(act.ids) == np.asarray(swapped.ids)).all(-1)[changed]
-            metrics["swap_said"] = float(1.0 - same.mean())
+        if (writing := changed & self._writing).any():
+            same = (np.asarray(act.ids) == np.asarray(swapped.ids)).all(-1)[writing]
+            metrics["swap_text"] = float(1.0 - same.mean())
         return metrics

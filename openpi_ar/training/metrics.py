@@ -11,17 +11,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openpi_ar.algorithms.losses import PARTS
 from openpi_ar.config import TrainConfig
 from openpi_ar.training import distributed, tracking
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
+_COUNT = "_count"
+_SHOWN = ("loss", "flow", *(f"{part}_{name}" for part in PARTS for name in ("ce", "exact_match")))
+"""Plotted and shown beside the progress bar, as far as they are measured."""
 
 
 class MetricsLog:
     """Appends one JSON object a line: `{"step": n, "kind": "train" | "eval", ...}`.
 
     On resume, lines after the resumed step are dropped first, so that no step appears twice; TensorBoard drops what it
-    has of those steps, and W&B goes on with the run whose id lies beside the file. Of several processes one writes. Raises
+    has of those steps, and W&B continues the run whose id is in a file beside it. Of several processes one writes. Raises
     UserError if an extra (TensorBoard, W&B) is asked for and not installed.
     """
 
@@ -73,14 +77,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(source: Path, target: Path) -> None:
-    """Training and held-out curves of the loss and its parts; nothing if there are fewer than two points."""
+    """Draws training and held-out curves of the loss and its parts, if there are two points or more."""
     import matplotlib as mpl  # slow to import, needed once
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     records = read_metrics(source)
-    names = [n for n in ("loss", "flow", "text_ce", "exact_match") if any(n in r for r in records)]
+    names = [n for n in _SHOWN if any(n in r for r in records)]
     if len(records) < 2 or not names:
         return
     fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
@@ -89,12 +93,27 @@ def plot_losses(source: Path, target: Path) -> None:
             points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
             if points:
                 ax.plot(*zip(*points, strict=True), style, label=kind, markersize=4, linewidth=1)
-        ax.set(title=name, xlabel="step", yscale="linear" if name == "exact_match" else "log")
+        ax.set(title=name, xlabel="step", yscale="linear" if name.endswith("exact_match") else "log")
         ax.grid(alpha=0.3)
     axes[0, 0].legend()
     fig.tight_layout()
     fig.savefig(target, dpi=120)
     plt.close(fig)
+
+
+def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means by name over the steps or batches that measured something.
+
+    A part of the loss (flow, or a kind of token) whose `<part>_count` is 0 in a row has nothing there; one that is 0 in all
+    rows is left out, as are the counts.
+    """
+    means = {}
+    for name in rows[0]:
+        part = next((p for p in PARTS if name == p or name.startswith(f"{p}_")), None)
+        values = [float(row[name]) for row in rows if part is None or float(row[part + _COUNT]) > 0]
+        if values and not name.endswith(_COUNT):
+            means[name] = float(np.mean(values))
+    return means
 
 
 class Window:
@@ -121,10 +140,9 @@ class Window:
                 raise FloatingPointError(f"the loss of step {step} is {loss} ({parts})")
 
     def report(self) -> dict[str, float]:
-        """Means since the last report, samples per second and seconds waited for data per step; starts afresh."""
+        """`averaged` since the last report, samples per second and seconds waited for data per step; starts afresh."""
         self.check_finite()
-        names = self._rows[0][1]
-        means = {name: float(np.mean([float(m[name]) for _, m in self._rows])) for name in names}
+        means = averaged([metrics for _, metrics in self._rows])
         now = time.perf_counter()
         means["samples_per_s"] = self._timed * self._batch_size / (now - self._start)
         means["wait_s"] = float(np.mean(self._waits))
@@ -174,8 +192,7 @@ class Display:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the loss parts beside the bar, or prints them as a line."""
-        names = ("loss", "flow", "text_ce", "exact_match")
-        text = "  ".join(f"{n} {values[n]:.4g}" for n in names if n in values)
+        text = "  ".join(f"{n} {values[n]:.4g}" for n in _SHOWN if n in values)
         text += f"  {values['samples_per_s']:.3g} samples/s"
         if self._bar is not None:
             self._bar.update(self._task, metrics=text)
@@ -191,11 +208,11 @@ class Display:
         else:
             distributed.say(text)
 
-    def evaluation(self, step: int, values: Mapping[str, float], said: Sequence[tuple[str, str]]) -> None:
-        """Held-out metrics, and what the model says beside what it should."""
+    def evaluation(self, step: int, values: Mapping[str, float], texts: Sequence[tuple[str, str]]) -> None:
+        """Prints held-out metrics, and true texts beside generated ones."""
         self.line(f"eval at {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        width = max((len(truth) for truth, _ in said), default=0)
-        for truth, text in said:
+        width = max((len(truth) for truth, _ in texts), default=0)
+        for truth, text in texts:
             self.line(f"    {'=' if truth == text else '!'} {truth:<{width}} | {text}")
 
 

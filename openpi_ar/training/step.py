@@ -34,7 +34,8 @@ def ema_decay(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
 def train_step(
     state: TrainState, batch: Batch, key: jax.Array, *, cfg: TrainConfig, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One update of what is trained. Metrics are those of `compute_loss` plus `grad_norm` (before clipping)."""
+    """One update of what is trained. Metrics are those of `compute_loss`, the counts they are over (`Counts.metrics`), and
+    `grad_norm` (before clipping)."""
     step_key = jax.random.fold_in(key, state.step)
     # Any: optax's types know only its own notion of parameters, but every pytree will do.
     params: Any = split(state.model, freeze.frozen_paths(cfg, state.model))
@@ -60,32 +61,34 @@ def accumulated_gradients(
     """
     slices = cfg.optimizer.accumulate
 
-    def gradients(part: Batch, said: Tokens, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
+    def gradients(part: Batch, fed: Tokens, part_key: jax.Array, counts: Counts) -> tuple[Any, Metrics]:
         loss_key, augment_key = part_key, jax.random.fold_in(part_key, _AUGMENT)
         seen = augment(part.observation, augment_key, cfg.augment, cfg.model.cameras)
         part = dataclasses.replace(part, observation=seen)
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], Metrics]:
-            return compute_loss(join(model, params), part, loss_key, cfg.loss, counts, said)
+            return compute_loss(join(model, params), part, loss_key, cfg.loss, counts, fed)
 
         return jax.grad(loss_fn, has_aux=True)(params)
 
-    batch, said = with_mistakes(batch, jax.random.fold_in(key, _MISTAKES), cfg.augment.mistakes)
+    batch, fed = with_mistakes(batch, jax.random.fold_in(key, _MISTAKES), cfg.augment.mistakes)
     counts = batch_counts(batch)
     if slices == 1:
-        return gradients(batch, said, key, counts)
+        grads, metrics = gradients(batch, fed, key, counts)
+        return grads, {**metrics, **counts.metrics()}
     share = jax.tree.map(lambda count: count / slices, counts)
-    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), (batch, said))
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, slices, *x.shape[1:]), 0, 1), (batch, fed))
 
     def one(total: Any, xs: tuple[Batch, Tokens, jax.Array]) -> tuple[Any, None]:
-        part, said, part_key = xs
-        return jax.tree.map(jnp.add, total, gradients(part, said, part_key, share)), None
+        part, fed, part_key = xs
+        return jax.tree.map(jnp.add, total, gradients(part, fed, part_key, share)), None
 
-    first, first_said = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda: gradients(first, first_said, key, share))
+    first, first_fed = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: gradients(first, first_fed, key, share))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(one, zero, (*parts, jax.random.split(key, slices)))
-    return jax.tree.map(lambda x: x / slices, total)
+    grads, metrics = jax.tree.map(lambda x: x / slices, total)
+    return grads, {**metrics, **counts.metrics()}
 
 
 def make_train_step(cfg: TrainConfig, tx: optax.GradientTransformation, where: Any = None) -> StepFn:
@@ -101,8 +104,12 @@ def make_train_step(cfg: TrainConfig, tx: optax.GradientTransformation, where: A
 
 
 def make_eval_loss(cfg: LossConfig) -> Callable[[Pi0, Batch, jax.Array], Metrics]:
-    """Jitted loss metrics of a held-out batch."""
-    return jax.jit(lambda model, batch, key: compute_loss(model, batch, key, cfg)[1])
+    """Jitted loss metrics of a held-out batch, with the counts they are over."""
+
+    def run(model: Pi0, batch: Batch, key: jax.Array) -> Metrics:
+        return {**compute_loss(model, batch, key, cfg)[1], **batch_counts(batch).metrics()}
+
+    return jax.jit(run)
 
 
 def make_act(

@@ -110,13 +110,13 @@ def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
 
 
 def test_the_best_parameters_are_kept_whatever_comes_after(tmp_path):
-    cfg = dataclasses.replace(CFG, keep_best="-said_exact")
+    cfg = dataclasses.replace(CFG, keep_best="-subtask_generated_exact")
     log = MetricsLog(tmp_path, cfg, start_step=0)
     keep = KeepBest(cfg, tmp_path, assets(cfg))
     saved = []
     for step, value in ((1, 0.2), (2, 0.6), (3, 0.6), (4, 0.1)):
-        log.write("eval", step, {"said_exact": value})
-        saved.append(keep.offer(step, {"said_exact": value}, random_state(cfg, step)))
+        log.write("eval", step, {"subtask_generated_exact": value})
+        saved.append(keep.offer(step, {"subtask_generated_exact": value}, random_state(cfg, step)))
     keep.close()
     assert saved == [True, True, False, False]
     assert store.complete_steps(tmp_path / "best") == [2]
@@ -124,11 +124,11 @@ def test_the_best_parameters_are_kept_whatever_comes_after(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, model, random_state(cfg, 2).ema)
     # A resumed run goes on from the best so far; one resumed from before it forgets it.
     again = KeepBest(cfg, tmp_path, assets(cfg))
-    assert not again.offer(5, {"said_exact": 0.5}, random_state(cfg, 5))
+    assert not again.offer(5, {"subtask_generated_exact": 0.5}, random_state(cfg, 5))
     again.close()
     MetricsLog(tmp_path, cfg, start_step=1)
     early = KeepBest(cfg, tmp_path, assets(cfg))
-    assert early.offer(2, {"said_exact": 0.5}, random_state(cfg, 2))
+    assert early.offer(2, {"subtask_generated_exact": 0.5}, random_state(cfg, 2))
     early.close()
-    with pytest.raises(store.UserError, match="no held-out metric 'said_exact'; there are loss"):
+    with pytest.raises(store.UserError, match="no held-out metric 'subtask_generated_exact'; there are loss"):
         KeepBest(cfg, tmp_path, assets(cfg)).offer(9, {"loss": 1.0}, random_state(cfg, 9))

@@ -19,7 +19,7 @@ from openpi_ar.training import step as steps
 from openpi_ar.training.optimizer import make_optimizer, stored_as
 from openpi_ar.training.state import init_model
 from openpi_ar.training.step import accumulated_gradients
-from openpi_ar.types import Batch
+from openpi_ar.types import Batch, Kind
 from tests.model_fixtures import compute_loss, ragged_batch, rows, tiny_config, tiny_model
 
 DEBUG = PRESETS["debug"]
@@ -55,9 +55,9 @@ def test_accumulated_slices_weigh_every_token_and_entry_alike():
         scored, acted = float((part.target.loss & part.target.valid).sum()), float(part.action_mask.sum())
         _, m = compute_loss(model, part, k, cfg.loss)
         tokens, entries = tokens + scored, entries + acted
-        text, flow = text + scored * float(m["text_ce"]), flow + acted * float(m["flow"])
+        text, flow = text + scored * float(m["subtask_ce"]), flow + acted * float(m["flow"])
         counts.append(scored)
-    np.testing.assert_allclose(float(metrics["text_ce"]), text / tokens, rtol=1e-5)
+    np.testing.assert_allclose(float(metrics["subtask_ce"]), text / tokens, rtol=1e-5)
     np.testing.assert_allclose(float(metrics["flow"]), flow / entries, rtol=1e-5)
     assert len(set(counts)) > 1
     # One slice of everything is a plain gradient.
@@ -190,8 +190,8 @@ def test_training_sees_augmented_images_and_each_step_others(monkeypatch):
     monkeypatch.setattr(steps, "augment", lambda obs, key, *a: seen.append(a[0]) or real(obs, key, *a))
     cfg = dataclasses.replace(CFG, augment=AugmentConfig(crop=0.1, brightness=0.3))
     model, batch = tiny_model(cfg.model), six_rows()
-    losses = [float(gradients(model, model, batch, jax.random.key(k), cfg=cfg)[1]["text_ce"]) for k in (0, 1)]
-    plain = [float(gradients(model, model, batch, jax.random.key(k), cfg=CFG)[1]["text_ce"]) for k in (0, 1)]
+    losses = [float(gradients(model, model, batch, jax.random.key(k), cfg=cfg)[1]["subtask_ce"]) for k in (0, 1)]
+    plain = [float(gradients(model, model, batch, jax.random.key(k), cfg=CFG)[1]["subtask_ce"]) for k in (0, 1)]
     assert plain[0] == pytest.approx(plain[1], rel=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0])
     assert seen.count(cfg.augment) == 1  # traced once, run twice
@@ -199,14 +199,14 @@ def test_training_sees_augmented_images_and_each_step_others(monkeypatch):
 
 def test_mistakes_are_fed_never_asked_for():
     batch, key = six_rows(), jax.random.key(3)
-    same, said = with_mistakes(batch, key, 0.0)
-    assert same is batch and said is batch.target
-    other, said = with_mistakes(batch, key, 0.5)
+    same, fed = with_mistakes(batch, key, 0.0)
+    assert same is batch and fed is batch.target
+    other, fed = with_mistakes(batch, key, 0.5)
     assert other.target is batch.target
     ids, before = np.asarray(batch.target.ids), np.roll(batch.target.ids, 1, axis=0)
-    changed = np.asarray(said.ids) != ids
+    changed = np.asarray(fed.ids) != ids
     assert changed.any()
-    np.testing.assert_array_equal(np.asarray(said.ids)[changed], before[changed])
+    np.testing.assert_array_equal(np.asarray(fed.ids)[changed], before[changed])
     assert batch.target.valid[changed].all() and np.roll(batch.target.valid, 1, axis=0)[changed].all()
     # Rows with mistakes train no actions, the others all of theirs.
     acting = np.asarray(other.action_mask).any((1, 2))
@@ -214,12 +214,28 @@ def test_mistakes_are_fed_never_asked_for():
     np.testing.assert_array_equal(np.asarray(other.action_mask)[acting], batch.action_mask[acting])
 
 
+def test_questions_neither_take_nor_lend_mistakes():
+    batch, key = six_rows(), jax.random.key(3)
+    kind = np.array(batch.target.kind)
+    kind[[1, 4]] = Kind.ANSWER
+    asked = dataclasses.replace(batch, target=dataclasses.replace(batch.target, kind=kind))
+    other, fed = with_mistakes(asked, key, 0.9)
+    ids = np.asarray(batch.target.ids)
+    changed = np.asarray(fed.ids) != ids
+    assert changed[[0, 2, 3, 5]].any() and not changed[[1, 4]].any()
+    lender = np.array([5, 1, 0, 2, 4, 3])  # the row before without the questions
+    np.testing.assert_array_equal(np.asarray(fed.ids)[changed], ids[lender][changed])
+    np.testing.assert_array_equal(np.asarray(other.action_mask)[[1, 4]], batch.action_mask[[1, 4]])
+    # Negative control: as subtasks, the same rows are fed mistakes.
+    assert (np.asarray(with_mistakes(batch, key, 0.9)[1].ids) != ids)[[1, 4]].any()
+
+
 def test_training_feeds_mistakes_and_divides_by_what_is_left():
     cfg = dataclasses.replace(CFG, augment=AugmentConfig(mistakes=0.9))
     model, batch, key = tiny_model(cfg.model), six_rows(), jax.random.key(3)
     metrics = gradients(model, model, batch, key, cfg=cfg)[1]
-    other, said = with_mistakes(batch, jax.random.fold_in(key, steps._MISTAKES), 0.9)
-    want = jax.jit(functools.partial(losses.compute_loss, cfg=cfg.loss))(model, other, key, said=said)[1]
-    for name in ("text_ce", "flow"):
+    other, fed = with_mistakes(batch, jax.random.fold_in(key, steps._MISTAKES), 0.9)
+    want = jax.jit(functools.partial(losses.compute_loss, cfg=cfg.loss))(model, other, key, fed=fed)[1]
+    for name in ("subtask_ce", "flow"):
         np.testing.assert_allclose(metrics[name], want[name], rtol=1e-5)
-    assert abs(float(want["text_ce"]) - float(compute_loss(model, batch, key, cfg.loss)[1]["text_ce"])) > 1e-3
+    assert abs(float(want["subtask_ce"]) - float(compute_loss(model, batch, key, cfg.loss)[1]["subtask_ce"])) > 1e-3
