@@ -3,10 +3,10 @@
     python -m benchmarks.results record tabletop.train -- python infer.py --ckpt tabletop --rollout 100 --json {json}
     python -m benchmarks.results quote            # brings the figures of all pages up to date
 
-`record` runs the command and keeps every number of the JSON that it wrote (to `{json}`, where the command names it), how long
-the command took, the command itself, the date and the machine. A page quotes a number by a comment behind it, which readers do
-not see: `99 %<!--tabletop.train:success-->`. The comment names the entry and the path of the number in its JSON. Number of decimals
-and unit are the page's: `%` is 100 times the fraction, `minutes` a 60th of the seconds.
+`record` runs the command and keeps every number of the JSON that it wrote (to `{json}`, where the command names it),
+how long the command took, the command itself, the date and the machine. A page quotes a number by a comment behind it,
+which readers do not see: `99 %<!--tabletop.train:success-->`. The comment names the entry and the path of the number in
+its JSON. Number of decimals and unit are the page's: `%` is 100 times the fraction, `minutes` a 60th of the seconds.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
-"""Tests compile many tiny programs and run each a few times: compile fast rather than well, and no program twice in a run."""
+"""Tests compile many tiny programs and run each a few times: compile fast rather than well, and no program twice in a
+run."""
 
 import atexit
 import os
@@ -8,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 
-# No optimisation (half the time of the suite), and kernels by XLA's plain emitters where it still has them: those by way of
-# MLIR take four times as long to make. One thread compiles a program: the other core has the other half of the tests.
+# No optimisation (half the time of the suite), and kernels by XLA's plain emitters where it still has them: those by
+# way of MLIR take four times as long to make. One thread compiles a program: the other core has the other half of the
+# tests.
 _FAST = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -19,7 +21,8 @@ _FAST = (
 
 
 def known_flags(flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the flags that the installed XLA knows. It aborts on any other, so that a process of its own asks (0.4 s)."""
+    """Those of the flags that the installed XLA knows. It aborts on any other, so that a process of its own asks (0.4
+    s)."""
     parse = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
     while flags:
         asked = subprocess.run(parse, env={**os.environ, "XLA_FLAGS": " ".join(flags)}, capture_output=True, text=True)

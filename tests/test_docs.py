@@ -1,4 +1,5 @@
-"""If this fails, the map of the code lacks a file, a link leads nowhere, or a page states a figure that was not measured."""
+"""If this fails, the map of the code lacks a file, a link leads nowhere, or a page states a figure that was not
+measured."""
 
 from pathlib import Path
 import re

@@ -1,4 +1,5 @@
-"""If this fails, README promises what does not work: a command ends in an error, or the example prints something else."""
+"""If this fails, README promises what does not work: a command ends in an error, or the example prints something
+else."""
 
 import os
 from pathlib import Path
@@ -21,8 +22,8 @@ TRAINING = [command for command in COMMANDS if "checkpoints/" in command or "--e
 QUICK = [command for command in COMMANDS if command.endswith(("--ckpt tabletop", "--help"))]
 OTHERS = [command for command in COMMANDS if command not in (*TRAINING, *QUICK)]
 
-# What README tells the reader to add for a quick trial, and what makes the other long commands small: flags are added to a
-# command that holds the text on the left.
+# What README tells the reader to add for a quick trial, and what makes the other long commands small: flags are added
+# to a command that holds the text on the left.
 (TRIAL,) = re.findall(r"For a quick trial of a training command add `(.*?)`", README)
 SMALLER = {
     "--config pi05_subtask_tabletop": f"{TRIAL} --data.episodes 3 --data.vision-steps 2",

@@ -1,0 +1,1 @@
+"""Parameters in files, in everybody's layout: read, named, written."""

@@ -1,0 +1,1 @@
+"""What is done with a model: prefill, generation, flow matching, losses."""
