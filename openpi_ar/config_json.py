@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 import types
 import typing
 from typing import Any
@@ -29,17 +28,6 @@ def loads(text: str, *, source: str = "config.json") -> TrainConfig:
         return decode(TrainConfig, json.loads(text), source)
     except json.JSONDecodeError as e:
         raise UserError(f"{source} is not JSON: {e}") from e
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError if it does not."""
-    try:
-        body = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not JSON: {e}") from e
-    if not isinstance(body, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(body).__name__}")
-    return body
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,9 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 
-from openpi_ar import config_json
 from openpi_ar.checkpoints.family import Column
 from openpi_ar.errors import UserError
+from openpi_ar.textfile import read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -62,7 +62,7 @@ def open_source(path: Path) -> Source:
     """
     source = _open(path)
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    return dataclasses.replace(source, settings=config_json.read_object(beside)) if beside.is_file() else source
+    return dataclasses.replace(source, settings=read_object(beside)) if beside.is_file() else source
 
 
 def _open(path: Path) -> Source:

@@ -79,6 +79,11 @@ class Stats:
 
     def run(self) -> None:
         began = time.perf_counter()
+        if out := self.out and Path(self.out).expanduser():
+            try:
+                out.mkdir(parents=True, exist_ok=True)  # before the work that it is for
+            except OSError as e:
+                raise UserError(f"--out {self.out} cannot be made: {e.strerror}; name another directory") from e
         meta = read_meta(self.path)
         frames = read_columns(meta, choose_episodes(meta, self.episodes), [*self.state, *self.actions])
         keys = {"state": self.state, "actions": self.actions}
@@ -92,10 +97,12 @@ class Stats:
         console().print(
             f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video decoded"
         )
-        if self.out:
-            Path(self.out).expanduser().mkdir(parents=True, exist_ok=True)
-            save_norm_stats(Path(self.out).expanduser(), stats)
-            console().print(f"written to {Path(self.out) / 'norm_stats.json'}", soft_wrap=True)
+        if out:
+            try:
+                save_norm_stats(out, stats)
+            except OSError as e:
+                raise UserError(f"--out {self.out} cannot be written: {e.strerror}; name another directory") from e
+            console().print(f"written to {out / 'norm_stats.json'}", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ they are computed, so openpi reads the same numbers out of our file as we do.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import difflib
 import json
 import os
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Literal
 import numpy as np
 
 from openpi_ar.errors import UserError
+from openpi_ar.lookup import nearest
+from openpi_ar.textfile import read_object
 
 FILE = "norm_stats.json"
 ASSETS = "assets"
@@ -174,17 +175,15 @@ def load_norm_stats(
         UserError: the file, a quantity or an array is missing or does not fit, or the stored mode is not the required one.
     """
     path = Path(directory) / FILE
-    if not path.is_file():
-        raise UserError(f"{path} is missing: expected the normalisation statistics of the checkpoint there")
+    body = read_object(path)
     try:
-        body = json.loads(path.read_text())
         mode = body.get("mode", required_mode or default_mode)
         if mode not in _MODE_ARRAYS:
             raise UserError(f"{path}: mode must be quantile or z_score, found {mode!r}")
         check_mode(path, mode, required_mode)
         entries = body["norm_stats"]
         stats = {name: _parse(path, name, entries[name], mode) for name in ("state", "actions")}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path}: expected {{"norm_stats": {{"state": ..., "actions": ...}}}}, found {e!r}') from e
     return stats
 
@@ -214,8 +213,8 @@ def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, know
     if asset_id is not None:
         if asset_id in found:
             return found[asset_id]
-        near = sorted(found, key=lambda name: -difflib.SequenceMatcher(None, asset_id, name).ratio())
-        raise UserError(f"{assets} holds no statistics of --asset-id {asset_id}: it has {', '.join(near)}")
+        near = ", ".join(nearest(asset_id, found))
+        raise UserError(f"{assets} holds no statistics of --asset-id {asset_id}: it has {near}")
     preferred = [name for name in known if name in found]
     if len(found) == 1 or len(preferred) == 1:
         return found[(preferred or list(found))[0]]

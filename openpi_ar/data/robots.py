@@ -6,7 +6,6 @@ the same fields in a YAML or JSON file. Values are openpi's (`src/openpi/policie
 
 from collections.abc import Sequence
 import dataclasses
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from openpi_ar.config import LeRobotData, RobotConfig, TrainConfig
 from openpi_ar.data.robot_spec import ANY, STATE, RobotSpec, Variant, split_key
 from openpi_ar.data.transforms import make_mask
 from openpi_ar.errors import UserError
+from openpi_ar.lookup import nearest
 
 MASKED = ("none", "")
 """In place of a feature: the camera is masked."""
@@ -115,9 +115,8 @@ def get_robot(name: str) -> RobotSpec:
             return loads(Path(name).expanduser().read_text("utf-8"), source=name)
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"robot file {name} cannot be read: {e}") from e
-    near = sorted(ROBOTS, key=lambda r: -difflib.SequenceMatcher(None, name, r).ratio())
     raise UserError(
-        f"unknown robot {name!r}: choose one of {', '.join(near)}, or the path of a .yaml or .json file like them"
+        f"unknown robot {name!r}: choose one of {', '.join(nearest(name, ROBOTS))}, or the path of a .yaml or .json file like them"
     )
 
 
@@ -141,7 +140,9 @@ def loads(text: str, *, source: str = "robot.json") -> RobotSpec:
         raise UserError(f"{source}: expected the fields of a robot, found {type(body).__name__}")
     if isinstance(body.get("state"), list | str):
         keys = [body["state"]] if isinstance(body["state"], str) else body["state"]
-        body["state"] = {str(key): 0 for key in keys}
+        if wrong := [key for key in keys if not isinstance(key, str)]:
+            raise UserError(f"{source}: state names features or raw keys, found {wrong[0]!r}: put it in quotes")
+        body["state"] = dict.fromkeys(keys, 0)
     if isinstance(body.get("actions"), str):
         body["actions"] = [body["actions"]]
     runs = body.pop("delta_mask", None)

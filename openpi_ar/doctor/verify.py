@@ -16,11 +16,11 @@ import numpy as np
 from openpi_ar.algorithms import decode, losses
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import Dtype, LoadOptions
-from openpi_ar.config_json import read_object
 from openpi_ar.doctor.goldens import IMAGE, Golden, input_arrays, observation, read_arrays, text_run
 from openpi_ar.errors import UserError
 from openpi_ar.models.layers import sincos_embedding
 from openpi_ar.models.pi0 import Pi0
+from openpi_ar.textfile import read_object
 from openpi_ar.types import Array, Observation
 
 # Float32 bounds on the largest absolute difference: the rounding of two orders of summation, over 4 to 18 layers. Against

@@ -27,6 +27,7 @@ from tests.lerobot_fixtures import (
     edit_column,
     edit_json,
     source,
+    sources,
 )
 
 TOP, WRIST = (f"observation.images.{name}" for name in CAMERAS)
@@ -123,6 +124,21 @@ def test_a_feature_that_is_not_used_does_no_harm(capsys, tmp_path, entry, words)
     assert "extra" in printed(capsys, "inspect", path)
     assert len(source(path)) == 60
     assert words in refused(capsys, "stats", path, "--state", "extra")
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad").mkdir()
+    err = refused(capsys, "stats", tmp_path / "bad", "--out", tmp_path / "file/stats")
+    assert "file/stats cannot be made: Not a directory" in err  # not that there is no dataset
+
+
+def test_a_dataset_without_episodes_is_shown_and_not_read(capsys, tmp_path):
+    path = broken(tmp_path, "v21_images")
+    (path / "meta/episodes.jsonl").write_text("")
+    edit_json(path / "meta/info.json", lambda info: info.update(total_episodes=0))
+    assert "0 of 0 to 0 frames" in printed(capsys, "inspect", path)
+    assert "has no episodes" in refused(capsys, "stats", path)
 
 
 def test_texts_that_are_not_used_are_not_read(capsys, tmp_path):
@@ -225,6 +241,9 @@ def test_a_name_is_exact_or_the_one_last_part_or_an_error_with_the_nearest_first
     with pytest.raises(UserError, match=r"no feature 'other.state': it has observation.state, "):
         meta.find("other.state")  # a whole name is not cut
     assert map_cameras(meta, ("a", "b"), ("a=x|base_0_rgb", f"b={WRIST}")) == {"a": TOP, "b": WRIST}
+    assert sources(path, state=("state",), cameras=("left_wrist_0_rgb=none", f"base_0_rgb={TOP}"))[2][0] == (
+        "by their last part: state is observation.state"
+    )
     add_feature(path, "depth.base_0_rgb", dtype="image", shape=[64, 64, 3], names=None)
     add_feature(path, "goal.state", dtype="float32", shape=[7], names=None)
     meta = read_meta(path)

@@ -122,6 +122,8 @@ def read_columns(meta: Meta, episodes: Sequence[Episode], keys: Sequence[str]) -
     for key in keys:
         if (kind := meta.feature(key).dtype) in ("image", "video"):
             raise UserError(f"feature {key!r} of {meta.root} holds {kind}s, not numbers: name another one")
+    if not episodes:
+        raise UserError(f"{meta.root} has no episodes")
     by_file: dict = {}
     for episode in episodes:
         by_file.setdefault(episode.data, []).append(episode)
@@ -176,11 +178,15 @@ def subtask_source(meta: Meta, asked: str) -> str:
         if has_index and meta.subtasks_file is not None:
             return "index"
         return "language" if LANGUAGE in meta.features else "none"
-    needs = {"index": SUBTASK_INDEX, "language": LANGUAGE, "task": "task_index"}.get(asked, asked)
-    if asked != "none":
-        feature = meta.feature(needs)
-        if asked == needs and feature.dtype != "string":
-            raise UserError(f"data.subtasks is {asked!r}, but that feature holds {feature.dtype}, not texts")
+    if asked == "none":
+        return asked
+    conventions = {"index": SUBTASK_INDEX, "language": LANGUAGE, "task": "task_index"}
+    if asked not in conventions:
+        asked = meta.find(asked)
+        if (kind := meta.feature(asked).dtype) != "string":
+            raise UserError(f"data.subtasks is {asked!r}, but that feature holds {kind}, not texts")
+        return asked
+    meta.feature(conventions[asked])
     if asked == "index" and meta.subtasks_file is None:
         raise UserError(f"{meta.root / 'meta'} holds no subtasks.parquet (or .jsonl): the texts of {SUBTASK_INDEX}")
     return asked

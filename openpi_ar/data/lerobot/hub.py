@@ -13,7 +13,10 @@ def local_dataset(path: str | Path) -> Path:
 
     Raises UserError if it is neither, the hub's library is not installed, or the download fails.
     """
-    root = Path(path).expanduser()
+    try:
+        root = Path(path).expanduser()
+    except RuntimeError as e:  # "~name" of a user whom the system does not know
+        raise UserError(f"{path}: {e}") from e
     if root.is_dir() or not _NAME.fullmatch(str(path)):
         return root
     try:

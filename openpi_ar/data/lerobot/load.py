@@ -18,6 +18,7 @@ from openpi_ar.data.lerobot.columns import (
 from openpi_ar.data.lerobot.frame_cache import CachedReader, DecodingReader, cached_frames
 from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.source import POSES, LeRobotSource, Table
+from openpi_ar.data.robot_spec import split_key
 from openpi_ar.data.robots import MASKED, of_data
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import matches
@@ -53,7 +54,7 @@ def load_lerobot(
     keys = [*cfg.state, *cfg.actions, "task_index", *label_columns(source), *optional]
     frames = read_columns(meta, choose_episodes(meta, cfg.episodes), keys)
     table = _table(cfg, frames, mapping, source, size)
-    remarks = []
+    remarks = _completed(meta, cfg, mapping)
     usable = np.ones(len(frames), bool)
     if says_text:
         usable = _labelled(table, source)
@@ -118,6 +119,19 @@ def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dic
     for key in filter(None, mapping.values()):
         meta.feature(key)
     return mapping
+
+
+def _completed(meta: Meta, cfg: LeRobotData, mapping: Mapping[str, str | None]) -> list[str]:
+    """A remark on the names in the config that are a feature's last part only; a robot's keys always are."""
+    if cfg.robot.name:
+        return []
+    asked = {name for key in (*cfg.state, *cfg.actions) if (name := split_key(key)[0]) not in meta.features}
+    found = {name: meta.find(name) for name in sorted(asked)}
+    for entry in cfg.cameras:
+        camera, _, keys = entry.partition("=")
+        if (feature := mapping.get(camera)) is not None and feature not in keys.split("|"):
+            found[keys] = feature
+    return [f"by their last part: {', '.join(f'{name} is {key}' for name, key in found.items())}"] if found else []
 
 
 def _table(
