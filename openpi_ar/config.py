@@ -261,8 +261,8 @@ class AugmentConfig:
     saturation: float = 0.0
     """Factor on the distance from each pixel's own grey, drawn from 1 +- this (0.5)."""
     mistakes: float = 0.0
-    """Fraction of the rows whose text so far is fed with mistakes: a third of its tokens are those of another row. What is to
-    be said stays. Without them a model reads the next word off its own last ones, where the prompt should decide it. These
+    """Fraction of the rows whose subtask is fed with mistakes: a third of its tokens are those of another row. The target
+    stays. Without mistakes a model can predict the next word from its last ones, where the prompt should decide it. These
     rows train no actions."""
 
 

@@ -1,6 +1,6 @@
-"""The dry run: everything that training would be fed, for people to look at, and what is odd about it.
+"""The dry run: prints what training would be fed, and lists what looks wrong.
 
-No image is decoded but those of the first frame; statistics and labels are of all frames.
+Images are decoded of the few rows that are shown; statistics and labels are of all rows.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def dry_run(
     remarks: Sequence[str] = (),
     plot: Path | None = None,
 ) -> list[str]:
-    """Prints mapping, ranges after normalisation, labels, and prompts with targets; returns what is odd, a line each.
+    """Prints mapping, ranges after normalisation, labels, and prompts with targets; returns remarks on what looks wrong.
 
     `plot`: image file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the model.
     """
@@ -187,7 +187,7 @@ def _labels(train: TrainingSource, transform: InputTransform) -> list[str]:
 
 
 def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> tuple[Group, list[str]]:
-    """Some frames' texts byte for byte, and the budgets checked on all texts."""
+    """Some rows' prompts and targets byte for byte, and remarks on texts over their budget."""
     table = new_table("frame", "", "text, byte for byte", "tokens", "of", title="texts")
     for i in np.linspace(0, len(train) - 1, min(_SHOWN, len(train))).astype(int):
         raw = train[int(i)]
@@ -206,7 +206,7 @@ def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
     tokenizer, text, template, odd = transform.tokenizer, cfg.text, transform.template({}), []
-    # No state is written longer than this one: three digits a dimension.
+    # No state takes more tokens than this one: three digits a dimension.
     longest_state = np.ones(transform.state_stats.dims)
     for task in train.prompts:
         used = 1 + len(tokenizer.encode(template.prompt_text(task, longest_state)))

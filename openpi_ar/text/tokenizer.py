@@ -72,7 +72,7 @@ class Tokenizer:
         return self._sp.encode(text, out_type=int)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; control ids say nothing, bytes that are not UTF-8 become U+FFFD.
+        """Text of ids; control ids are left out, bytes that are not UTF-8 become U+FFFD.
 
         With the embedded tokenizer `decode(encode(text)) == text` for every text, except that U+2581, which
         SentencePiece uses for the space, comes back as one.
@@ -80,7 +80,7 @@ class Tokenizer:
         return self._sp.decode(ids)
 
     def piece(self, token: int) -> str:
-        """How an id is written, for people."""
+        """The human-readable piece of an id."""
         return self._sp.id_to_piece(token)
 
     def _is_text(self, i: int, piece: str) -> bool:

@@ -1,5 +1,6 @@
 """If this fails, models read prompts that differ from those they were trained on, or learn from the wrong tokens."""
 
+from pathlib import Path
 import random
 
 import numpy as np
@@ -178,3 +179,13 @@ def test_missing_or_broken_state_and_unknown_templates_are_refused(tok):
         get_template("vga")
     with pytest.raises(UserError, match="subtask_"):
         get_template("subtask_")
+
+
+def test_the_documented_table_is_the_code():
+    lines = (Path(__file__).parents[2] / "docs" / "configs.md").read_text().splitlines()
+    rows = dict(line.removeprefix("| ").split(" | ", 1) for line in lines if line.startswith("| "))
+    for name, t in TEMPLATES.items():
+        task, text = ("{question}", "{answer}") if t.key == "answer" else ("{task}", "{subtask}")
+        prompt = f"`{t.prompt}`".replace("\n", "\\n").replace("{task}", task) + ", lower-cased" * t.lower
+        target = "none" if t.target is None else f"`{t.target}`".replace("\n", "\\n").replace("{text}", text)
+        assert rows[f"`{name}`"] == f"{prompt} | {target} | {'needed' if t.needs_state else 'not needed'} |"
