@@ -234,9 +234,9 @@ def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps), where)
     need = memory.measure(cfg, step_fn, state, memory.abstract_batch(cfg, placement.batch))
-    have, source = memory.available_bytes()
-    distributed.say(memory.describe(need, have, source, "memory of the compiled training step"))
-    memory.check(cfg, need, have, source, PRESETS, devices=placement.devices)
+    have = memory.available()
+    distributed.say(memory.describe(need, have, "memory of the compiled training step"))
+    memory.check(cfg, need, have, PRESETS, devices=placement.devices)
     return step_fn
 
 
@@ -255,8 +255,8 @@ def run(argv: Sequence[str]) -> None:
     distributed.start(args.distributed)  # nothing has computed until here
     resume_from = experiment.agreed_step(cfg, resume_from)
     placement = make_placement(cfg)
-    need, have, source = memory.check_fits(cfg, PRESETS, devices=placement.devices)
-    distributed.say(memory.describe(need, have, source))
+    need, have = memory.check_fits(cfg, PRESETS, devices=placement.devices)
+    distributed.say(memory.describe(need, have))
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
     state, data.loader.position = make_state(cfg, placement, data.train, data.transform, resume_from)

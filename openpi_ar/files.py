@@ -19,6 +19,11 @@ def cache_root(given: str | Path | None = None) -> Path:
     return Path(given or os.environ.get("OPENPI_AR_CACHE") or "~/.cache/openpi_ar").expanduser()
 
 
+def openpi_cache_root() -> Path:
+    """Where openpi puts its downloads, which are found and not fetched again: `$OPENPI_DATA_HOME`, else `~/.cache/openpi`."""
+    return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
+
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -50,6 +55,13 @@ def when_whole(path: Path, *, must_be_new: bool = False) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one step: another process reads the old text or the new one, and a killed one leaves either."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 class Mapped:

@@ -349,7 +349,7 @@ def test_bad_data_is_found_before_overwrite_deletes(uninterrupted, capsys):
 
 
 def test_run_that_cannot_fit_stops_before_data_or_weights(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(memory, "available_bytes", lambda: (24 * memory.GIB, "host memory"))
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(24 * memory.GIB, "host memory"))
     monkeypatch.setattr(train, "make_data", lambda *a: pytest.fail("data was touched"))
     err = refused(["--config", "pi05_subtask", "--checkpoint-dir", str(tmp_path)], capsys)
     assert "pi05_subtask_tabletop" in err and "GiB" in err
@@ -357,7 +357,7 @@ def test_run_that_cannot_fit_stops_before_data_or_weights(monkeypatch, capsys, t
 
 
 def test_full_size_preset_with_enough_memory_asks_for_its_data(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(memory, "available_bytes", lambda: (200 * memory.GIB, "device"))
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(200 * memory.GIB, "device"))
     err = refused(["--config", "pi05_subtask", "--checkpoint-dir", str(tmp_path)], capsys)
     assert "data.path must name" in err and "--config pi05_subtask_tabletop" in err
 

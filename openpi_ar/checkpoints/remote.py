@@ -1,12 +1,9 @@
-"""Where a checkpoint is: shipped with the package, on this disk, or remote and copied to openpi's cache.
+"""Finds a checkpoint: shipped with the package, on this disk, or remote and copied to openpi's cache.
 
-A remote one is downloaded once, and resumed after an interruption.
-
-`$OPENPI_DATA_HOME`, else `~/.cache/openpi`, laid out as openpi does (`gs://bucket/a/b` is `<cache>/bucket/a/b`), so that what
-openpi has downloaded is found and not fetched again.
+A remote one is downloaded once, and resumed after an interruption. The cache (`files.openpi_cache_root`) is laid out as openpi
+does it: `gs://bucket/a/b` is `<cache>/bucket/a/b`.
 """
 
-import os
 from pathlib import Path, PurePosixPath
 import re
 from typing import Any
@@ -17,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import openpi_ar
 from openpi_ar.errors import UserError
+from openpi_ar.files import openpi_cache_root
 
 SHIPPED = {"tabletop": Path(openpi_ar.__file__).parent / "assets" / "tabletop"}
 """Names of the checkpoints that come with the package, and where they are."""
@@ -24,11 +22,6 @@ SHIPPED = {"tabletop": Path(openpi_ar.__file__).parent / "assets" / "tabletop"}
 _BLOCK = 8 << 20
 _PARTIAL = ".partial"
 _SCHEMES = ("gs", "http", "https", "hf", "s3", "file")
-
-
-def cache_dir() -> Path:
-    """Directory of downloads."""
-    return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
 
 
 def shipped(path: str | Path) -> str | Path:
@@ -49,8 +42,8 @@ def shipped(path: str | Path) -> str | Path:
 def local_copy(path: str | Path) -> Path:
     """A local path as it is; an address or hub id (`owner/name`) as its copy in the cache, downloaded if need be.
 
-    `tabletop` is the checkpoint that comes with the package (`shipped`). A file is written as `<name>.partial` and renamed when whole; a directory is marked complete after its last file.
-    Raises UserError if it cannot be reached.
+    `tabletop` is the checkpoint that comes with the package (`shipped`). A file is written as `<name>.partial` and renamed when
+    it is complete; a directory is marked complete after its last file. Raises UserError if the address cannot be reached.
     """
     text = str(shipped(path))
     scheme = text.split("://", 1)[0] if "://" in text else ""
@@ -64,7 +57,7 @@ def local_copy(path: str | Path) -> Path:
             f"{text}: expected a local path, a hub id or an address of {', '.join(_SCHEMES)}, found {scheme}://"
         )
     parts = urlsplit(text)
-    target = cache_dir() / (parts.netloc.replace(":", "_") or scheme) / parts.path.strip("/")
+    target = openpi_cache_root() / (parts.netloc.replace(":", "_") or scheme) / parts.path.strip("/")
     if target.is_file() or (target.is_dir() and not (target.parent / f".{target.name}{_PARTIAL}").exists()):
         return target
     try:
@@ -75,8 +68,8 @@ def local_copy(path: str | Path) -> Path:
         raise UserError(f"{text}: {scheme}:// needs one more package ({e}): pip install 'openpi-ar[remote]'") from e
     except Exception as e:  # every backend has its own errors
         raise UserError(
-            f"{text} cannot be downloaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}; what is there stays in "
-            f"{target.parent} and the next try goes on from it. Or fetch it by hand and give the local path"
+            f"{text} cannot be downloaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}; what has arrived "
+            f"stays in {target.parent}, and the next try resumes there. Or download it yourself and give the local path"
         ) from e
     return target
 

@@ -8,13 +8,13 @@ they are computed, so openpi reads the same numbers out of our file as we do.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from openpi_ar.errors import UserError
+from openpi_ar.files import replace_text
 from openpi_ar.lookup import nearest
 from openpi_ar.textfile import read_object
 
@@ -156,9 +156,7 @@ def save_norm_stats(directory: str | Path, stats: Mapping[str, NormStats]) -> No
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{FILE}.tmp"
-    scratch.write_text(json.dumps(body, indent=2) + "\n")
-    os.replace(scratch, folder / FILE)
+    replace_text(folder / FILE, json.dumps(body, indent=2) + "\n")
 
 
 def load_norm_stats(

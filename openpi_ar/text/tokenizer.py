@@ -1,6 +1,5 @@
 """SentencePiece behind a small surface: ids in, ids out, and which ids text may be made of."""
 
-import os
 from pathlib import Path
 import re
 
@@ -8,6 +7,7 @@ import numpy as np
 import sentencepiece
 
 from openpi_ar.errors import UserError
+from openpi_ar.files import openpi_cache_root
 
 EMBEDDED = Path(__file__).parent / "assets" / "tabletop.model"
 PALIGEMMA_URL = "gs://big_vision/paligemma_tokenizer.model"
@@ -107,8 +107,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def paligemma_paths() -> tuple[Path, Path]:
     """Where PaliGemma's model is looked for: openpi's own cache layout first."""
-    home = os.environ.get("OPENPI_DATA_HOME")
-    cache = Path(home).expanduser() if home else Path.home() / ".cache" / "openpi"
+    cache = openpi_cache_root()
     return cache / "big_vision" / "paligemma_tokenizer.model", cache / "paligemma_tokenizer.model"
 
 

@@ -1,4 +1,4 @@
-"""Keeps the parameters of the best evaluation apart from the run's own checkpoints, which come and go."""
+"""Saves the parameters of the best evaluation, apart from the run's checkpoints, of which only the last ones stay."""
 
 from collections.abc import Mapping
 import math
@@ -31,13 +31,13 @@ class KeepBest:
         self._writer = CheckpointStore(directory / FOLDER, keep_last=0)
 
     def _earlier(self, directory: Path) -> float:
-        """The value of what is kept already, infinite if there is nothing."""
+        """The value of what is saved already, infinite if there is nothing."""
         kept = store.latest_step(directory / FOLDER)
         if kept is None:
             return math.inf
         known = {r["step"]: r.get(self._metric) for r in read_metrics(directory / FILE) if r["kind"] == "eval"}
         value = known.get(kept)
-        if value is None:  # of a step after the one resumed from: it will come again
+        if value is None:  # of a step after the one resumed from, which will be evaluated again
             shutil.rmtree(directory / FOLDER)
             return math.inf
         return self._sign * value

@@ -1,8 +1,8 @@
-"""One run in several processes: who they are, what they agree on, and which of them speaks.
+"""One run in several processes: setup, agreement, and output of the first process alone.
 
-JAX runs the same program in every process and joins their devices into one mesh; `training/sharding.py` needs to know nothing
-of it. What differs from process to process is here: how they find each other, files that one alone writes, rows of a batch
-that each makes for its own devices (`data/shards.py`), and decisions that all must take alike.
+JAX runs the same program in every process and joins their devices into one mesh, so `training/sharding.py` is the same for
+one process and for many. What differs is here: how processes find each other, files that one of them writes, and decisions
+that all must take alike. `data/shards.py` has the rows of a batch that each process makes for its own devices.
 """
 
 from collections.abc import Iterator, Mapping
@@ -138,7 +138,7 @@ def _wait_for_coordinator(cfg: Distributed) -> None:
     )
 
 
-# ---- who speaks -----------------------------------------------------------------------------------------------------
+# ---- the first process ----------------------------------------------------------------------------------------------
 
 
 def several() -> bool:
@@ -157,7 +157,7 @@ def say(*lines: str) -> None:
         print("\n".join(lines), flush=True)
 
 
-# ---- what all do alike ----------------------------------------------------------------------------------------------
+# ---- agreement ------------------------------------------------------------------------------------------------------
 
 
 def same_everywhere(tree: Any) -> Any:
@@ -174,7 +174,7 @@ def agree(value: float) -> float:
 
 @contextlib.contextmanager
 def primary_first(what: str) -> Iterator[None]:
-    """Process 0 goes through the block first: what it leaves in a shared cache the others find there."""
+    """Process 0 runs the block first; the others wait, and find in a shared cache what it wrote."""
     if several() and not is_primary():
         multihost_utils.sync_global_devices(what)
     yield
@@ -197,12 +197,12 @@ def check_shared(directory: os.PathLike[str]) -> None:
 
 
 def spread(tree: Any, where: Any) -> Any:
-    """A tree that every process has as a whole, on the devices of all (`where`: a tree of shardings)."""
+    """Places a tree, which every process holds whole, on the devices of all (`where`: a tree of shardings)."""
     return jax.tree.map(put, tree, where) if several() else jax.device_put(tree, where)
 
 
 class PreemptionNotice:
-    """True at a step that all processes have agreed on after any of them got SIGTERM. Ask once a step, in every process.
+    """True at a step that all processes have agreed on after any of them got SIGTERM; must be asked once a step, in every process.
 
     jax catches the signal and agrees on the step; Ctrl-C is passed on as that signal.
     """

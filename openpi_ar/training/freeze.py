@@ -1,7 +1,7 @@
-"""What is trained and what is not: a table of path patterns (`TrainConfig.frozen`), never code.
+"""Which parameters are frozen: a table of path patterns (`TrainConfig.frozen`).
 
 Frozen parameters take part in the forward pass only: no gradient, no optimizer moments and no average exist for them. The
-trained ones are held apart as a nested dict, named as in a checkpoint; where nothing is frozen they are the model itself.
+others are a nested dict, named as in a checkpoint (`params.split`); where nothing is frozen they are the model itself.
 """
 
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from openpi_ar.models.pi0 import Pi0
 from openpi_ar.params import leaf_paths
 
 _KEPT_FLOAT32 = re.compile(r"(^|[/_])(scale|bias)$")
-"""Norms and biases: next to nothing in memory, and a norm's weight is a small distance from 1."""
+"""Norms and biases: they take no memory to speak of, and what a norm's weight differs from 1 by is lost in bfloat16."""
 
 
 def is_frozen(path: str, table: tuple[str, ...]) -> bool:

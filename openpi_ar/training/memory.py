@@ -1,11 +1,12 @@
-"""Will it fit? First an estimate from shapes alone, before anything is compiled; then XLA's own account of the compiled
+"""Memory that a run needs: an estimate from shapes alone, before anything is compiled; then XLA's own account of the compiled
 step, before any data or weights are loaded.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,17 +52,18 @@ def estimate(cfg: TrainConfig, *, devices: int = 1) -> Estimate:
     """Estimate for one of `devices` devices, each with its share of the batch. Costs no memory itself.
 
     Parameters, optimizer and average are exact, and only what is trained has the latter two; gradients count once (clipping
-    and AdamW fuse over them); activations are those that the backward pass keeps plus the working set of the dearest block.
+    and AdamW fuse over them); activations are those that the backward pass keeps plus the working set of the most expensive block.
     Raises UserError for a table of frozen parameters that does not fit the model.
     """
     state = abstract_state(cfg)
     trained = split(state.model, freeze.frozen_paths(cfg, state.model))
     rows = -(-cfg.batch_size // devices)
+    size = functools.partial(sharding.nbytes, sharding.TABLES[type(cfg.model)], fsdp=cfg.fsdp_devices)
     return Estimate(
-        parameters=sharding.nbytes(state.model, cfg.fsdp_devices),
-        gradients=sharding.nbytes(trained, cfg.fsdp_devices) * (1 if cfg.optimizer.accumulate == 1 else 2),
-        optimizer=sharding.nbytes(state.opt_state, cfg.fsdp_devices),
-        average=sharding.nbytes(state.ema, cfg.fsdp_devices),
+        parameters=size(state.model),
+        gradients=size(trained) * (1 if cfg.optimizer.accumulate == 1 else 2),
+        optimizer=size(state.opt_state),
+        average=size(state.ema),
         activations=-(-rows // cfg.optimizer.accumulate) * _activation_bytes(cfg),
         batch=nbytes(abstract_batch(cfg)) // devices * 2,  # the one in use and the one on its way
     )
@@ -99,7 +101,7 @@ def nbytes(tree: Any) -> int:
 
 
 def measure(cfg: TrainConfig, step_fn: Any, state: TrainState, batch: Batch) -> Estimate:
-    """The plan of the compiled step, per device, from XLA: nothing of it is run or allocated.
+    """Memory of the compiled step, per device, as XLA plans it: nothing is run or allocated.
 
     `step_fn` is a jitted train step; `state` and `batch` are abstract and carry their shardings. State and batch are those
     of the arguments; what the program needs besides (`memory_analysis`: temporaries, and outputs that take no argument's
@@ -109,7 +111,7 @@ def measure(cfg: TrainConfig, step_fn: Any, state: TrainState, batch: Batch) -> 
 
 
 def planned(cfg: TrainConfig, analysis: Any, state: TrainState, batch: Batch) -> Estimate:
-    """The plan from `memory_analysis()` of a compiled step."""
+    """Memory of a compiled step, from its `memory_analysis()`."""
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     trained = split(state.model, freeze.frozen_paths(cfg, state.model))
     gradients = min(_per_device(trained), needed)
@@ -131,54 +133,59 @@ def _per_device(tree: Any) -> int:
     return total
 
 
-def available_bytes() -> tuple[int, str]:
-    """Free memory of the first device, and where the figure comes from: the device, else the host."""
+class Free(NamedTuple):
+    """Memory that is free for a run: bytes, and where the figure comes from."""
+
+    bytes: int
+    source: str
+
+
+def available() -> Free:
+    """Free memory of the first device if it says so, else of the host."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if limit := stats.get("bytes_limit"):
-        return limit - stats.get("bytes_in_use", 0), f"{device.device_kind}"
-    return _host_bytes(), "host memory"
+        return Free(limit - stats.get("bytes_in_use", 0), f"{device.device_kind}")
+    return Free(_host_bytes(), "host memory")
 
 
-def check_fits(cfg: TrainConfig, presets: Mapping[str, TrainConfig], *, devices: int = 1) -> tuple[Estimate, int, str]:
-    """(estimate, available bytes, their source). Raises UserError naming the presets that would fit if this cannot, even if
-    the estimate is a quarter too high.
+def check_fits(cfg: TrainConfig, presets: Mapping[str, TrainConfig], *, devices: int = 1) -> tuple[Estimate, Free]:
+    """The estimate and the free memory. Raises UserError naming the presets that would fit, if this one would not even if the
+    estimate were a quarter too high.
     """
-    need = estimate(cfg, devices=devices)
-    have, source = available_bytes()
-    check(cfg, need, have, source, presets, devices=devices, sure=_SURE)
-    return need, have, source
+    need, have = estimate(cfg, devices=devices), available()
+    check(cfg, need, have, presets, devices=devices, sure=_SURE)
+    return need, have
 
 
 def check(
     cfg: TrainConfig,
     need: Estimate,
-    have: int,
-    source: str,
+    have: Free,
     presets: Mapping[str, TrainConfig],
     *,
     devices: int = 1,
     sure: float = 1.0,
 ) -> None:
     """Raises UserError naming the presets that would fit if `need` (the fraction `sure` of it) is more than `have`."""
-    if sure * need.total <= have:
+    if sure * need.total <= have.bytes:
         return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.table()[:-1])
     spread = {name: dataclasses.replace(p, fsdp_devices=cfg.fsdp_devices) for name, p in presets.items()}
-    fitting = [name for name, preset in spread.items() if estimate(preset, devices=devices).total <= have]
+    fitting = [name for name, preset in spread.items() if estimate(preset, devices=devices).total <= have.bytes]
     advice = f"presets that fit: {', '.join(fitting)}" if fitting else "no preset fits"
     raise UserError(
-        f"training {cfg.name} needs about {need.total / GIB:.1f} GiB ({parts}), but {have / GIB:.1f} GiB of {source} is "
-        f"free; {advice}; a smaller --batch-size, --optimizer.accumulate, --optimizer.moment-dtype bfloat16 or --optimizer.ema-decay None "
-        f"saves some"
+        f"training {cfg.name} needs about {need.total / GIB:.1f} GiB ({parts}), but {have.bytes / GIB:.1f} GiB of "
+        f"{have.source} is free; {advice}; a smaller --batch-size, --optimizer.accumulate, --optimizer.moment-dtype bfloat16 or "
+        f"--optimizer.ema-decay None saves some"
     )
 
 
-def describe(need: Estimate, have: int, source: str, title: str = "memory of the training step, estimated") -> str:
+def describe(need: Estimate, have: Free, title: str = "memory of the training step, estimated") -> str:
     """The table that is printed before data and weights are loaded."""
     unit, name = (GIB, "GiB") if need.total >= 10 * GIB else (2**20, "MiB")
     rows = [f"    {part:<12}{size / unit:10,.1f}" for part, size in need.table()]
-    return "\n".join([f"{title} ({name}; {have / GIB:.1f} GiB of {source} free):", *rows])
+    return "\n".join([f"{title} ({name}; {have.bytes / GIB:.1f} GiB of {have.source} free):", *rows])
 
 
 def _host_bytes() -> int:
@@ -198,7 +205,7 @@ def _host_bytes() -> int:
 
 
 def _activation_bytes(cfg: TrainConfig) -> int:
-    """Per row of the batch."""
+    """Bytes that the backward pass keeps for one row of the batch, and the working set."""
     m, size = cfg.model, 2 if cfg.model.dtype == "bfloat16" else _F32
     s = m.siglip
     vision = TowerConfig(s.width, s.depth, s.mlp_dim, s.num_heads, s.num_heads, s.width // s.num_heads)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from openpi_ar.algorithms.losses import PARTS
 from openpi_ar.config import TrainConfig
+from openpi_ar.files import replace_text
 from openpi_ar.training import distributed, tracking
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
@@ -37,7 +38,7 @@ class MetricsLog:
         self._tensorboard = tracking.tensorboard(directory, start_step) if cfg.tensorboard else None
         self._wandb = tracking.wandb(directory, cfg) if cfg.wandb else None
         kept = [json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= start_step]
-        self.path.write_text("".join(kept))
+        replace_text(self.path, "".join(kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record; flushed, so that a killed run keeps what it has seen."""

@@ -4,8 +4,8 @@
     parameters,     cut into `fsdp` pieces along the axis that the table calls `cut`, and whole on each of the `data`
     optimizer, EMA  replicas; XLA gathers a layer when it is used and scatters its gradient (ZeRO-3)
 
-Modules know nothing of this. A parameter that no row of the table names is an error: a forgotten one would silently be
-whole on every device.
+Modules know nothing of this: each family of models has a table (`sharding_pi0.py`). A parameter that no row of it names is an
+error: a forgotten one would silently be whole on every device.
 """
 
 import dataclasses
@@ -15,49 +15,28 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import ModelConfig, TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.params import leaf_paths
+from openpi_ar.training.sharding_pi0 import PI0
 
 MESH_AXES: dict[str, tuple[str, ...] | None] = {"rows": ("data", "fsdp"), "cut": ("fsdp",), "-": None}
 """Logical axes -> mesh axes."""
 
-TABLE: tuple[tuple[str, str], ...] = (
-    # Norms, biases and gates: too small to be worth the communication.
-    ("*scale", "whole"),
-    ("*bias", "whole"),
-    # [L in hidden out] and the like: the model's width is what every matrix has and is a multiple of any device count.
-    ("*/layers/q/w", "- - cut -"),
-    ("*/layers/kv/w", "- - - cut -"),
-    ("*/layers/out/w", "- - - cut"),
-    ("*/layers/mlp/gate_up", "- - cut -"),
-    ("*/layers/mlp/down", "- - cut"),
-    ("*lora_a", "whole"),
-    ("*lora_b", "whole"),
-    ("*/layers/*/modulation/kernel", "- cut -"),
-    ("*/norm/modulation/kernel", "cut -"),
-    ("*embedder/table", "- cut"),
-    ("*img/patch_kernel", "- - - cut"),
-    ("*img/pos_embedding", "- cut"),
-    ("*img/*/attn/[qkv]/w", "- cut - -"),
-    ("*img/*/attn/out/w", "- - - cut"),
-    ("*img/*/fc[12]/kernel", "- cut -"),
-    ("*img/head/kernel", "cut -"),
-    ("*action_in/kernel", "- cut"),
-    ("*action_out/kernel", "cut -"),
-    ("*state_in/kernel", "- cut"),
-    ("*_mlp_in/kernel", "cut -"),
-    ("*_mlp_out/kernel", "cut -"),
-)
-"""(pattern of parameter paths, logical axis of each array axis, or `whole`); the first row that matches decides.
-Patterns begin with `*`: a moment's path is that of its parameter behind a prefix."""
+Table = tuple[tuple[str, str], ...]
+"""(pattern of parameter paths, logical axis of each array axis, or `whole`); the first row that matches decides. Patterns begin
+with `*`: a moment's path is that of its parameter behind a prefix."""
+
+TABLES: dict[type[ModelConfig], Table] = {ModelConfig: PI0}
+"""The table of each family of models, by its type of configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the two shardings that everything but parameters has."""
+    """A mesh, the table that says how parameters lie on it, and the two shardings that everything else has."""
 
     mesh: Mesh
+    table: Table
 
     @property
     def replicated(self) -> NamedSharding:
@@ -104,12 +83,13 @@ def make_placement(cfg: TrainConfig) -> Placement:
             + (f" in {slices} slices" if slices > 1 else "")
             + ": use a multiple of it"
         )
-    return Placement(jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2))
+    mesh = jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return Placement(mesh, TABLES[type(cfg.model)])
 
 
-def spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec | None:
-    """Of a parameter; None if no row names its path. What does not divide into `fsdp` pieces stays whole."""
-    for pattern, axes in TABLE:
+def spec(table: Table, path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec | None:
+    """How a parameter is cut; None if no row names its path. What does not divide into `fsdp` pieces stays whole."""
+    for pattern, axes in table:
         if not fnmatchcase(path, pattern):
             continue
         names = axes.split()
@@ -129,21 +109,22 @@ def shardings(tree: Any, placement: Placement) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     found, unnamed = [], []
     for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
-        where = PartitionSpec() if leaf.ndim == 0 else spec(path, leaf.shape, placement.fsdp)
+        where = PartitionSpec() if leaf.ndim == 0 else spec(placement.table, path, leaf.shape, placement.fsdp)
         if where is None:
             unnamed.append(f"{path} {list(leaf.shape)}")
         found.append(NamedSharding(placement.mesh, PartitionSpec() if where is None else where))
     if unnamed:
         raise UserError(
-            f"no row of openpi_ar/training/sharding.py names {', '.join(unnamed)}: add one that says which axis is cut"
+            f"no row of the sharding table names {', '.join(unnamed)}: add one to it, in openpi_ar/training/, that says which "
+            f"axis is cut"
         )
     return jax.tree.unflatten(structure, found)
 
 
-def nbytes(tree: Any, fsdp: int = 1) -> int:
-    """Bytes that one device holds of a model, train state or part of one (abstract or concrete)."""
+def nbytes(table: Table, tree: Any, fsdp: int = 1) -> int:
+    """Bytes that one of `fsdp` devices holds of a model, train state or part of one (abstract or concrete)."""
     total = 0
     for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
-        where = spec(path, leaf.shape, fsdp) if leaf.ndim else None
+        where = spec(table, path, leaf.shape, fsdp) if leaf.ndim else None
         total += leaf.size * leaf.dtype.itemsize // (fsdp if where else 1)
     return total

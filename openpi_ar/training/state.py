@@ -12,7 +12,7 @@ from openpi_ar.models.pi0 import Pi0
 from openpi_ar.params import join, split
 from openpi_ar.training import freeze
 
-# Streams drawn from the run's seed; fixed numbers, so that a new one never shifts the others.
+# Numbers of the random streams of a run's seed: fixed, so that a new stream changes no other.
 _INIT, _TRAIN = 0, 1
 
 

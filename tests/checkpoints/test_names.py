@@ -82,6 +82,13 @@ def test_one_parameter_under_two_names_is_refused():
         match.recognise(dataclasses.replace(source, specs=twice), (FAMILY,))
 
 
+def test_every_row_is_a_parameter_of_some_model():
+    lora = dataclasses.replace(GEMMA_2B, lora_rank=2)
+    models = [dataclasses.replace(cfg, vlm=lora, expert=lora) for cfg in FULL.values()]
+    paths = {path for cfg in models for path in flatten(nnx.eval_shape(lambda cfg=cfg: Pi0(cfg, rngs=nnx.Rngs(0))))}
+    assert paths == FAMILY.by_path.keys()
+
+
 def test_table_names_are_unique():
     for column in ("ours", "openpi", "torch"):
         names = [name for row in FAMILY.rows for name in row.names(column)]

@@ -53,37 +53,37 @@ def test_activations_scale_with_rows_and_shrink_with_remat_and_devices():
 
 
 def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: (24 * memory.GIB, "host memory"))
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(24 * memory.GIB, "host memory"))
     with pytest.raises(UserError) as error:
         memory.check_fits(FULL, PRESETS)
     text = str(error.value)
     assert "pi05_subtask needs about" in text and "24.0 GiB of host memory" in text
     fitting = text.split("presets that fit: ")[1].split(";")[0].split(", ")
     assert fitting == ["pi05_subtask_tabletop", "pi05_tabletop", "pi0_tabletop", "debug", "pi05_subtask_lora"]
-    need, have, source = memory.check_fits(DEBUG, PRESETS)
-    assert need.total < have == 24 * memory.GIB and source == "host memory"
-    assert "MiB" in memory.describe(need, have, source)
+    need, have = memory.check_fits(DEBUG, PRESETS)
+    assert need.total < have.bytes == 24 * memory.GIB and have.source == "host memory"
+    assert "MiB" in memory.describe(need, have)
 
 
 def test_what_might_fit_is_decided_by_the_compiled_step(monkeypatch):
     need = memory.estimate(DEBUG)
-    monkeypatch.setattr(memory, "available_bytes", lambda: (int(0.8 * need.total), "host memory"))
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(int(0.8 * need.total), "host memory"))
     memory.check_fits(DEBUG, PRESETS)
     with pytest.raises(UserError, match="training debug needs about .* no preset fits"):
-        memory.check(DEBUG, need, *memory.available_bytes(), PRESETS)
-    monkeypatch.setattr(memory, "available_bytes", lambda: (int(0.7 * need.total), "host memory"))
+        memory.check(DEBUG, need, memory.available(), PRESETS)
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(int(0.7 * need.total), "host memory"))
     with pytest.raises(UserError, match="training debug needs about"):
         memory.check_fits(DEBUG, PRESETS)
 
 
 def test_nothing_fits_in_nothing(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: (0, "host memory"))
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(0, "host memory"))
     with pytest.raises(UserError, match="no preset fits"):
         memory.check_fits(DEBUG, PRESETS)
 
 
 def test_free_memory_is_read_from_this_machine():
-    have, source = memory.available_bytes()
+    have, source = memory.available()
     assert 2**28 < have < 2**44 and source
 
 

@@ -1,6 +1,7 @@
 """If this fails, a run on several devices learns something else than on one, or saves no memory by it."""
 
 import dataclasses
+from fnmatch import fnmatchcase
 import json
 import os
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 
 from configs import PRESETS
 from openpi_ar.errors import UserError
-from openpi_ar.params import flatten
+from openpi_ar.params import flatten, leaf_paths
 from openpi_ar.training import memory, sharding
+from openpi_ar.training.sharding_pi0 import PI0
 
 ROOT = Path(__file__).parents[2]
 DEBUG, FULL, LORA = PRESETS["debug"], PRESETS["pi05_subtask"], PRESETS["pi05_subtask_lora"]
@@ -28,6 +30,7 @@ from configs import PRESETS
 from openpi_ar.data.inputs import stack_rows, to_device
 from openpi_ar.training import memory, sharding
 from openpi_ar.training.optimizer import make_optimizer
+from openpi_ar.training.sharding_pi0 import PI0
 from openpi_ar.training.state import train_key
 from openpi_ar.training.step import make_train_step
 from tests.data_fixtures import sources, transform
@@ -47,7 +50,7 @@ out = {}
 for name, count, pieces in (("one", 1, 1), ("8x1", 8, 1), ("4x2", 8, 2), ("1x8", 8, 8)):
     mesh = jax.make_mesh((count // pieces, pieces), ("data", "fsdp"), devices=jax.devices()[:count],
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    placement = sharding.Placement(mesh)
+    placement = sharding.Placement(mesh, PI0)
     where = sharding.shardings(abstract, placement)
     state = jax.tree.map(jax.device_put, start, where)
     step, batch, losses = make_train_step(cfg, tx, where), to_device(rows, placement.batch), []
@@ -57,7 +60,7 @@ for name, count, pieces in (("one", 1, 1), ("8x1", 8, 1), ("4x2", 8, 2), ("1x8",
     first = jax.devices()[0]
     shards = [(s.device, s.data.nbytes) for x in jax.tree.leaves(state) for s in x.addressable_shards]
     held = [sum(size for device, size in shards if device == d) for d in jax.devices()[:count]]
-    out[name] = {"losses": losses, "held": held, "expected": sharding.nbytes(abstract, pieces), "same": all(
+    out[name] = {"losses": losses, "held": held, "expected": sharding.nbytes(PI0, abstract, pieces), "same": all(
         x.sharding == s for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True))}
 print("RESULT " + json.dumps(out))
 """
@@ -88,14 +91,14 @@ def test_eight_devices_learn_what_one_does_and_hold_their_share():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_of_every_preset_is_named(name):
     state = memory.abstract_state(PRESETS[name])
-    missing = [p for p, x in flatten(state).items() if x.ndim and sharding.spec(p, x.shape, 2) is None]
+    missing = [p for p, x in flatten(state).items() if x.ndim and sharding.spec(PI0, p, x.shape, 2) is None]
     assert missing == []
 
 
 def test_full_size_divides_almost_wholly():
     for cfg, factor in ((FULL, 0.126), (LORA, 0.2)):
         state = memory.abstract_state(cfg)
-        assert sharding.nbytes(state, 8) < factor * sharding.nbytes(state)
+        assert sharding.nbytes(PI0, state, 8) < factor * sharding.nbytes(PI0, state)
     eight = dataclasses.replace(FULL, fsdp_devices=8)
     assert memory.estimate(eight, devices=8).parameters < 0.126 * memory.estimate(FULL, devices=8).parameters
 
@@ -104,18 +107,23 @@ def test_a_moment_is_cut_as_its_parameter_is():
     paths = flatten(memory.abstract_state(DEBUG))
     moment = next(p for p in paths if p.endswith("mu/embedder/table"))
     for path in ("model/embedder/table", moment):
-        assert sharding.spec(path, paths[path].shape, 4) == PartitionSpec(None, ("fsdp",))
+        assert sharding.spec(PI0, path, paths[path].shape, 4) == PartitionSpec(None, ("fsdp",))
     # An axis that does not divide stays whole.
-    assert sharding.spec("model/embedder/table", (100, 18), 4) == PartitionSpec()
+    assert sharding.spec(PI0, "model/embedder/table", (100, 18), 4) == PartitionSpec()
 
 
-def test_parameters_that_no_row_names_are_all_listed(monkeypatch):
-    monkeypatch.setattr(
-        sharding, "TABLE", tuple(r for r in sharding.TABLE if not r[0].startswith(("*embed", "*img/patch")))
-    )
+def test_every_row_names_a_parameter_of_some_preset():
+    paths = {path for cfg in PRESETS.values() for path in leaf_paths(memory.abstract_state(cfg).model)}
+    used = {next(i for i, (pattern, _) in enumerate(PI0) if fnmatchcase(path, pattern)) for path in paths}
+    assert used == set(range(len(PI0)))
+
+
+def test_parameters_that_no_row_names_are_all_listed():
     model = memory.abstract_state(DEBUG).model
+    placement = sharding.make_placement(DEBUG)
+    fewer = tuple(row for row in PI0 if not row[0].startswith(("*embed", "*img/patch")))
     with pytest.raises(UserError, match=r"embedder/table \[1024, 16\], img/patch_kernel \[16, 16, 3, 16\]: add one"):
-        sharding.shardings(model, sharding.make_placement(DEBUG))
+        sharding.shardings(model, dataclasses.replace(placement, table=fewer))
 
 
 def test_groups_that_do_not_fit_the_devices_are_refused(monkeypatch):

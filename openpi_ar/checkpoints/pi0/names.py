@@ -92,26 +92,16 @@ def _siglip() -> list[Row]:
 
 
 def _tower(ours: str, one: str, torch: str, d: str, f: str, r: str) -> list[Row]:
-    """Rows of a tower; `one` is openpi's suffix for the second tower."""
+    """Rows of a tower; `one` is openpi's suffix for the second tower, whose norms have AdaRMS."""
 
     def norm(ours: str, openpi: str, torch: str) -> list[tuple[str, str, str, tuple[str, ...], str]]:
-        return [
-            (f"{ours}/scale", f"{openpi}{one}/scale", d, (f"{torch}.weight",), d),
-            (
-                f"{ours}/modulation/kernel",
-                f"{openpi}{one}/Dense_0/kernel",
-                f"{d}1 (t {d}2)",
-                (f"{torch}.dense.weight",),
-                f"(t {d}2) {d}1",
-            ),
-            (
-                f"{ours}/modulation/bias",
-                f"{openpi}{one}/Dense_0/bias",
-                f"(t {d})",
-                (f"{torch}.dense.bias",),
-                f"(t {d})",
-            ),
+        ada, dense, bias = f"{ours}/modulation", f"{openpi}{one}/Dense_0", f"(t {d})"
+        scale = (f"{ours}/scale", f"{openpi}{one}/scale", d, (f"{torch}.weight",), d)
+        modulation = [
+            (f"{ada}/kernel", f"{dense}/kernel", f"{d}1 (t {d}2)", (f"{torch}.dense.weight",), f"(t {d}2) {d}1"),
+            (f"{ada}/bias", f"{dense}/bias", bias, (f"{torch}.dense.bias",), bias),
         ]
+        return [scale, *modulation] if one else [scale]
 
     attn, mlp = "self_attn", f"mlp{one}"
     return [
