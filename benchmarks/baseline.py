@@ -104,19 +104,19 @@ def run_tower(
         q, (k, v) = rotate(block.q(y), sin, cos), block.kv(y)
         k = rotate(k, sin, cos)
         if past is None:
-            kept = joined = tuple(
+            stored = joined = tuple(
                 jnp.pad(a, [(0, 0), (0, mask.shape[-1] - a.shape[1]), (0, 0), (0, 0)]) for a in (k, v)
             )
         elif at is not None:
             update = jax.lax.dynamic_update_slice_in_dim
-            kept = joined = tuple(update(a, b, at, 1) for a, b in zip(past, (k, v), strict=True))
+            stored = joined = tuple(update(a, b, at, 1) for a, b in zip(past, (k, v), strict=True))
         else:
-            kept, joined = past, tuple(jnp.concatenate([a, b], 1) for a, b in zip(past, (k, v), strict=True))
+            stored, joined = past, tuple(jnp.concatenate([a, b], 1) for a, b in zip(past, (k, v), strict=True))
         y = block.out(attention(q, *joined, mask))
         x = x + (y if gate is None else gate * y)
         y, gate = block.mlp_norm(x, cond)
         y = feed_forward(block.mlp, y)
-        return x + (y if gate is None else gate * y), kept
+        return x + (y if gate is None else gate * y), stored
 
     again = jax.checkpoint(body, prevent_cse=False) if remat else body
     x, kv = jax.lax.scan(again, x, (tower.blocks.layers, cached))
@@ -173,8 +173,8 @@ def generate(model: Pi0, cache: Cache, logits: Array, tokens: int, *, eos_id: in
 
     start = (jnp.int32(0), jnp.zeros((length.shape[0], tokens), jnp.int32), logits, *cache[:2], jnp.bool_(False))
     count, ids, _, k, v, _ = jax.lax.while_loop(lambda s: ~s[-1] & (s[0] < tokens), body, start)
-    said = jnp.broadcast_to(jnp.arange(tokens) < count, ids.shape)
-    return ids, (k, v, jnp.concatenate([cache[2][:, :size], said], axis=1))
+    valid = jnp.broadcast_to(jnp.arange(tokens) < count, ids.shape)
+    return ids, (k, v, jnp.concatenate([cache[2][:, :size], valid], axis=1))
 
 
 def velocity(model: Pi0, obs: Observation, cache: Cache, x: Array, t: Array) -> Array:
@@ -202,7 +202,7 @@ def denoise(model: Pi0, obs: Observation, cache: Cache, noise: Array, steps: int
 
 
 def text_and_actions(model: Pi0, obs: Observation, noise: Array, tokens: int, steps: int) -> tuple[Array, Array]:
-    """What is said, then what is done."""
+    """The text, then the actions."""
     hidden, cache = prefill(model, obs, room=tokens)
     ids, cache = generate(model, cache, first_logits(model, hidden), tokens)
     return ids, denoise(model, obs, cache, noise, steps)

@@ -108,7 +108,7 @@ def main(args: Args) -> None:
     assert np.isfinite(out.actions).all() and out.actions.shape == (1, cfg.action_horizon, cfg.action_dim)
     assert int(out.valid.sum()) == args.tokens
     print(json.dumps(figures, indent=2))
-    print(f"said {out.ids[0].tolist()}, actions of deviation {float(out.actions.std()):.3f}")
+    print(f"generated {out.ids[0].tolist()}, actions of deviation {float(out.actions.std()):.3f}")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

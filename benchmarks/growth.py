@@ -1,4 +1,4 @@
-"""How time grows with what is said, read, seen and asked for at once: `python -m benchmarks.run growth --plot growth.png`.
+"""How time grows with tokens decoded, tokens read, cameras and rows of a batch: `python -m benchmarks.run growth --plot growth.png`.
 
 Expected: a token costs the same however many are decoded; prefill is linear in prompt and cameras as long as matmuls outweigh
 attention; a batch costs less per row until the device is full.
@@ -53,7 +53,7 @@ def _program(axis: str, value: int, size: Size, model: Pi0) -> Program:
 
 
 def run(size: Size, dtype: str, seconds: float) -> dict[str, dict[int, float]]:
-    """Median milliseconds by axis and value, `MEASURED` says of what; `seconds` for each axis."""
+    """Median milliseconds by axis and value, of what `MEASURED` names; `seconds` for each axis."""
     model = Ours(size).prepare(make_model(size.model, dtype))
     found: dict[str, dict[int, float]] = {}
     for axis, values in AXES.items():

@@ -1,4 +1,4 @@
-"""Compiles programs, runs them in turns, and says how far each is from what the device could do.
+"""Compiles programs, runs them in turns, and computes how far each is from what the device could do.
 
 Programs are timed in turns (a, b, a, b, ...), so that a slow minute of a shared machine falls on all of them alike, and
 compared by the ratio of their medians.

@@ -16,7 +16,7 @@ HELP: dict[str, tuple[TrainConfig, str]] = {
         (PI05_TABLETOP, "pi0.5 on the tabletop, actions only (state in the prompt, AdaRMS time)"),
         (PI0_TABLETOP, "pi0 on the tabletop, actions only (state token, time mixed into the actions)"),
         (DEBUG, "a tiny model on a handful of episodes: seconds, for tests"),
-        (PI05_SUBTASK, "full-size pi0.5 (So400m, Gemma 2B + 300M) that says its subtask; LeRobot data"),
+        (PI05_SUBTASK, "full-size pi0.5 (So400m, Gemma 2B + 300M) that generates its subtask; LeRobot data"),
         (PI05_SUBTASK_LORA, "the same with low-rank adapters on frozen bfloat16 towers: for one smaller GPU"),
         (PI05, "full-size pi0.5, actions only, openpi's prompt; LeRobot data"),
         (PI0, "full-size pi0, actions only; LeRobot data"),

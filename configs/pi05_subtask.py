@@ -1,4 +1,4 @@
-"""pi0.5 that says its next subtask and acts on it: at full size, and on the embedded tabletop."""
+"""pi0.5 that generates its next subtask and acts on it: at full size, and on the embedded tabletop."""
 
 import dataclasses
 
@@ -91,7 +91,7 @@ def actions_only(cfg: TrainConfig) -> TrainConfig:
     if isinstance(data, TabletopData):
         data = dataclasses.replace(
             data, commanded=0.0, prompt_swap=0.0
-        )  # without a subtask, only the prompt says what to do
+        )  # without a subtask, the prompt alone decides what to do
     return dataclasses.replace(
         cfg,
         data=data,

@@ -87,7 +87,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from configs import get_preset
 
     preset = get_preset("debug")
-    # More ids than the tokenizer has, as in real models: none of the spare ones may ever be said.
+    # More ids than the tokenizer has, as in real models: none of the spare ones may ever be generated.
     cfg = dataclasses.replace(preset, exp_name="tiny", model=dataclasses.replace(preset.model, vocab_size=1040))
     return save_checkpoint(tmp_path_factory.mktemp("tiny"), cfg).parent
 

@@ -30,9 +30,9 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
 
     --config NAME       the preset (below); `--config NAME --help` lists its fields and their values
     --exp-name NAME     name of this run (default: default)
-    --resume            go on from the newest complete checkpoint, exactly as if never stopped
-    --auto-resume       go on if there is a complete checkpoint, start (anew) if there is none: one command for a scheduler
-                        that starts jobs again
+    --resume            continue from the newest complete checkpoint, exactly as if never stopped
+    --auto-resume       continue if there is a complete checkpoint, start (anew) if there is none: one command for a
+                        scheduler that starts jobs again
     --overwrite         delete what the experiment's directory holds and start anew
     --data KIND         train on another kind of data than the preset's
     --data.path DIR     train on the LeRobot dataset in DIR (implies --data lerobot)
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
         preset = dataclasses.replace(preset, data=_DATA[kind](**_carried_over(preset.data)))
     cfg = _parse_fields(preset, rest)
     if own.robot is not None:
-        # Twice: the cameras that the robot feeds may be given as flags, and flags go before what the robot says.
+        # Twice: the cameras that the robot feeds may be given as flags, and flags go before the robot's own values.
         cfg = _parse_fields(_with_robot(preset, own.robot, cfg), rest)
     if own.plot is not None and not own.dry_run:
         raise UserError("--plot draws what --dry-run finds: add --dry-run")
@@ -99,18 +99,18 @@ def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfi
     from openpi_ar.data.robots import as_data, get_robot
 
     if not isinstance(preset.data, LeRobotData):
-        raise UserError("--robot says how a LeRobot dataset is read: add --data.path DIR")
+        raise UserError("--robot describes how a LeRobot dataset is read: add --data.path DIR")
     data = as_data(get_robot(robot), preset.data, cfg.model.cameras, pi05=cfg.model.pi05)
     return dataclasses.replace(preset, data=data)
 
 
 def _is_path(arg: str) -> bool:
-    """Only datasets on disk have a path, so naming one says which kind is meant."""
+    """Only datasets on disk have a path, so naming one tells which kind is meant."""
     return arg.partition("=")[0] == "--data.path"
 
 
 def _carried_over(data: TabletopData | LeRobotData) -> dict[str, Any]:
-    """What a preset says about training that holds for any data."""
+    """Fields of a preset that hold for any data."""
     return {name: getattr(data, name) for name in ("prompt_swap", "vision_steps", "naming_steps", "cache_dir")}
 
 
@@ -151,5 +151,5 @@ def _one_line(advice: str) -> Iterator[None]:
         lines = [re.sub(r"[─-╿]|--{5,}", "", line).strip() for line in errors.getvalue().splitlines()]
         lines = [line for line in lines if line]
         end = next((i for i, s in enumerate(lines) if s.startswith(("Argument helptext", "For full help"))), len(lines))
-        # The first line is the box's title ("Value error"); what follows says it all.
+        # The first line is the box's title ("Value error"); the rest is the message.
         raise UserError(f"{' '.join(lines[1:end])}; see {advice}") from e
