@@ -54,8 +54,8 @@ class Args:
     """Have the model act as if it had said this."""
     question: str | None = None
     """Ask about the images instead of acting (PaliGemma's VQA prompt)."""
-    repeats: int = 5
-    """Calls that the printed times are medians of."""
+    repeats: int = 0
+    """Time each stage too, as medians of this many calls: compiles a program for each."""
     rollout: int = 0
     """Play this many closed-loop episodes on the tabletop."""
     split: Literal["train", "held_out"] = "train"
@@ -121,8 +121,8 @@ def run(args: Args) -> None:
 def _check(args: Args) -> None:
     if args.images and args.observation:
         raise UserError("--images and --observation exclude each other: give one of them")
-    if args.seed < 0 or args.rollout < 0 or args.repeats < 1:
-        raise UserError("--seed and --rollout must be 0 or more, --repeats 1 or more")
+    if args.seed < 0 or args.rollout < 0 or args.repeats < 0:
+        raise UserError("--seed, --rollout and --repeats must be 0 or more")
     own = [flag for flag in ("images", "state", "prompt", "observation", "question", "plot") if getattr(args, flag)]
     if args.rollout and own:
         raise UserError(f"--rollout plays the tabletop's own episodes: leave out {', '.join('--' + f for f in own)}")
@@ -224,7 +224,7 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
             table.add_row(str(step), *(f"{value:.4f}" for value in action))
         # Two arms have 14 columns: squeezed into a terminal they would lose their digits.
         Console(width=max(console.width, 12 * len(table.columns))).print(table)
-    notes = {"total": "as one program", "first_call": "compiles"}
+    notes = {"total": "as one program", "first_call": "with compilation"}
     table = Table("stage", "ms", "", title="time")
     for name, ms in report["timing"].items():
         table.add_row(name.replace("_", " "), f"{ms:.1f}", notes.get(name, ""))

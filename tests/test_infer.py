@@ -130,7 +130,7 @@ def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
         (["--plot", "nowhere/a.png"], ["'nowhere'", "create it"]),
         (["--plot", "TEXT"], [".png", "text.txt"]),
         (["--rollout", "1"], ["leave out --images, --state, --prompt"]),
-        (["--repeats", "0"], ["--repeats 1 or more"]),
+        (["--repeats", "-1"], ["--repeats must be 0 or more"]),
     ],
 )
 def test_bad_input_is_one_line_with_cause_and_remedy(warm, tmp_path, capsys, change, parts):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms import decode
+from openpi_ar.compilation import run_once
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
@@ -72,7 +73,7 @@ class Policy:
         self.transform = InputTransform(cfg, tokenizer, stats, robot)
         self.robot = robot = self.transform.robot
         dtype = inference_dtype(cfg.decode.dtype)
-        self._model = jax.jit(lambda m: m.prepared(dtype))(model)
+        self._model = run_once(lambda m: m.prepared(dtype), model)
         self._table = jax.jit(lambda m: decode.flow_table(m, cfg.decode.denoise_steps))(self._model)
         allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
         self._programs = Programs(
@@ -233,27 +234,30 @@ class Policy:
         seed: int = 0,
         subtask: str | None = None,
         question: str | None = None,
-        repeats: int = 5,
+        repeats: int = 0,
     ) -> Result:
-        """The result of one `infer` (or, with a question, `answer`) with `timing` measured over several calls.
+        """The result of one `infer` (or, with a question, `answer`), with `timing` measured over several calls.
 
-        `timing` in ms, on warm programs, medians of `repeats` calls: each stage, and `total` from the raw observation to
-        real units (for `infer` as one program, so less than the sum of its stages). `first_call` is the first call's
-        total, compilation included if this shape was new. The text is decoded in every call, not checked.
+        `timing` in ms: `first_call` is the total of the first call, compilation included if this shape was new. With
+        `repeats` also medians of that many calls of warm programs: each stage, which compiles a program for each, and
+        `total` from the raw observation to real units (for `infer` as one program, so less than the sum of its stages).
+        The text is decoded in every call, not checked.
         """
-        if question is not None:
-            calls = [self.answer(raw, question, seed=seed) for _ in range(1 + repeats)]
-            staged = calls[1:]
-        else:
-            # Without a session, so that every call decodes its text.
-            calls = [self.infer(raw, seed=seed, subtask=subtask) for _ in range(1 + repeats)]
-            staged = [self.infer(raw, seed=seed, subtask=subtask, timing=True) for _ in range(1 + repeats)][1:]
-        result, warm = calls[0], calls[1:]
-        first = result["timing"]["total"]
-        names = [name for name in STAGES if name in staged[0]["timing"]]
-        medians = {name: float(np.median([r["timing"][name] for r in staged])) for name in names}
-        medians["total"] = float(np.median([r["timing"]["total"] for r in warm]))
-        return {**result, "timing": {**medians, "first_call": first}}
+
+        def call(timing: bool = False) -> Result:
+            if question is not None:
+                return self.answer(raw, question, seed=seed)
+            return self.infer(raw, seed=seed, subtask=subtask, timing=timing)  # no session: every call decodes its text
+
+        result = call()
+        first = {"first_call": result["timing"]["total"]}
+        if not repeats:
+            return {**result, "timing": first}
+        warm = [call()["timing"] for _ in range(repeats)]
+        staged = warm if question is not None else [call(timing=True)["timing"] for _ in range(1 + repeats)][1:]
+        medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
+        total = float(np.median([ms["total"] for ms in warm]))
+        return {**result, "timing": {**medians, "total": total, **first}}
 
     def _staged(
         self, obs: Observation, drawn: Drawn, text: Tokens | None, draft: Draft | None, *, act: bool = True

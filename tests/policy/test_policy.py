@@ -218,6 +218,7 @@ def test_measured_times_are_apart_and_the_first_call_too(policy):
     assert list(result["timing"]) == ["images", "prefill", "text", "flow", "total", "first_call"]
     assert all(ms > 0 for ms in result["timing"].values())
     np.testing.assert_array_equal(result["actions"], policy.infer(raw_observation(1))["actions"])
+    assert list(policy.measure(raw_observation(1))["timing"]) == ["first_call"]  # no stage is compiled
     asked = policy.measure({"images": raw_observation(1)["images"]}, question="what?", repeats=1)
     assert list(asked["timing"]) == ["images", "prefill", "text", "total", "first_call"]
 
