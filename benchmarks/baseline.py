@@ -29,9 +29,10 @@ from openpi_ar.algorithms.losses import sample_time
 from openpi_ar.models.cache import positions, prefix_lm_mask
 from openpi_ar.models.decoder import Tower
 from openpi_ar.models.layers import MASKED, GatedMLP, Linear, rotary, rotate
-from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Array, Batch, Observation, Tokens
 
+Pi0 = Any
+"""The model with stacked layers, whose modules are read one by one."""
 Cache = tuple[Array, Array, Array]
 """Keys and values [L B S K H], valid [B S]."""
 

@@ -12,20 +12,19 @@ from pathlib import Path
 import resource
 import time
 
-from flax import nnx
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
 
 from configs.pi05_subtask import PI05_SUBTASK
-from openpi_ar.algorithms.decode import act
+from openpi_ar.algorithms.act import act
+from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.config import ModelConfig
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models import family
 from openpi_ar.params import flatten
 from openpi_ar.types import Observation, Tokens
 
@@ -60,7 +59,7 @@ class _Noise:
 
 def write(folder: Path, cfg: ModelConfig) -> None:
     """The checkpoint, in openpi's PyTorch layout."""
-    abstract = nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
+    abstract = family.abstract(cfg)
     flat = {k: _Noise(v.shape, i) for i, (k, v) in enumerate(flatten(abstract).items())}
     folder.mkdir(parents=True, exist_ok=True)
     export.save_safetensors(folder, flat, cfg, "torch")  # type: ignore[arg-type]
@@ -95,20 +94,20 @@ def main(args: Args) -> None:
         prompt=Tokens.of(ids),
         state=np.zeros((1, cfg.state_dim), np.float32),
     )
-    run = jax.jit(act, static_argnames=("eos_id", "max_tokens", "num_steps"))
-    options = {"eos_id": -1, "max_tokens": args.tokens, "num_steps": args.denoise_steps}
-    allowed = jnp.ones(cfg.vocab_size, bool)
+    run = jax.jit(act, static_argnames=("num_steps",))
+    sampling = Sampling(eos_id=-1, max_new_tokens=args.tokens)
+    noise = jax.random.normal(jax.random.key(0), (1, cfg.action_horizon, cfg.action_dim))
     start = time.perf_counter()
-    compiled = run.lower(loaded.model, obs, jax.random.key(0), allowed=allowed, **options).compile()
+    compiled = run.lower(loaded.model, obs, noise, sampling, num_steps=args.denoise_steps).compile()
     figures["compile_s"] = time.perf_counter() - start
     start = time.perf_counter()
-    out = jax.block_until_ready(compiled(loaded.model, obs, jax.random.key(0), allowed=allowed))
+    out = jax.block_until_ready(compiled(loaded.model, obs, noise, sampling))
     figures["run_s"] = time.perf_counter() - start
     figures["peak_gb"] = peak_gb()
     assert np.isfinite(out.actions).all() and out.actions.shape == (1, cfg.action_horizon, cfg.action_dim)
-    assert int(out.valid.sum()) == args.tokens
+    assert int(out.text.valid.sum()) == args.tokens
     print(json.dumps(figures, indent=2))
-    print(f"generated {out.ids[0].tolist()}, actions of deviation {float(out.actions.std()):.3f}")
+    print(f"generated {out.text.ids[0].tolist()}, actions of deviation {float(out.actions.std()):.3f}")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.inference import Ours
 from benchmarks.sizes import Size, make_model, make_observation
 from benchmarks.timing import Program, compile_program, run_in_turns
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 
 AXES = {
     "tokens decoded": (5, 10, 20, 40, 80),
@@ -30,7 +30,7 @@ MEASURED = {
 }
 
 
-def _program(axis: str, value: int, size: Size, model: Pi0) -> Program:
+def _program(axis: str, value: int, size: Size, model: VLA) -> Program:
     if axis == "tokens decoded":
         size = dataclasses.replace(size, tokens=value)
     ours = Ours(size)

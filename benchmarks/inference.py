@@ -9,9 +9,12 @@ import numpy as np
 from benchmarks import baseline
 from benchmarks.sizes import Size, make_model, make_observation
 from benchmarks.timing import Program, compile_program, run_in_turns
-from openpi_ar.algorithms import decode
-from openpi_ar.algorithms.generate import as_draft
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.algorithms.act import act
+from openpi_ar.algorithms.flow import denoise
+from openpi_ar.algorithms.generate import generate
+from openpi_ar.algorithms.prefill import prefill
+from openpi_ar.algorithms.sampling import AllowedIds, Sampling
+from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Array, Observation
 
 Programs = dict[str, dict[str, Program]]
@@ -25,35 +28,31 @@ class Ours:
 
     def __init__(self, size: Size):
         self.size = size
-        self.speech = {"max_tokens": size.tokens, "eos_id": _NO_EOS, "allowed": np.ones(size.model.vocab_size, bool)}
+        allowed = AllowedIds(np.ones(size.model.vocab_size, bool))
+        self.sampling = Sampling(eos_id=_NO_EOS, max_new_tokens=size.tokens, constraint=allowed)
 
-    def prepare(self, model: Pi0) -> Any:
-        return model.prepared()
+    def prepare(self, model: VLA) -> Any:
+        return model.for_inference()
 
-    def prefill(self, model: Pi0, obs: Observation, images: Array) -> Any:
-        out, cache = decode.prefill(model, obs, image_tokens=images, lean=True)
+    def prefill(self, model: VLA, obs: Observation, images: Array) -> Any:
+        out, cache = prefill(model, obs, image_tokens=images, last_only=True)
         return out.prompt_last, cache
 
-    def generate(self, model: Pi0, cache: Any, last: Array) -> Any:
-        said, cache = decode.generate(model, cache, last, jax.random.key(0), **self.speech)
-        return said.ids, cache
+    def generate(self, model: VLA, cache: Any, last: Array) -> Any:
+        text, cache = generate(model, cache, last, self.sampling)
+        return text.ids, cache
 
-    def denoise(self, model: Pi0, obs: Observation, cache: Any, noise: Array) -> Array:
-        return decode.denoise(model, obs, cache, noise, num_steps=self.size.steps)
+    def denoise(self, model: VLA, obs: Observation, cache: Any, noise: Array) -> Array:
+        return denoise(model, obs, cache, noise, num_steps=self.size.steps)
 
-    def whole(self, model: Pi0, obs: Observation, noise: Array) -> Any:
-        last, cache = self.prefill(model, obs, model.embed_images(obs))
-        ids, cache = self.generate(model, cache, last)
-        return ids, self.denoise(model, obs, cache, noise)
+    def whole(self, model: VLA, obs: Observation, noise: Array) -> Any:
+        out = act(model, obs, noise, self.sampling, num_steps=self.size.steps)
+        return out.text.ids, out.actions
 
-    def drafted(self, model: Pi0, obs: Observation, noise: Array, guess: Any) -> Any:
+    def drafted(self, model: VLA, obs: Observation, noise: Array, draft: Any) -> Any:
         """`whole` with the previous text as a draft."""
-        draft = as_draft(*guess, max_tokens=self.size.tokens, eos_id=_NO_EOS)
-        out, cache = decode.prefill(model, obs, draft, lean=True)
-        said, cache = decode.generate(
-            model, cache, out.prompt_last, jax.random.key(0), draft=draft, draft_hidden=out.text, **self.speech
-        )
-        return said.ids, self.denoise(model, obs, cache, noise), said.steps
+        out = act(model, obs, noise, self.sampling, num_steps=self.size.steps, draft=draft)
+        return out.text.ids, out.actions, out.text.steps
 
 
 def close(ours: Array, theirs: Array, dtype: str) -> float:
@@ -81,7 +80,7 @@ def programs(size: Size, dtype: str, *, batch: int = 1) -> tuple[Programs, dict[
     )
     gaps = {"vision": close(seen, seen0, dtype)}
 
-    def prefill0(m: Pi0, o: Observation, images: Array) -> Any:
+    def prefill0(m: VLA, o: Observation, images: Array) -> Any:
         hidden, cache = baseline.prefill(m, o, images=images, room=n)
         return baseline.first_logits(m, hidden), cache
 

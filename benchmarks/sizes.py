@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, SigLIPConfig, TowerConfig
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
+from openpi_ar.models import family
+from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Batch, Kind, Observation, Tokens
 
 
@@ -30,7 +30,7 @@ def _tower(width: int, depth: int, mlp: int, head_dim: int) -> TowerConfig:
 SIZES = {
     "tiny": Size(
         ModelConfig(
-            siglip=SigLIPConfig(width=32, depth=2, mlp_dim=64, num_heads=2, image_size=(28, 28)),
+            siglip=VitConfig(width=32, depth=2, mlp_dim=64, num_heads=2, image_size=(28, 28)),
             vlm=_tower(64, 2, 128, 16),
             expert=_tower(32, 2, 64, 16),
             vocab_size=512,
@@ -43,7 +43,7 @@ SIZES = {
     ),
     "mid": Size(
         ModelConfig(
-            siglip=SigLIPConfig(width=192, depth=4, mlp_dim=768, num_heads=4, image_size=(112, 112)),
+            siglip=VitConfig(width=192, depth=4, mlp_dim=768, num_heads=4, image_size=(112, 112)),
             vlm=_tower(512, 6, 2048, 64),
             expert=_tower(256, 6, 1024, 64),
             vocab_size=8192,
@@ -56,10 +56,10 @@ SIZES = {
 }
 
 
-def make_model(cfg: ModelConfig, dtype: str) -> Pi0:
+def make_model(cfg: ModelConfig, dtype: str) -> VLA:
     """A model whose every parameter is random (norms and gates too: nothing is hidden by a zero), in this dtype."""
 
-    abstract = nnx.eval_shape(lambda: Pi0(dataclasses.replace(cfg, dtype=dtype), rngs=nnx.Rngs(0)))
+    abstract = family.abstract(dataclasses.replace(cfg, dtype=dtype))
     rng = np.random.default_rng(0)
     # One block of noise, repeated: random numbers for billions of values take minutes, and so does compiling the init.
     block = rng.standard_normal(1_000_003, np.float32)

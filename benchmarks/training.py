@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,17 +13,18 @@ from benchmarks.sizes import Size, make_batch, make_model
 from benchmarks.timing import Program, compile_program, run_in_turns
 from openpi_ar.algorithms.losses import text_loss
 from openpi_ar.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models import family
+from openpi_ar.models.vlm import VLA
 from openpi_ar.training.state import TrainState
 from openpi_ar.training.step import train_step
 from openpi_ar.types import Array, Batch
 
 
-def _step(model: Pi0, batch: Batch, key: Array, cfg: TrainConfig, tx: Any, variant: ModelConfig, draws: int) -> Program:
+def _step(model: VLA, batch: Batch, key: Array, cfg: TrainConfig, tx: Any, variant: ModelConfig, draws: int) -> Program:
     """The compiled train step of this variant of the model with so many flow draws."""
     cfg = dataclasses.replace(cfg, model=variant, loss=dataclasses.replace(cfg.loss, flow_draws=draws))
     # What is recomputed is a property of the modules: rebuild them around the same parameters.
-    abstract = nnx.eval_shape(lambda: Pi0(variant, rngs=nnx.Rngs(0)))
+    abstract = family.abstract(variant)
     model = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
     state = TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=jax.jit(tx.init)(model), ema=None)
     return compile_program(lambda s, b, k: train_step(s, b, k, cfg=cfg, tx=tx), state, batch, key)
@@ -38,16 +38,16 @@ def programs(size: Size) -> tuple[Programs, dict[str, float]]:
     prompt = size.prompt
     hidden = jax.random.normal(jax.random.key(3), (size.train_batch, prompt + size.tokens, cfg.vlm.width))
 
-    def our_ce(m: Pi0, x: Array, b: Batch) -> Array:
+    def our_ce(m: VLA, x: Array, b: Batch) -> Array:
         return text_loss(m, x[:, prompt - 1], x[:, prompt:], b.target)[0]
 
-    def their_ce(m: Pi0, x: Array, b: Batch) -> Array:
+    def their_ce(m: VLA, x: Array, b: Batch) -> Array:
         return baseline.text_ce(m, x, b.observation.prompt, b.target)
 
     def gradient(fn: Any) -> Any:
         """By the hidden states and the embedding, the only parameter that counts here."""
 
-        def run(m: Pi0, x: Array, b: Batch) -> Any:
+        def run(m: VLA, x: Array, b: Batch) -> Any:
             value, (grads, dx) = jax.value_and_grad(fn, argnums=(0, 1))(m, x, b)
             return value, grads.embedder, dx
 

@@ -3,14 +3,14 @@
 import dataclasses
 
 from configs.pi05_subtask import PI05_SUBTASK_TABLETOP as TABLETOP
-from openpi_ar.config import OptimizerConfig, SigLIPConfig, TabletopData, TowerConfig
+from openpi_ar.config import OptimizerConfig, TabletopData, TowerConfig, VitConfig
 
 DEBUG = dataclasses.replace(
     TABLETOP,
     name="debug",
     model=dataclasses.replace(
         TABLETOP.model,
-        siglip=SigLIPConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=16, image_size=(32, 32)),
+        siglip=VitConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=16, image_size=(32, 32)),
         vlm=TowerConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8),
         expert=TowerConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8),
         action_horizon=4,

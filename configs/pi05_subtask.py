@@ -7,11 +7,11 @@ from openpi_ar.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    SigLIPConfig,
     TabletopData,
     TextConfig,
     TowerConfig,
     TrainConfig,
+    VitConfig,
 )
 
 # Sizes of the released pi05_base: 32 state and action dimensions (a robot's own are padded), chunks of 50 actions
@@ -47,7 +47,7 @@ PI05_SUBTASK_LORA = dataclasses.replace(
 # About 2.5 million parameters: several steps a second on two CPU cores. All numbers of the tabletop models are here.
 TABLETOP_MODEL = ModelConfig(
     pi05=True,
-    siglip=SigLIPConfig(width=128, depth=3, mlp_dim=384, num_heads=4, patch_size=16, image_size=(64, 64)),
+    siglip=VitConfig(width=128, depth=3, mlp_dim=384, num_heads=4, patch_size=16, image_size=(64, 64)),
     vlm=TowerConfig(width=128, depth=4, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32),
     expert=TowerConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
     vocab_size=1024,

@@ -8,8 +8,12 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
-class SigLIPConfig:
-    """The vision transformer (big_vision's SigLIP). Default: So400m/14 at 224 x 224, as in PaliGemma."""
+class VitConfig:
+    """A vision transformer. Default: SigLIP So400m/14 at 224 x 224, as in PaliGemma (big_vision).
+
+    DINOv2 with registers is `lead_tokens=5, layer_scale=True, activation="gelu"`. OpenVLA reads both towers with
+    `activation="gelu", tap=-2, final_norm=False`.
+    """
 
     width: int = 1152
     depth: int = 27
@@ -18,6 +22,20 @@ class SigLIPConfig:
     patch_size: int = 14
     image_size: tuple[int, int] = (224, 224)
     """Height and width in pixels. What is left over of a multiple of the patch size is not seen (right and bottom edge)."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """GELU's tanh approximation, or GELU itself."""
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    """Queries, keys and values have biases."""
+    layer_scale: bool = False
+    """Each branch has a learned factor per channel (DINOv2)."""
+    lead_tokens: int = 0
+    """Learned tokens before the patches: a class token, then registers. They have no position and are dropped at the end."""
+    tap: int = -1
+    """Block whose output is read, counted from the end: -1 is the last. Later ones are kept, so that a checkpoint stays whole,
+    and not computed."""
+    final_norm: bool = True
+    """A LayerNorm after the blocks."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -29,10 +47,19 @@ class SigLIPConfig:
         """Tokens per camera."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def blocks_run(self) -> int:
+        """Blocks that are computed."""
+        return self.depth + 1 + self.tap
+
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """One Gemma tower."""
+    """One decoder. Default: Gemma's conventions.
+
+    Llama 2 is `norm_offset=0.0, activation="silu", scaled_embeddings=False, tied_head=False`, with as many key/value heads as
+    heads.
+    """
 
     width: int
     depth: int
@@ -42,6 +69,16 @@ class TowerConfig:
     head_dim: int
     lora_rank: int = 0
     """Rank of the low-rank adapters on every matrix of the tower (openpi's `lora.py`, scale 1); 0: none."""
+    norm_offset: float = 1.0
+    """RMSNorm multiplies by offset + scale: Gemma stores the scale as its distance from 1."""
+    norm_eps: float = 1e-6
+    activation: Literal["gelu_tanh", "silu"] = "gelu_tanh"
+    """Of the gated MLP."""
+    rope_base: float = 10_000.0
+    scaled_embeddings: bool = True
+    """Token embeddings are multiplied by sqrt(width). Read of the tower of text only."""
+    tied_head: bool = True
+    """The vocabulary's head is the embedding table. Read of the tower of text only."""
 
 
 GEMMA_2B = TowerConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256)
@@ -54,7 +91,7 @@ class ModelConfig:
 
     pi05: bool = True
     """True: time enters through AdaRMS, state through the prompt. False (pi0): state token and action-time MLP."""
-    siglip: SigLIPConfig = SigLIPConfig()
+    siglip: VitConfig = VitConfig()
     vlm: TowerConfig = GEMMA_2B
     expert: TowerConfig = GEMMA_300M
     vocab_size: int = 257_152
@@ -91,8 +128,40 @@ class ModelConfig:
             )
         if v.num_heads % v.num_kv_heads:
             problems.append(f"num_heads {v.num_heads} is not a multiple of num_kv_heads {v.num_kv_heads}")
+        if not 1 <= s.blocks_run <= s.depth:
+            problems.append(f"siglip.tap {s.tap} is no block of siglip.depth {s.depth}, counted from the end")
         if problems:
             raise ValueError("ModelConfig: " + "; ".join(problems))
+
+    @property
+    def kind(self) -> Literal["pi0", "pi05"]:
+        """openpi's name of the model type."""
+        return "pi05" if self.pi05 else "pi0"
+
+    @property
+    def state_in_prompt(self) -> bool:
+        """The state is text in the prompt; otherwise it is a token of the action tower."""
+        return self.pi05
+
+    @property
+    def adaptive_time(self) -> bool:
+        """Flow time conditions the action tower's norms; otherwise it is mixed into its tokens."""
+        return self.pi05
+
+    @property
+    def norm_mode(self) -> Literal["quantile", "z_score"]:
+        """How states and actions are normalised (openpi's `training/config.py`)."""
+        return "quantile" if self.pi05 else "z_score"
+
+    @property
+    def suffix_tokens(self) -> int:
+        """Tokens of the action tower for one chunk."""
+        return self.action_horizon if self.state_in_prompt else self.action_horizon + 1
+
+    @property
+    def recomputed(self) -> str | None:
+        """What the backward pass recomputes (`remat_policy`); None: nothing."""
+        return self.remat_policy if self.remat else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,24 +3,28 @@
 import dataclasses
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.algorithms import decode, losses
-from openpi_ar.config import ModelConfig, SigLIPConfig, TowerConfig
+from openpi_ar.algorithms import act as acting
+from openpi_ar.algorithms import flow, losses
+from openpi_ar.algorithms import generate as generating
+from openpi_ar.algorithms import prefill as prefilling
+from openpi_ar.algorithms.sampling import Sampling
+from openpi_ar.config import ModelConfig, TowerConfig, VitConfig
+from openpi_ar.models import family
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Batch, Kind, Observation, Tokens
 
 VOCAB, EOS = 64, 1
 
 # Jitted once for all tests: equal shapes share one compilation.
-prefill = jax.jit(decode.prefill)
-generate = jax.jit(decode.generate, static_argnames=("max_tokens", "eos_id", "temperature"))
-velocity = jax.jit(decode.velocity)
-denoise = jax.jit(decode.denoise, static_argnames=("num_steps",))
-act = jax.jit(decode.act, static_argnames=("eos_id", "max_tokens", "num_steps", "temperature"))
+prefill = jax.jit(prefilling.prefill)
+generate = jax.jit(generating.generate)
+velocity = jax.jit(flow.velocity)
+denoise = jax.jit(flow.denoise, static_argnames=("num_steps", "guide"))
+act = jax.jit(acting.act, static_argnames=("num_steps",))
 compute_loss = jax.jit(losses.compute_loss, static_argnames=("cfg",))
 flow_loss = jax.jit(losses.flow_loss, static_argnames=("draws",))
 text_loss = jax.jit(losses.text_loss)
@@ -28,7 +32,7 @@ text_loss = jax.jit(losses.text_loss)
 
 def tiny_config(**changes) -> ModelConfig:
     fields = {
-        "siglip": SigLIPConfig(width=24, depth=2, mlp_dim=40, num_heads=2, patch_size=8, image_size=(16, 24)),
+        "siglip": VitConfig(width=24, depth=2, mlp_dim=40, num_heads=2, patch_size=8, image_size=(16, 24)),
         "vlm": TowerConfig(width=32, depth=3, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8),
         "expert": TowerConfig(width=20, depth=3, mlp_dim=28, num_heads=4, num_kv_heads=2, head_dim=8),
         "vocab_size": VOCAB,
@@ -51,10 +55,18 @@ def random_like(abstract: Any, scale: float, seed: int = 0) -> Any:
 
 def tiny_model(cfg: ModelConfig | None = None, seed: int = 0) -> Pi0:
     """A model whose every parameter is random: norms, gates and biases too, so that nothing is hidden by a zero."""
-    model = random_like(jax.eval_shape(lambda: Pi0(cfg or tiny_config(), rngs=nnx.Rngs(0))), 0.25, seed)
+    model = random_like(family.abstract(cfg or tiny_config()), 0.25, seed)
     for norm in (model.img.norm, model.img.blocks.layers.norm1, model.img.blocks.layers.norm2):
         norm.scale[...] += 1.0  # LayerNorm's scale is stored whole, RMSNorm's without its 1
     return model
+
+
+def greedy(max_new_tokens: int, **changes) -> Sampling:
+    return Sampling(eos_id=EOS, max_new_tokens=max_new_tokens, **changes)
+
+
+def noise_for(cfg: ModelConfig, seed: int = 0, batch: int = 3) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (batch, cfg.action_horizon, cfg.action_dim))
 
 
 def text_run(ids: np.ndarray, lengths: list[int], causal: bool, hidden: np.ndarray | None = None) -> Tokens:

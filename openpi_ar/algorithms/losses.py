@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Num
 
 from openpi_ar.algorithms.cross_entropy import token_losses
-from openpi_ar.algorithms.decode import prefill, velocities
+from openpi_ar.algorithms.flow import velocities
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.config import LossConfig
-from openpi_ar.models.cache import KVCache
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.cache import Cache
+from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Array, Batch, Kind, Observation, Tokens
 
 Metrics = dict[str, Float[Array, ""]]
@@ -78,7 +79,7 @@ def predictors(prompt_last: Float[Array, "B D"], hidden: Float[Array, "B T D"], 
 
 
 def text_loss(
-    model: Pi0,
+    model: VLA,
     prompt_last: Float[Array, "B D"],
     hidden: Float[Array, "B T D"],
     target: Tokens,
@@ -99,7 +100,7 @@ def text_loss(
     cfg = cfg or LossConfig()
     predicts = predictors(prompt_last, hidden, jnp.asarray(target.valid))
     flat = predicts.reshape(-1, predicts.shape[-1])
-    each, best = token_losses(flat, model.embedder.table[...], jnp.asarray(target.ids).reshape(-1))
+    each, best = token_losses(flat, model.head_weight(), jnp.asarray(target.ids).reshape(-1))
     each, best = each.reshape(target.ids.shape), best.reshape(target.ids.shape)
     scored, firsts = _supervised(target)
     ce = per(jnp.where(scored, each, 0.0).sum((1, 2)), counts.tokens)
@@ -120,9 +121,9 @@ def sample_time(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
 
 
 def flow_error(
-    model: Pi0,
+    model: VLA,
     obs: Observation,
-    cache: KVCache,
+    cache: Cache,
     actions: Float[Array, "B A X"],
     noise: Float[Array, "B n A X"],
     t: Float[Array, "B n"],
@@ -134,7 +135,7 @@ def flow_error(
 
 
 def flow_loss(
-    model: Pi0, batch: Batch, cache: KVCache, key: Array, draws: int, counts: Counts | None = None
+    model: VLA, batch: Batch, cache: Cache, key: Array, draws: int, counts: Counts | None = None
 ) -> Float[Array, ""]:
     """Flow-matching loss, averaged over `draws` independent (noise, time) pairs per row that share one prefix."""
     actions = jnp.asarray(batch.actions)
@@ -147,7 +148,7 @@ def flow_loss(
 
 
 def compute_loss(
-    model: Pi0, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, fed: Tokens | None = None
+    model: VLA, batch: Batch, key: Array, cfg: LossConfig, counts: Counts | None = None, fed: Tokens | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
     """The training loss and its parts: `loss`, `flow` and those of `text_loss` (float32 scalars).
 

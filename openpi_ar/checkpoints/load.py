@@ -28,8 +28,9 @@ from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
 from openpi_ar.checkpoints.sources import open_source
 from openpi_ar.config import ModelConfig
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models import family
 from openpi_ar.models.vit import resample_pos_embedding
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import flatten, misfits, with_leaves
 
 FAMILIES: tuple[Family, ...] = (pi0.FAMILY,)
@@ -50,7 +51,7 @@ class Loaded:
     tells_horizon  whether the options or the checkpoint's files said how many actions a chunk has.
     """
 
-    model: Pi0
+    model: VLA
     config: ModelConfig
     kind: str
     path: Path
@@ -114,7 +115,7 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
     """
     looked = inspect(path, options)
     m, cfg, notes = looked.matched, looked.config, list(looked.notes)
-    abstract = nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
+    abstract = family.abstract(cfg)
     want = flatten(abstract)
     items: dict[str, list[Stored]] = {}
     for item in m.found:
@@ -162,7 +163,7 @@ def _fresh(cfg: ModelConfig, paths: list[str], dtype: str | None) -> dict[str, j
     """Initial values of some parameters; the others are never computed."""
 
     def init() -> dict[str, jax.Array]:
-        flat = flatten(Pi0(cfg, rngs=nnx.Rngs(0)))
+        flat = flatten(family.create(cfg, rngs=nnx.Rngs(0)))
         return {path: jnp.asarray(flat[path], dtype and jnp.dtype(dtype)) for path in paths}
 
     return jax.jit(init)()
@@ -190,7 +191,7 @@ def _assemble(
 
 def _misfits(m: Matched, cfg: ModelConfig, sizes: Sizes) -> list[str]:
     """What the model needs and the source lacks, what is there that this model has no use for, and other shapes."""
-    paths = set(flatten(nnx.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))))
+    paths = set(flatten(family.abstract(cfg)))
     unnamed = [f"{path}: no row of the name table" for path in sorted(paths - m.family.by_path.keys())]
     needed = {path for path in paths if re.match(m.writer.holds, path)}
     have = {i.name: Shape(m.shape(i)) for i in m.found} | dict.fromkeys(m.left, Shape(()))

@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -22,7 +21,8 @@ from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
 from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, needed_mode, save_norm_stats
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models import family
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import check_fit, fill, flatten, pure_params
 from openpi_ar.text.tokenizer import Tokenizer
 
@@ -100,20 +100,20 @@ def resolve_step_dir(path: str | Path) -> Path:
     return path
 
 
-def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, Pi0, Tokenizer, dict[str, NormStats]]:
+def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, VLA, Tokenizer, dict[str, NormStats]]:
     """(config, model, tokenizer, statistics) of a step or experiment directory; float32 parameters, stacked layers.
 
     Raises UserError naming what is missing or does not fit.
     """
     step_dir = resolve_step_dir(path)
     assets = load_assets(step_dir)
-    abstract = nnx.eval_shape(lambda: Pi0(assets.config.model, rngs=nnx.Rngs(0)))
+    abstract = family.abstract(assets.config.model)
     model = load_params(step_dir, abstract)
     check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, needed_mode(assets.config.model.pi05))
     return assets.config, model, assets.tokenizer, assets.stats
 
 
-def load_params(step_dir: Path, model: Pi0, sharding: jax.sharding.Sharding | None = None) -> Pi0:
+def load_params(step_dir: Path, model: VLA, sharding: jax.sharding.Sharding | None = None) -> VLA:
     """The parameters of a step directory in the shape of `model` (abstract or concrete, stacked).
 
     Raises UserError that lists every parameter that is missing, left over or of another shape.

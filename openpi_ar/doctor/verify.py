@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.algorithms import decode, losses
+from openpi_ar.algorithms import flow, losses
+from openpi_ar.algorithms.generate import generate
+from openpi_ar.algorithms.prefill import prefill
+from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import Dtype, LoadOptions
 from openpi_ar.doctor.goldens import IMAGE, Golden, input_arrays, observation, read_arrays, text_run
 from openpi_ar.errors import UserError
+from openpi_ar.models.cache import Cache
 from openpi_ar.models.layers import sincos_embedding
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.textfile import read_object
 from openpi_ar.types import Array, Observation
 
@@ -33,9 +37,9 @@ BFLOAT16_MEAN = 0.038
 
 # Jitted whole: op by op, a golden takes minutes.
 _embed_images = jax.jit(lambda model, obs: model.embed_images(obs))
-_prefill = jax.jit(decode.prefill)
-_denoise = jax.jit(decode.denoise, static_argnames="num_steps")
-_generate = jax.jit(decode.generate, static_argnames=("max_tokens", "eos_id"))
+_prefill = jax.jit(prefill)
+_denoise = jax.jit(flow.denoise, static_argnames="num_steps")
+_generate = jax.jit(generate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ def verify(
         num_kv_heads=body.get("pali", {}).get("num_kv_heads"),
     )
     options = _head_counts(path, known) if heads is None else [heads]
-    best: tuple[float, Pi0, tuple[str, ...]] | None = None
+    best: tuple[float, VLA, tuple[str, ...]] | None = None
     for count in options:
         loaded = load_model(path, dataclasses.replace(known, siglip_heads=count))
         if "in_images" not in arrays:
@@ -107,7 +111,7 @@ def _head_counts(path: str | Path, known: LoadOptions) -> list[int]:
     return [n for n in range(1, 33) if width % n == 0 and width // n >= 8]
 
 
-def _image_error(model: Pi0, a: Golden, cameras: tuple[str, ...]) -> float:
+def _image_error(model: VLA, a: Golden, cameras: tuple[str, ...]) -> float:
     prefix = "" if "in_ids" in a else "train:"
     ours = np.asarray(_embed_images(model, observation(a, prefix)))
     if "image_features" in a:
@@ -119,7 +123,7 @@ def _image_error(model: Pi0, a: Golden, cameras: tuple[str, ...]) -> float:
     return float(np.abs(ours - golden).max())
 
 
-def _differences(model: Pi0, a: Golden, cameras: tuple[str, ...], *, bfloat16: bool) -> Iterator[Difference]:
+def _differences(model: VLA, a: Golden, cameras: tuple[str, ...], *, bfloat16: bool) -> Iterator[Difference]:
     torch = "in_tokens" in a
     velocity, actions = (TORCH_VELOCITY, TORCH_ACTIONS) if torch else (VELOCITY, ACTIONS)
 
@@ -158,16 +162,16 @@ def _differences(model: Pi0, a: Golden, cameras: tuple[str, ...], *, bfloat16: b
     text = image_tokens.shape[1]
     if "text_logits" in a:
         yield from compare("text_logits", model.logits(out.hidden[:, text:]), 1e-4, valid[:, text:])
-    for name, array in (("k", cache.k), ("v", cache.v)):
+    for name, array in zip("kv", cache.keys_values, strict=True):
         stored = np.broadcast_to(valid, (array.shape[0], *valid.shape))
         yield from compare(f"sample10/kv_cache_{name}", array, HIDDEN, stored)
     yield from _flow(model, obs, cache, a, "", compare, velocity, actions)
 
 
 def _flow(
-    model: Pi0,
+    model: VLA,
     obs: Observation,
-    cache: decode.KVCache,
+    cache: Cache,
     a: Golden,
     prefix: str,
     compare,
@@ -189,7 +193,7 @@ def _flow(
         yield from compare(f"{outputs}{name}", suffix[:, 0], embedded)
     if cond is not None:
         yield from compare(f"{outputs}adarms_cond", cond[:, 0], embedded)
-    hidden = decode.suffix_hidden(model, cache, suffix, cond)
+    hidden = model.action_tower.reader(cache, model.suffix_causal)(suffix, cond)
     last = hidden[:, 0, -a[f"{outputs}suffix_out"].shape[1] :] if f"{outputs}suffix_out" in a else hidden[:, 0]
     yield from compare(f"{outputs}suffix_out", last, embedded)
     if "suffix_hidden" in a:
@@ -208,7 +212,7 @@ def _flow(
         yield from compare(name, _denoise(model, obs, cache, noise, num_steps=steps), actions)
 
 
-def _subtask(model: Pi0, a: Golden, compare) -> Iterator[Difference]:
+def _subtask(model: VLA, a: Golden, compare) -> Iterator[Difference]:
     """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions on what was said."""
     obs = observation(a, "train:", causal=True)
     out, cache = _prefill(model, obs)
@@ -238,7 +242,7 @@ def _subtask(model: Pi0, a: Golden, compare) -> Iterator[Difference]:
             yield from _decoded(model, a, case, i, compare)
 
 
-def _decoded(model: Pi0, a: Golden, case: str, i: int, compare) -> Iterator[Difference]:
+def _decoded(model: VLA, a: Golden, case: str, i: int, compare) -> Iterator[Difference]:
     """Greedy text of one row, decoded with the cache, and actions on it, against full recomputation without one."""
     name = f"{case}/nocache_{{}}_row{i}"
     obs = observation(a, "sample:", causal=True, rows=slice(i, i + 1))
@@ -246,21 +250,13 @@ def _decoded(model: Pi0, a: Golden, case: str, i: int, compare) -> Iterator[Diff
         obs = dataclasses.replace(obs, image_mask=np.ones_like(obs.image_mask))
     golden = a[name.format("tokens")]
     out, cache = _prefill(model, obs)
-    said, _ = _generate(
-        model,
-        cache,
-        out.prompt_last,
-        jax.random.key(0),
-        max_tokens=len(golden),
-        eos_id=1,
-        allowed=jnp.ones(model.cfg.vocab_size, bool),
-    )
-    yield from compare(name.format("tokens"), said.ids[0], 0.0)
+    text, _ = _generate(model, cache, out.prompt_last, Sampling(eos_id=1, max_new_tokens=len(golden)))
+    yield from compare(name.format("tokens"), text.ids[0], 0.0)
     given = text_run(golden[None], np.ones((1, len(golden)), bool), causal=True)
     told, cache = _prefill(model, obs, given)
     assert told.text is not None
     predicts = jnp.concatenate([told.prompt_last[:, None], told.text[:, :-1]], axis=1)
     yield from compare(name.format("logits"), model.logits(predicts)[0], 1e-4)
     noise = jnp.asarray(a["sample:in_noise"])[i : i + 1]
-    yield from compare(name.format("v0"), decode.velocity(model, obs, cache, noise, jnp.ones(1)), VELOCITY)
+    yield from compare(name.format("v0"), flow.velocity(model, obs, cache, noise, jnp.ones(1)), VELOCITY)
     yield from compare(name.format("actions"), _denoise(model, obs, cache, noise, num_steps=10), ACTIONS)

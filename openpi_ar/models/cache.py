@@ -1,6 +1,6 @@
-"""The key/value cache and every attention mask. `KVCache.append` is the only writer, but for the decode loop of an
-inference form, which keeps new keys and values apart until it ends (`KVCache.mark`); attention only reads."""
+"""Caches of keys and values, and every attention mask. Attention reads a cache; only a tower's `extend` writes one."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from flax import nnx
@@ -10,41 +10,22 @@ from jaxtyping import Bool, Float, Int
 
 from openpi_ar.types import Array
 
-Layers = Float[Array, "L B S K H"] | tuple[Float[Array, "B S K H"], ...]
-
 
 @nnx.dataclass
-class KVCache(nnx.Pytree):
-    """Keys (after RoPE) and values that tower 1 wrote.
+class Cache(nnx.Pytree):
+    """Which slots of a cache hold what. How keys (after RoPE) and values are kept is up to the form of the tower.
 
     Slot is not position: padding leaves holes that `valid` masks, and positions count valid tokens only, so rows of
     different lengths need no alignment.
 
-    k, v    one entry per layer and slot: stacked as the layers of a scanned tower are, or a tuple over the layers of an
-            unrolled one, each of which a decode loop can then update in place.
     valid   slot may be attended to.
     hidden  slot is invisible to the action tower.
     fill    next slot to write, the same for all rows.
     """
 
-    k: Layers = nnx.data()
-    v: Layers = nnx.data()
     valid: Bool[Array, "B S"] = nnx.data()
     hidden: Bool[Array, "B S"] = nnx.data()
     fill: Int[Array, ""] = nnx.data()
-
-    @classmethod
-    def empty(cls, k: Float[Array, "L B T K H"], slots: int) -> "KVCache":
-        """An empty cache of `slots` slots with the layers, batch, heads and dtype of the keys `k`."""
-        layers, batch, _, heads, dim = k.shape
-        blank = jnp.zeros((layers, batch, slots, heads, dim), k.dtype)
-        none = jnp.zeros((batch, slots), bool)
-        return cls(k=blank, v=blank, valid=none, hidden=none, fill=jnp.zeros((), jnp.int32))
-
-    @classmethod
-    def full(cls, k: Layers, v: Layers, valid: Bool[Array, "B S"], hidden: Bool[Array, "B S"]) -> "KVCache":
-        """A cache of just these tokens, with no room left."""
-        return cls(k=k, v=v, valid=valid, hidden=hidden, fill=jnp.asarray(valid.shape[1], jnp.int32))
 
     @property
     def next_pos(self) -> Int[Array, " B"]:
@@ -61,53 +42,139 @@ class KVCache(nnx.Pytree):
         """RoPE position of the first token of the action tower, per row: hidden tokens hold no position there."""
         return self.visible.sum(-1, dtype=jnp.int32)
 
-    def grow(self, slots: int) -> "KVCache":
-        """The same cache with room for `slots` more tokens."""
-        ends = [(0, 0), (0, slots)]
+    @property
+    def keys_values(self) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
+        """Keys and values of all layers, whatever the form; for inspection."""
+        raise NotImplementedError
 
-        def widen(x: Array) -> Array:
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, slots), (0, 0), (0, 0)])
+    def reserve(self, slots: int) -> "Cache":
+        """The same cache with room for `slots` more tokens. Slots that were reserved before and not written stay holes."""
+        raise NotImplementedError
 
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(widen, self.k),
-            v=jax.tree.map(widen, self.v),
-            valid=jnp.pad(self.valid, ends),
-            hidden=jnp.pad(self.hidden, ends),
-        )
+    def compact(self) -> "Cache":
+        """The same cache in the form that is read fastest, once nothing more will be written for a while."""
+        return self
 
-    def forget(self, keep: Bool[Array, "B T"]) -> "KVCache":
+    def invalidate(self, keep: Bool[Array, "B T"]) -> "Cache":
         """The cache without those of the last T slots of a full cache that are not kept: they become holes."""
         start = self.valid.shape[1] - keep.shape[1]
         return dataclasses.replace(
             self, valid=jnp.concatenate([self.valid[:, :start], self.valid[:, start:] & keep], axis=1)
         )
 
-    def append(self, k: Layers, v: Layers, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
-        """The cache with T more tokens in the slots from `fill` on. There must be room: see `grow`."""
+    def _reserved(self, slots: int) -> dict[str, Array]:
+        """The bits after `reserve`."""
+        ends = [(0, 0), (0, slots)]
+        fill = jnp.asarray(self.valid.shape[1], jnp.int32)
+        return {"valid": jnp.pad(self.valid, ends), "hidden": jnp.pad(self.hidden, ends), "fill": fill}
 
-        def write_layer(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=old.ndim - 3)
-
-        marked = self.mark(valid, hidden)
-        return dataclasses.replace(
-            marked, k=jax.tree.map(write_layer, self.k, k), v=jax.tree.map(write_layer, self.v, v)
-        )
-
-    def mark(self, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "KVCache":
-        """The cache as if T more tokens stood in the slots from `fill` on."""
+    def _marked(self, valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> dict[str, Array]:
+        """The bits with T more tokens, in the slots from `fill` on."""
 
         def write(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new, self.fill, axis=1)
 
-        return dataclasses.replace(
-            self, valid=write(self.valid, valid), hidden=write(self.hidden, hidden), fill=self.fill + valid.shape[1]
+        fill = self.fill + valid.shape[1]
+        return {"valid": write(self.valid, valid), "hidden": write(self.hidden, hidden), "fill": fill}
+
+
+@nnx.dataclass
+class StackedCache(Cache):
+    """Layers on a leading axis, as a scanned tower reads and writes them."""
+
+    k: Float[Array, "L B S K H"] = nnx.data()
+    v: Float[Array, "L B S K H"] = nnx.data()
+
+    @classmethod
+    def full(cls, k: Array, v: Array, valid: Bool[Array, "B S"], hidden: Bool[Array, "B S"]) -> "StackedCache":
+        """A cache of just these tokens, with no room left."""
+        return cls(valid=valid, hidden=hidden, fill=jnp.asarray(valid.shape[1], jnp.int32), k=k, v=v)
+
+    @property
+    def keys_values(self) -> tuple[Array, Array]:
+        return self.k, self.v
+
+    def reserve(self, slots: int) -> "StackedCache":
+        ends = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
+        return dataclasses.replace(self, **self._reserved(slots), k=jnp.pad(self.k, ends), v=jnp.pad(self.v, ends))
+
+    def append(
+        self,
+        k: Float[Array, "L B T K H"],
+        v: Float[Array, "L B T K H"],
+        valid: Bool[Array, "B T"],
+        hidden: Bool[Array, "B T"],
+    ) -> "StackedCache":
+        """The cache with T more tokens. There must be room: see `reserve`."""
+        k, v = (jax.lax.dynamic_update_slice_in_dim(a, b, self.fill, axis=2) for a, b in ((self.k, k), (self.v, v)))
+        return dataclasses.replace(self, **self._marked(valid, hidden), k=k, v=v)
+
+
+KV = tuple[Float[Array, "B K H _"], Float[Array, "B _ K H"]]
+"""Keys of one layer, slots last (as a product with queries reads them, so that no step transposes them), and values."""
+
+
+@nnx.dataclass
+class LayeredCache(Cache):
+    """One entry per layer of an unrolled tower: `past`, which a decode loop only reads, and a short `tail` that it writes.
+
+    A loop carries what it writes from step to step; what it only reads it does not, so no step copies the prefix.
+    """
+
+    past: tuple[KV, ...] = nnx.data()
+    tail: tuple[KV, ...] = nnx.data()
+
+    @classmethod
+    def full(cls, past: Sequence[KV], valid: Bool[Array, "B S"], hidden: Bool[Array, "B S"]) -> "LayeredCache":
+        """A cache of just these tokens, with no room left."""
+        fill = jnp.asarray(valid.shape[1], jnp.int32)
+        return cls(valid=valid, hidden=hidden, fill=fill, past=tuple(past), tail=())
+
+    @property
+    def keys_values(self) -> tuple[Array, Array]:
+        past = self.compact().past
+        return jnp.stack([jnp.moveaxis(k, -1, 1) for k, _ in past]), jnp.stack([v for _, v in past])
+
+    @property
+    def runs(self) -> list[list[KV]]:
+        """What attention reads, by layer: arrays that are never joined."""
+        return (
+            [list(pair) for pair in zip(self.past, self.tail, strict=True)] if self.tail else [[p] for p in self.past]
         )
 
+    def reserve(self, slots: int) -> "LayeredCache":
+        if self.tail:
+            return self.compact().reserve(slots)
 
-def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """RoPE positions of a sequence that starts at 0: valid tokens before each token. Padding holds no position."""
-    return jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+        def blank(x: Array, axis: int) -> Array:
+            return jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
+
+        tail = tuple((blank(k, 3), blank(v, 1)) for k, v in self.past)
+        return dataclasses.replace(self, **self._reserved(slots), tail=tail)
+
+    def compact(self) -> "LayeredCache":
+        if not self.tail:
+            return self
+        join = jnp.concatenate
+        past = tuple(
+            (join([a, c], axis=3), join([b, d], axis=1)) for (a, b), (c, d) in zip(self.past, self.tail, strict=True)
+        )
+        return dataclasses.replace(self, past=past, tail=())
+
+    @property
+    def at(self) -> Int[Array, ""]:
+        """Slot of the tail that is written next."""
+        return self.fill - self.past[0][1].shape[1]
+
+    def append(self, tail: Sequence[KV], valid: Bool[Array, "B T"], hidden: Bool[Array, "B T"]) -> "LayeredCache":
+        """The cache with T more tokens, whose keys and values have been written to `tail`."""
+        return dataclasses.replace(self, **self._marked(valid, hidden), tail=tuple(tail))
+
+
+def positions(valid: Bool[Array, "B T"], cache: Cache | None = None) -> Int[Array, "B T"]:
+    """RoPE positions: valid tokens before each token, those of the cache included. Padding holds no position."""
+    own = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+    return own if cache is None else own + cache.next_pos[:, None]
 
 
 def prefix_lm_mask(valid: Bool[Array, "B T"], causal: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -122,13 +189,7 @@ def prefix_lm_mask(valid: Bool[Array, "B T"], causal: Bool[Array, "B T"]) -> Boo
     return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :] & valid[:, :, None]
 
 
-def decode_mask(cache: KVCache) -> Bool[Array, "B 1 _"]:
-    """One new text token attends to every valid slot of the cache and to itself."""
-    batch = cache.valid.shape[0]
-    return jnp.concatenate([cache.valid[:, None], jnp.ones((batch, 1, 1), bool)], axis=-1)
-
-
-def action_mask(cache: KVCache, causal: Bool[Array, " T"], draws: int) -> Bool[Array, "B _ _"]:
+def action_mask(cache: Cache, causal: Bool[Array, " T"], draws: int) -> Bool[Array, "B _ _"]:
     """The action tower's mask for `draws` chunks of T tokens side by side, [B draws*T S+draws*T].
 
     Every token attends to the visible cache, and to its own chunk as the `causal` bits say.

@@ -1,9 +1,8 @@
-"""The inference form of a Gemma tower: made once at load, same numbers, fewer and larger matmuls.
+"""The inference form of a decoder: made once at load, same numbers, fewer and larger matmuls.
 
 Layers are a list and the program is unrolled, so no slice of a stack is copied per step; queries, keys and values come from
-one matmul, gate and up from another; low-rank adapters are added into their weights. Keys and values stay one array per
-layer; those that a loop reads have their slots last, so that no step transposes them, and a decode loop writes to short
-arrays of its own, so that no step copies the rest. Nothing here is trained.
+one matmul, gate and up from another; low-rank adapters are added into their weights. Its cache (`cache.LayeredCache`) is one
+entry per layer; a decode loop writes to short arrays of its own, so that no step copies the rest. Nothing here is trained.
 """
 
 from collections.abc import Sequence
@@ -15,42 +14,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.models.cache import KVCache
-from openpi_ar.models.decoder import Block, Tower
-from openpi_ar.models.layers import MASKED, AdaRMSNorm, Einsum, RMSNorm, matmul, merge_lora, modulated, rotary, rotate
+from openpi_ar.models.cache import KV, Cache, LayeredCache, action_mask, positions, prefix_lm_mask
+from openpi_ar.models.decoder import Block, Rope, Tower, action_positions, take
+from openpi_ar.models.layers import ACTIVATIONS, MASKED, AdaRMSNorm, Einsum, RMSNorm, matmul, merge_lora, rotary, rotate
 from openpi_ar.models.stack import Stack
+from openpi_ar.models.vlm import CacheReader, Run
 from openpi_ar.types import Array
 
-Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
-Run = tuple[Float[Array, "B K H _"], Float[Array, "B _ K H"]]
-"""Keys of one layer, slots last (as a product with queries reads them), and values."""
 
-
-def runs_of(cache: KVCache) -> list[list[Run]]:
-    """What a cache of unrolled layers holds, as `FastTower.run` reads it: one run per layer."""
-    return [[(jnp.moveaxis(k, 1, -1), v)] for k, v in zip(cache.k, cache.v, strict=True)]
-
-
-def room_for(runs: Sequence[Sequence[Run]], slots: int) -> list[Run]:
-    """An empty run of so many slots for each layer."""
-
-    def blank(x: Array, axis: int) -> Array:
-        return jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
-
-    return [(blank(layer[0][0], 3), blank(layer[0][1], 1)) for layer in runs]
-
-
-def joined(cache: KVCache, new: Sequence[Run]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Keys and values of all layers as a cache holds them, with a further run at the end of each."""
-    k = [jnp.concatenate([old, jnp.moveaxis(k, -1, 1)], axis=1) for old, (k, _) in zip(cache.k, new, strict=True)]
-    v = [jnp.concatenate([old, v], axis=1) for old, (_, v) in zip(cache.v, new, strict=True)]
-    return tuple(k), tuple(v)
-
-
-def attend_apart(
-    q: Float[Array, "B T N H"], runs: Sequence[Run], mask: Bool[Array, "B T S"]
-) -> Float[Array, "B T N H"]:
-    """`layers.attend`, but one softmax over runs that are never joined, and its division after the product with the values."""
+def attend_apart(q: Float[Array, "B T N H"], runs: Sequence[KV], mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
+    """`layers.attend` with one softmax over runs that are never joined, its division after the product with the values."""
     q = rearrange(q, "B T (K G) H -> B K T G H", K=runs[0][0].shape[1])
     logits, start = [], 0
     for k, v in runs:
@@ -81,11 +54,11 @@ def _norm(layer: RMSNorm | AdaRMSNorm, x: Array, modulation: Array | None) -> tu
     if isinstance(layer, RMSNorm):
         return layer(x)
     assert modulation is not None, "this tower is conditioned: it needs a modulation"
-    return modulated(x, modulation)
+    return layer.modulated(x, modulation)
 
 
-class FastBlock(nnx.Module):
-    """One layer of `gemma.Block`, weights fused and cast to `dtype`; laid out for one token at a time if it `decodes`."""
+class FusedBlock(nnx.Module):
+    """One `decoder.Block`, weights fused and cast to `dtype`; laid out for one token at a time if it `decodes`."""
 
     def __init__(self, block: Block, dtype: jnp.dtype, *, decodes: bool):
         q, kv = _merged(block.q), _merged(block.kv)
@@ -98,6 +71,7 @@ class FastBlock(nnx.Module):
             gate_up = merge_lora(gate_up, mlp.gate_up_lora_a[...], mlp.gate_up_lora_b[...])
         if mlp.down_lora_a is not None and mlp.down_lora_b is not None:
             down = merge_lora(down, mlp.down_lora_a[...], mlp.down_lora_b[...])
+        self.activation = mlp.activation
         self.qkv = nnx.Param(jnp.concatenate(flat, axis=1).astype(dtype))
         self.out = nnx.Param(_merged(block.out).reshape(heads * dim, width).astype(dtype))
         self.gate_up = nnx.Param(jnp.concatenate([gate_up[0], gate_up[1]], axis=1).astype(dtype))
@@ -112,11 +86,11 @@ class FastBlock(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         mask: Bool[Array, "B T S"],
-        past: Sequence[Run],
+        past: Sequence[KV],
         modulation: tuple[Array, Array] | None,
         rows: Int[Array, "B R"] | None = None,
         at: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B _ D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B _ D"], KV]:
         """As `Block`; with `rows` only these tokens are computed on, though all of them write keys and values.
 
         With `at`, keys and values are written to the last run of `past`, from that slot on, and this run is returned.
@@ -127,89 +101,100 @@ class FastBlock(nnx.Module):
             qkv = matmul(y, weights)
             q, kv, own = qkv[..., :n], qkv[..., n:], rope
         else:
-            kv, own = matmul(y, weights[:, n:]), (_take(rope[0], rows), _take(rope[1], rows))
-            q = matmul(_take(y, rows), weights[:, :n])
-            x, mask = _take(x, rows), _take(mask, rows)
+            kv, own = matmul(y, weights[:, n:]), (take(rope[0], rows), take(rope[1], rows))
+            q = matmul(take(y, rows), weights[:, :n])
+            x, mask = take(x, rows), take(mask, rows)
         q = rotate(q.reshape(*q.shape[:-1], self.heads, h), *own)
         k, v = jnp.split(kv.reshape(*kv.shape[:-1], 2 * self.kv_heads, h), 2, axis=-2)
-        k = rotate(k, *rope)
-        own = (jnp.moveaxis(k, 1, -1), v)
-        runs = [*past, own]
+        new = (jnp.moveaxis(rotate(k, *rope), 1, -1), v)
+        runs = [*past, new]
         if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
-            k, v = write(past[-1][0], own[0], at, 3), write(past[-1][1], v, at, 1)
-            runs = [*past[:-1], (k, v)]
+            new = write(past[-1][0], new[0], at, 3), write(past[-1][1], v, at, 1)
+            runs = [*past[:-1], new]
         y = attend_apart(q * h**-0.5, runs, mask)
         y = matmul(y.reshape(*y.shape[:-2], n), self.out[...].astype(y.dtype))
         x = x + (y if gate is None else gate * y)
         y, gate = _norm(self.mlp_norm, x, None if modulation is None else modulation[1])
         a, b = jnp.split(matmul(y, self.gate_up[...].astype(y.dtype)), 2, axis=-1)
         down = self.down[...].astype(y.dtype)
-        y = jax.nn.gelu(a, approximate=True) * b
+        y = ACTIVATIONS[self.activation](a) * b
         y = jnp.einsum("BTF,DF->BTD", y, down) if self.decodes else matmul(y, down)
-        return x + (y if gate is None else gate * y), (k, v)
+        return x + (y if gate is None else gate * y), new
 
 
-def _take(x: Float[Array, "B T *d"] | Bool[Array, "B T *d"], rows: Int[Array, "B R"]) -> Array:
-    return jnp.take_along_axis(x, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-class FastTower(nnx.Module):
-    """`gemma.Tower` for inference; `decodes` if it mostly runs on one token at a time."""
+class FusedTower(nnx.Module):
+    """`decoder.Tower` for inference; `decodes` if it mostly runs on one token at a time."""
 
     def __init__(self, tower: Tower, dtype: jnp.dtype, *, decodes: bool = False):
-        self.head_dim = tower.head_dim
+        self.head_dim, self.rope_base = tower.head_dim, tower.rope_base
         layers = tower.blocks.unstacked().layers
         assert isinstance(layers, nnx.List)
-        self.blocks = nnx.List([FastBlock(block, dtype, decodes=decodes) for block in layers])
+        self.blocks = nnx.List([FusedBlock(block, dtype, decodes=decodes) for block in layers])
         self.norm = tower.norm
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: KVCache | None = None,
-        cond: Float[Array, "B n D"] | None = None,
-        *,
-        remat: bool = False,
-        rows: Int[Array, "B R"] | None = None,
-    ) -> tuple[Float[Array, "B _ D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
-        """As `Tower`; keys and values are tuples over layers. `remat` is accepted and ignored."""
-        table = None
-        if cond is not None:
-            table = jnp.repeat(self.modulations(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
-        past = [[]] * len(self.blocks) if cache is None else runs_of(cache)
-        return self.run(x, rotary(positions, self.head_dim), mask, past, table, rows)
+    def extend(
+        self, run: Run, cache: Cache | None = None, *, rows: Int[Array, "B R"] | None = None
+    ) -> tuple[Float[Array, "B _ D"], LayeredCache]:
+        """See `vlm.Tower`. With `rows`, the last layer computes no other tokens."""
+        own, rope = prefix_lm_mask(run.valid, run.causal), self._rotary(positions(run.valid, cache))
+        if cache is None:
+            x, new = self._forward(run.x, rope, own, [[]] * len(self.blocks), None, rows)
+            return x, LayeredCache.full(new, run.valid, run.hidden)
+        assert isinstance(cache, LayeredCache) and cache.tail, "this cache is of another form of the tower, or full"
+        batch, slots = cache.valid.shape
+        seen = jnp.broadcast_to(cache.valid[:, None], (batch, own.shape[1], slots))
+        mask = jax.lax.dynamic_update_slice_in_dim(seen, own, cache.fill, axis=2)
+        x, tail = self._forward(run.x, rope, mask, cache.runs, None, rows, cache.at)
+        return x, cache.append(tail, run.valid, run.hidden)
 
-    def modulations(self, cond: Float[Array, "*b D"]) -> Float[Array, "*b m W"]:
-        """What the condition makes of every norm: two per layer, then the final one (m = 2 L + 1)."""
+    def reader(self, cache: Cache, causal: Bool[Array, " T"], draws: int = 1) -> CacheReader:
+        """See `vlm.ActionTower`."""
+        assert isinstance(cache, LayeredCache), "this cache is of another form of the tower"
+        rope = self._rotary(action_positions(cache, causal, draws))
+        mask, past = action_mask(cache, causal, draws), cache.runs
+
+        def read(tokens: Array, cond: Array | None, table: Array | None = None) -> Array:
+            if table is None and cond is not None:
+                table = self.modulations(cond.astype(tokens.dtype))
+                table = None if table is None else jnp.repeat(table, tokens.shape[2], axis=1)
+            x = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+            return self._forward(x, rope, mask, past, table)[0].reshape(tokens.shape)
+
+        return read
+
+    def modulations(self, cond: Float[Array, "*b D"] | None) -> Float[Array, "*b m W"] | None:
+        """Modulation of every norm: two per layer, then the final one (m = 2 L + 1, W = 3 D)."""
+        if cond is None:
+            return None
         norms = [n for block in self.blocks for n in (block.attn_norm, block.mlp_norm)] + [self.norm]
         return jnp.stack([n.modulation(cond) for n in norms if isinstance(n, AdaRMSNorm)], axis=-2)
 
-    def run(
+    def _rotary(self, positions: Int[Array, "B T"]) -> Rope:
+        return rotary(positions, self.head_dim, self.rope_base)
+
+    def _forward(
         self,
         x: Float[Array, "B T D"],
         rope: Rope,
         mask: Bool[Array, "B T S"],
-        past: Sequence[Sequence[Run]],
+        past: Sequence[Sequence[KV]],
         table: Float[Array, "... m W"] | None,
         rows: Int[Array, "B R"] | None = None,
         at: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B _ D"], tuple[tuple[Array, ...], tuple[Array, ...]]]:
-        """`__call__` with RoPE and modulations ([m W] for all tokens alike, or [B T m W], W = 3 D) computed beforehand.
+    ) -> tuple[Float[Array, "B _ D"], list[KV]]:
+        """Hidden states after the final norm, and keys and values by layer.
 
-        `past` has the runs of every layer that come before the tokens, in the order of the mask. With `rows`, only these
-        tokens come out: the last layer computes no others. With `at`, the tokens are written to the last run from that slot
-        on, S counts no others, and the keys (slots last) and values that come back are this run's.
+        `past` has the runs of every layer that come before the tokens, in the order of the mask; `table` the modulations,
+        [m W] for all tokens alike or [B T m W]. With `at`, the tokens are written to the last run from that slot on, S counts
+        no others, and what comes back is this run.
         """
-        keys, values, last = [], [], len(self.blocks) - 1
+        kv, last = [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             pair = None if table is None else (table[..., 2 * i, :], table[..., 2 * i + 1, :])
-            x, (k, v) = block(x, rope, mask, past[i], pair, rows if i == last else None, at)
-            keys.append(k)
-            values.append(v)
-        return _norm(self.norm, x, None if table is None else table[..., -1, :])[0], (tuple(keys), tuple(values))
+            x, new = block(x, rope, mask, past[i], pair, rows if i == last else None, at)
+            kv.append(new)
+        return _norm(self.norm, x, None if table is None else table[..., -1, :])[0], kv
 
 
 def cast_matrices(tree: Stack, dtype: jnp.dtype) -> Stack:

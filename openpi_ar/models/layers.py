@@ -4,7 +4,7 @@ Parameters are float32 at construction and may be cast to bfloat16 for inference
 dtype of its input; norms, softmax and rotations are float32 inside and return the dtype of their input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 import re
 from typing import Any
@@ -92,9 +92,10 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with bias, eps 1e-6 (flax's default, which SigLIP was trained with)."""
+    """LayerNorm with bias."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, *, eps: float = 1e-6):
+        self.eps = eps
         self.scale = nnx.Param(jnp.ones((dim,)))
         self.bias = nnx.Param(jnp.zeros((dim,)))
 
@@ -102,24 +103,25 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean = x32.mean(-1, keepdims=True)
         var = jnp.square(x32 - mean).mean(-1, keepdims=True)
-        y = (x32 - mean) * jax.lax.rsqrt(var + 1e-6) * self.scale[...] + self.bias[...]
+        y = (x32 - mean) * jax.lax.rsqrt(var + self.eps) * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
 
 
-def _rms(x: Float[Array, "*d D"]) -> Float[Array, "*d D"]:
+def _rms(x: Float[Array, "*d D"], eps: float) -> Float[Array, "*d D"]:
     x32 = x.astype(jnp.float32)
-    return x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+    return x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
-    """Gemma's RMSNorm: eps 1e-6, the weight is stored as its distance from 1."""
+    """RMSNorm whose factor is `offset + scale`: Gemma stores the scale as its distance from 1, Llama whole (offset 0)."""
 
-    def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.zeros((dim,)))
+    def __init__(self, dim: int, *, eps: float = 1e-6, offset: float = 1.0):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full((dim,), 1.0 - offset))
 
     def __call__(self, x: Float[Array, "*d D"], cond: Array | None = None) -> tuple[Float[Array, "*d D"], None]:
         """Returns the normed input and no gate."""
-        return (_rms(x) * (1.0 + self.scale[...])).astype(x.dtype), None
+        return (_rms(x, self.eps) * (self.offset + self.scale[...])).astype(x.dtype), None
 
 
 class AdaRMSNorm(nnx.Module):
@@ -128,7 +130,8 @@ class AdaRMSNorm(nnx.Module):
     The map starts at zero, so an untrained block passes its input on unchanged.
     """
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6):
+        self.eps = eps
         self.modulation = Linear(dim, 3 * dim, rngs=rngs, zero_init=True)
 
     def __call__(
@@ -140,21 +143,28 @@ class AdaRMSNorm(nnx.Module):
         """
         assert cond is not None, "this tower is conditioned: it needs a condition"
         modulation = jnp.repeat(self.modulation(cond.astype(x.dtype)), x.shape[1] // cond.shape[1], axis=1)
-        return modulated(x, modulation)
+        return self.modulated(x, modulation)
+
+    def modulated(
+        self, x: Float[Array, "B T D"], modulation: Float[Array, "... W"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "... D"]]:
+        """The norm of x with a modulation's scale and shift, and its gate. One modulation may serve all tokens."""
+        scale, shift, gate = jnp.split(modulation, 3, axis=-1)
+        return (_rms(x, self.eps) * (1.0 + scale) + shift).astype(x.dtype), gate
 
 
-def modulated(
-    x: Float[Array, "B T D"], modulation: Float[Array, "... W"]
-) -> tuple[Float[Array, "B T D"], Float[Array, "... D"]]:
-    """The RMS norm of x with a modulation's scale and shift, and its gate. One modulation may serve all tokens."""
-    scale, shift, gate = jnp.split(modulation, 3, axis=-1)
-    return (_rms(x) * (1.0 + scale) + shift).astype(x.dtype), gate
+ACTIVATIONS: dict[str, Callable[[Array], jax.Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+}
 
 
 class GatedMLP(nnx.Module):
-    """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`; gate and up are one stacked weight [2 D F]."""
+    """Gemma's and Llama's feed-forward: `down(activation(gate(x)) * up(x))`; gate and up are one stacked weight [2 D F]."""
 
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, lora_rank: int = 0):
+    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, activation: str = "gelu_tanh", lora_rank: int = 0):
+        self.activation = activation
         self.gate_up = nnx.Param(fan_in_init(rngs.params(), (2, dim, hidden), dim))
         self.down = nnx.Param(fan_in_init(rngs.params(), (hidden, dim), hidden))
         self.gate_up_lora_a, self.gate_up_lora_b = lora_init(rngs, (2, dim, hidden), lora_rank)
@@ -163,7 +173,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "*d D"]) -> Float[Array, "*d D"]:
         # Two matmuls, not one einsum over the stacked weight, whose backward pass is slower on CPU.
         gate, up = (self._matmul(x, self.gate_up, self.gate_up_lora_a, self.gate_up_lora_b, i) for i in (0, 1))
-        y = jax.nn.gelu(gate, approximate=True) * up
+        y = ACTIVATIONS[self.activation](gate) * up
         return self._matmul(y, self.down, self.down_lora_a, self.down_lora_b, ...)
 
     @staticmethod
@@ -174,9 +184,11 @@ class GatedMLP(nnx.Module):
         return y + matmul(matmul(x, a[...].astype(x.dtype)[index]), b[...].astype(x.dtype)[index])
 
 
-def rotary(positions: Int[Array, "B T"], head_dim: int) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Sine and cosine of RoPE's angles (base 10,000), computed once and shared by every layer; h = head_dim / 2."""
-    timescale = 10_000.0 ** (jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim))
+def rotary(
+    positions: Int[Array, "B T"], head_dim: int, base: float = 10_000.0
+) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+    """Sine and cosine of RoPE's angles, computed once and shared by every layer; h = head_dim / 2."""
+    timescale = base ** (jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim))
     angle = positions[..., None, None].astype(jnp.float32) / timescale
     return jnp.sin(angle), jnp.cos(angle)
 

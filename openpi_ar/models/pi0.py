@@ -13,28 +13,29 @@ from jaxtyping import Bool, Float, Int
 from openpi_ar.config import ModelConfig
 from openpi_ar.images import resize_with_pad_on_device
 from openpi_ar.models.decoder import Embedder, Tower
-from openpi_ar.models.fused import FastTower, cast_matrices
+from openpi_ar.models.fused import FusedTower, cast_matrices
 from openpi_ar.models.layers import Linear, sincos_embedding
-from openpi_ar.models.vit import SigLIP
+from openpi_ar.models.vit import VisionTransformer
+from openpi_ar.models.vlm import Run, embed_tokens
 from openpi_ar.types import Array, Observation
 
 
 class Pi0(nnx.Module):
-    """pi0.5 (`cfg.pi05`): flow time conditions the action tower through AdaRMS; state is text in the prompt.
+    """A `vlm.VLA`. pi0.5: flow time conditions the action tower through AdaRMS; state is text in the prompt.
     pi0: one state token leads the actions, and time is mixed into them by an MLP.
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         width = cfg.expert.width
-        policy = cfg.remat_policy
-        self.img = SigLIP(cfg.siglip, cfg.vlm.width, rngs=rngs, policy=policy)
-        self.embedder = Embedder(cfg.vocab_size, cfg.vlm.width, rngs=rngs)
-        self.vlm: Tower | FastTower = Tower(cfg.vlm, adaptive=False, rngs=rngs, policy=policy)
-        self.expert: Tower | FastTower = Tower(cfg.expert, adaptive=cfg.pi05, rngs=rngs, policy=policy)
+        remat, vlm = cfg.recomputed, cfg.vlm
+        self.img = VisionTransformer(cfg.siglip, vlm.width, rngs=rngs, remat=remat)
+        self.embedder = Embedder(cfg.vocab_size, vlm.width, rngs=rngs, scaled=vlm.scaled_embeddings, tied=vlm.tied_head)
+        self.vlm: Tower | FusedTower = Tower(vlm, adaptive=False, rngs=rngs, remat=remat)
+        self.expert: Tower | FusedTower = Tower(cfg.expert, adaptive=cfg.adaptive_time, rngs=rngs, remat=remat)
         self.action_in = Linear(cfg.action_dim, width, rngs=rngs)
         self.action_out = Linear(width, cfg.action_dim, rngs=rngs)
-        if cfg.pi05:
+        if cfg.adaptive_time:
             self.time_mlp_in = Linear(width, width, rngs=rngs)
             self.time_mlp_out = Linear(width, width, rngs=rngs)
         else:
@@ -47,6 +48,20 @@ class Pi0(nnx.Module):
         """Compute dtype of the towers."""
         return jnp.dtype(self.cfg.dtype)
 
+    @property
+    def tower(self) -> Tower | FusedTower:
+        """Tower 1."""
+        return self.vlm
+
+    @property
+    def action_tower(self) -> Tower | FusedTower:
+        """Tower 2."""
+        return self.expert
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """Weight of the vocabulary's head."""
+        return self.embedder.weight
+
     def unstacked(self) -> "Pi0":
         """The same model with its layers as lists: unrolled programs (see `models.stack`)."""
         new = nnx.clone(self)
@@ -57,8 +72,8 @@ class Pi0(nnx.Module):
         new.expert.blocks = self.expert.blocks.unstacked()
         return new
 
-    def prepared(self, dtype: str | None = None) -> "Pi0":
-        """The inference form (see `models.fast`), computing in `dtype` (None: as configured) with weights kept in it.
+    def for_inference(self, dtype: str | None = None) -> "Pi0":
+        """The inference form (see `models.fused`), computing in `dtype` (None: as configured) with weights kept in it.
 
         What is computed in float32 in any case (norms, patches, action and time projections) stays float32.
         """
@@ -68,8 +83,10 @@ class Pi0(nnx.Module):
         new.cfg = dataclasses.replace(self.cfg, dtype=dtype, remat=False)
         new.img.blocks = cast_matrices(self.img.blocks.unstacked(), jnp.dtype(dtype))
         new.embedder.table = nnx.Param(self.embedder.table[...].astype(dtype))
-        new.vlm = FastTower(self.vlm, jnp.dtype(dtype), decodes=True)
-        new.expert = FastTower(self.expert, jnp.dtype(dtype))
+        if self.embedder.head is not None:
+            new.embedder.head = nnx.Param(self.embedder.head[...].astype(dtype))
+        new.vlm = FusedTower(self.vlm, jnp.dtype(dtype), decodes=True)
+        new.expert = FusedTower(self.expert, jnp.dtype(dtype))
         return new
 
     def embed_images(self, obs: Observation) -> Float[Array, "B T D"]:
@@ -81,12 +98,19 @@ class Pi0(nnx.Module):
         images = jnp.asarray(obs.images).reshape(-1, *obs.images.shape[2:])
         if images.dtype == jnp.uint8:
             images = resize_with_pad_on_device(images, *self.cfg.siglip.image_size).astype(jnp.float32) / 127.5 - 1.0
-        tokens = self.img(images.astype(jnp.float32), self.dtype, remat=self.cfg.remat)
+        tokens = self.img(images.astype(jnp.float32), self.dtype)
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
 
     def embed_text(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
         return self.embedder.encode(ids).astype(self.dtype)
+
+    def embed(self, obs: Observation, image_tokens: Float[Array, "B _ D"] | None = None) -> Run:
+        """Images first, then the prompt. Images are bidirectional; a masked camera holds no position."""
+        images = self.embed_images(obs) if image_tokens is None else image_tokens
+        seen = jnp.repeat(jnp.asarray(obs.image_mask), images.shape[1] // obs.image_mask.shape[1], axis=1)
+        no = jnp.zeros_like(seen)
+        return Run(x=images, valid=seen, causal=no, hidden=no).then(embed_tokens(self, obs.prompt))
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Float32 next-token logits of tower-1 hidden states."""
@@ -95,11 +119,13 @@ class Pi0(nnx.Module):
     @property
     def suffix_causal(self) -> Bool[Array, " T"]:
         """`causal` bits of the action tower's tokens: a state token (pi0) is its own block, then one block of actions."""
-        opens = [True] if self.cfg.pi05 else [True, True]
+        opens = [True] * (1 + self.cfg.suffix_tokens - self.cfg.action_horizon)
         return jnp.array(opens + [False] * (self.cfg.action_horizon - 1))
 
-    def time_condition(self, t: Float[Array, "*b"]) -> Float[Array, "*b E"]:
-        """AdaRMS condition of flow times (pi0.5), in the compute dtype; the MLP is float32, as openpi's."""
+    def time_condition(self, t: Float[Array, "*b"]) -> Float[Array, "*b E"] | None:
+        """AdaRMS condition of flow times, in the compute dtype (None for pi0); the MLP is float32, as openpi's."""
+        if not self.cfg.adaptive_time:
+            return None
         emb = sincos_embedding(t, self.cfg.expert.width, exact=self.cfg.exact_time)
         return jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(emb)))).astype(self.dtype)
 
@@ -111,7 +137,7 @@ class Pi0(nnx.Module):
         The projections are float32, as openpi's.
         """
         actions = self.action_in(x_t.astype(jnp.float32))
-        if self.cfg.pi05:
+        if self.cfg.adaptive_time:
             return actions.astype(self.dtype), self.time_condition(t)
         emb = sincos_embedding(t, self.cfg.expert.width, exact=self.cfg.exact_time)
         state = self.state_in(jnp.asarray(obs.state, jnp.float32))[:, None, None]

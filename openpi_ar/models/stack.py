@@ -31,11 +31,14 @@ def narrow(x: Array) -> Array:
 
 
 class Stack(nnx.Module):
-    """`depth` layers built by `make(rngs)`; `policy` is what `remat` recomputes (`ModelConfig.remat_policy`)."""
+    """`depth` layers built by `make(rngs)`.
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs, policy: str = "full"):
+    `remat` is what the backward pass recomputes while the layers are stacked (`ModelConfig.recomputed`); None: nothing.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs, remat: str | None = None):
         self.depth = depth
-        self.policy = policy
+        self.remat = remat
         self.layers = jax.vmap(make)(rngs.split(depth))
 
     @property
@@ -50,28 +53,26 @@ class Stack(nnx.Module):
         return new
 
     def __call__(
-        self,
-        step: Callable[[Any, Any, Any], tuple[Any, Any]],
-        carry: Any,
-        per_layer: Any = None,
-        *,
-        remat: bool = False,
+        self, step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, per_layer: Any = None, *, count: int = 0
     ) -> tuple[Any, Any]:
-        """Runs `carry, out = step(layer, carry, per_layer[i])` over all layers.
+        """Runs `carry, out = step(layer, carry, per_layer[i])` over all layers, or over the first `count` ones.
 
         `per_layer` is a pytree with a leading layer axis (or None); the outs come back stacked the same way.
         """
-        layers = self.layers
+        layers, count = self.layers, count or self.depth
         if not isinstance(layers, nnx.List):
+            if count < self.depth:
+                layers = jax.tree.map(lambda a: a[:count], layers)
 
             def body(carry: Any, xs: Any) -> tuple[Any, Any]:
                 return step(xs[0], carry, xs[1])
 
-            # Inside a scan nothing can merge the recomputation with the first pass, which is what `prevent_cse` is for.
-            again = jax.checkpoint(body, policy=_POLICIES[self.policy], prevent_cse=False)
-            return jax.lax.scan(again if remat else body, carry, (layers, per_layer))
+            if self.remat is not None:
+                # In a scan nothing can merge the recomputation with the first pass, which is what `prevent_cse` is for.
+                body = jax.checkpoint(body, policy=_POLICIES[self.remat], prevent_cse=False)
+            return jax.lax.scan(body, carry, (layers, per_layer))
         outs = []
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(layers[:count]):
             carry, out = step(layer, carry, jax.tree.map(lambda a, i=i: a[i], per_layer))
             outs.append(out)
         return carry, jax.tree.map(lambda *o: jnp.stack(o), *outs)

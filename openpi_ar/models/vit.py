@@ -1,7 +1,7 @@
-"""SigLIP's vision transformer, as big_vision's `vit.py` (no pooling): images to one token per patch.
+"""A vision transformer without pooling, SigLIP or DINOv2 by its config: images to one token per patch.
 
-Patch embedding and position embedding are float32, pre-LN blocks in the compute dtype, tanh-GELU, a final LayerNorm and
-a linear head to the language model's width.
+SigLIP as in big_vision's `vit.py`, DINOv2 with registers as in timm's `vision_transformer.py`. Patch embedding and position
+embedding are float32, the pre-LN blocks in the compute dtype.
 """
 
 from einops import rearrange
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
 
-from openpi_ar.config import SigLIPConfig
-from openpi_ar.models.layers import Einsum, LayerNorm, Linear, fan_in_init, matmul
+from openpi_ar.config import VitConfig
+from openpi_ar.models.layers import ACTIVATIONS, Einsum, LayerNorm, Linear, fan_in_init, matmul
 from openpi_ar.models.stack import Stack, narrow
 from openpi_ar.types import Array
 
@@ -33,56 +33,72 @@ def resample_pos_embedding(
 
 
 class Attention(nnx.Module):
-    """Full multi-head self-attention with biases."""
+    """Full multi-head self-attention. Queries, keys and values have biases if `qkv_bias`; the output has one."""
 
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, qkv_bias: bool = True):
         head_dim = width // num_heads
         into = (width, num_heads, head_dim)
         self.q = Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs)
         self.k = Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs)
         self.v = Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs)
-        self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros((num_heads, head_dim))) for _ in range(3))
+        biases = (nnx.Param(jnp.zeros((num_heads, head_dim))) if qkv_bias else None for _ in range(3))
+        self.q_bias, self.k_bias, self.v_bias = biases
         self.out = Einsum("BTNH,NHD->BTD", (num_heads, head_dim, width), fan_in=width, rngs=rngs)
         self.out_bias = nnx.Param(jnp.zeros((width,)))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        q = narrow(self.q(x)) + self.q_bias[...].astype(x.dtype)
-        k = narrow(self.k(x)) + self.k_bias[...].astype(x.dtype)
-        v = narrow(self.v(x)) + self.v_bias[...].astype(x.dtype)
+        pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+        q, k, v = (
+            narrow(product(x)) if bias is None else narrow(product(x)) + bias[...].astype(x.dtype)
+            for product, bias in pairs
+        )
         y = jax.nn.dot_product_attention(q, k, v)  # scales by head_dim ** -0.5; softmax in float32
         return narrow(self.out(y)) + self.out_bias[...].astype(x.dtype)
 
 
 class Block(nnx.Module):
-    """Pre-LN transformer block."""
+    """Pre-LN transformer block; with LayerScale, each branch has a learned factor per channel."""
 
-    def __init__(self, cfg: SigLIPConfig, *, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(cfg.width)
-        self.attn = Attention(cfg.width, cfg.num_heads, rngs=rngs)
-        self.norm2 = LayerNorm(cfg.width)
+    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+        self.activation = cfg.activation
+        self.norm1 = LayerNorm(cfg.width, eps=cfg.norm_eps)
+        self.attn = Attention(cfg.width, cfg.num_heads, rngs=rngs, qkv_bias=cfg.qkv_bias)
+        self.norm2 = LayerNorm(cfg.width, eps=cfg.norm_eps)
         self.fc1 = Linear(cfg.width, cfg.mlp_dim, rngs=rngs)
         self.fc2 = Linear(cfg.mlp_dim, cfg.width, rngs=rngs)
+        # 1e-5 is what DINOv2 starts from.
+        gammas = (nnx.Param(jnp.full((cfg.width,), 1e-5)) if cfg.layer_scale else None for _ in range(2))
+        self.gamma1, self.gamma2 = gammas
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
+        x = x + _scaled(self.attn(self.norm1(x)), self.gamma1)
+        return x + _scaled(self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x)))), self.gamma2)
 
 
-class SigLIP(nnx.Module):
-    """Images in [-1, 1] to `out_dim`-wide tokens, row-major over the patch grid."""
+def _scaled(x: Float[Array, "B T D"], gamma: nnx.Param | None) -> Float[Array, "B T D"]:
+    return x if gamma is None else x * gamma[...].astype(x.dtype)
 
-    def __init__(self, cfg: SigLIPConfig, out_dim: int, *, rngs: nnx.Rngs, policy: str = "full"):
-        self.patch = nnx.static(cfg.patch_size)
+
+class VisionTransformer(nnx.Module):
+    """Images, normalised as the weights expect them, to tokens row-major over the patch grid.
+
+    `out_dim` is the width of the head's output; without a head (None) the tokens are as wide as the blocks.
+    """
+
+    def __init__(self, cfg: VitConfig, out_dim: int | None, *, rngs: nnx.Rngs, remat: str | None = None):
+        self.patch, self.blocks_run = nnx.static(cfg.patch_size), cfg.blocks_run
         p = cfg.patch_size
         self.patch_kernel = nnx.Param(fan_in_init(rngs.params(), (p, p, 3, cfg.width), 3 * p * p))
         self.patch_bias = nnx.Param(jnp.zeros((cfg.width,)))
         pos = jax.random.normal(rngs.params(), (cfg.num_tokens, cfg.width))
         self.pos_embedding = nnx.Param(pos * cfg.width**-0.5)
-        self.blocks = Stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs, policy=policy)
-        self.norm = LayerNorm(cfg.width)
-        self.head = Linear(cfg.width, out_dim, rngs=rngs)
+        self.blocks = Stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs, remat=remat)
+        self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps) if cfg.final_norm else None
+        self.head = None if out_dim is None else Linear(cfg.width, out_dim, rngs=rngs)
+        lead = (cfg.lead_tokens, cfg.width)
+        self.lead = nnx.Param(0.02 * jax.random.normal(rngs.params(), lead)) if cfg.lead_tokens else None
 
-    def __call__(self, images: Float[Array, "B h w 3"], dtype: jnp.dtype, *, remat: bool) -> Float[Array, "B T D"]:
+    def __call__(self, images: Float[Array, "B h w 3"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         p = self.patch
         # As a convolution without padding: 384 pixels are 27 patches of 14, the last 6 pixels belong to none.
         images = images[:, : images.shape[1] // p * p, : images.shape[2] // p * p]
@@ -90,5 +106,11 @@ class SigLIP(nnx.Module):
         patches = rearrange(images, "B (y p) (x q) c -> B (y x) (p q c)", p=p, q=p)
         kernel = rearrange(self.patch_kernel[...], "p q c D -> (p q c) D").astype(jnp.float32)
         x = matmul(patches, kernel) + self.patch_bias[...] + self.pos_embedding[...]
-        x, _ = self.blocks(lambda block, x, _: (block(x), None), x.astype(dtype), remat=remat)
-        return self.head(self.norm(x))
+        if self.lead is not None:
+            lead = jnp.broadcast_to(self.lead[...].astype(x.dtype), (x.shape[0], *self.lead[...].shape))
+            x = jnp.concatenate([lead, x], axis=1)
+        x, _ = self.blocks(lambda block, x, _: (block(x), None), x.astype(dtype), count=self.blocks_run)
+        if self.lead is not None:
+            x = x[:, self.lead[...].shape[0] :]
+        x = x if self.norm is None else self.norm(x)
+        return x if self.head is None else self.head(x)

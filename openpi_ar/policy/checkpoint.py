@@ -18,7 +18,7 @@ from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, loa
 from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.policy import Policy
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,7 +30,7 @@ class PolicyParts(NamedTuple):
     """Arguments of `Policy`; layers stacked."""
 
     cfg: TrainConfig
-    model: Pi0
+    model: VLA
     tokenizer: Tokenizer
     stats: dict[str, NormStats]
     robot: RobotSpec | None
@@ -120,7 +120,7 @@ def _train_config(model: ModelConfig, spec: RobotSpec) -> TrainConfig:
     )
 
 
-def _with_config(model: Pi0, cfg: ModelConfig) -> Pi0:
+def _with_config(model: VLA, cfg: ModelConfig) -> VLA:
     """The same parameters under another configuration; the horizon is in no parameter's shape."""
     new = nnx.clone(model)
     new.cfg = cfg

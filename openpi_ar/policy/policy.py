@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from pathlib import Path
 import time
 from typing import Any
@@ -14,29 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.algorithms import decode
+from openpi_ar.algorithms.act import STAGES
+from openpi_ar.algorithms.flow import flow_table
+from openpi_ar.algorithms.sampling import AllowedIds, Sampling
 from openpi_ar.compilation import run_once
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import Arrays, InputTransform, collate
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.host import (
-    Stopwatch,
     blank_observation,
     inference_dtype,
     milliseconds,
     resizes_on_device,
     shrink,
 )
-from openpi_ar.policy.programs import Draft, Drawn, Programs, known, stacked_drafts
+from openpi_ar.policy.programs import Drawn, Programs, stacked_drafts
 from openpi_ar.policy.session import Session, one_for_each_row
 from openpi_ar.text.templates import Template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Observation, Tokens
 
-STAGES = ("images", "prefill", "text", "flow")
 Raw = Mapping[str, Any]
 Result = dict[str, Any]
 
@@ -59,7 +60,7 @@ class Policy:
     def __init__(
         self,
         cfg: TrainConfig,
-        model: Pi0,
+        model: VLA,
         tokenizer: Tokenizer,
         stats: Mapping[str, NormStats],
         robot: RobotSpec | None = None,
@@ -73,19 +74,17 @@ class Policy:
         self.transform = InputTransform(cfg, tokenizer, stats, robot)
         self.robot = robot = self.transform.robot
         dtype = inference_dtype(cfg.decode.dtype)
-        self._model = run_once(lambda m: m.prepared(dtype), model)
-        self._table = jax.jit(lambda m: decode.flow_table(m, cfg.decode.denoise_steps))(self._model)
+        self._model = run_once(lambda m: m.for_inference(dtype), model)
+        self._table = jax.jit(lambda m: flow_table(m, cfg.decode.denoise_steps))(self._model)
         allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
-        self._programs = Programs(
-            cfg,
-            budget=cfg.text.max_target_tokens if self.transform.writes_text else 0,
-            speech={
-                "max_tokens": cfg.text.max_target_tokens,
-                "eos_id": tokenizer.eos_id,
-                "allowed": jnp.asarray(allowed),
-                "temperature": cfg.decode.temperature,
-            },
+        answers = Sampling(
+            eos_id=tokenizer.eos_id,
+            max_new_tokens=cfg.text.max_target_tokens,
+            temperature=cfg.decode.temperature,
+            constraint=AllowedIds(jnp.asarray(allowed)),
         )
+        budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
+        self._programs = Programs(cfg, dataclasses.replace(answers, max_new_tokens=budget), answers)
         self._resizes = resizes_on_device(cfg.decode.resize)
 
     @staticmethod
@@ -189,13 +188,13 @@ class Policy:
         if text is None and self._programs.drafts:
             draft = stacked_drafts(drafts, self._programs.budget)
         prepared = time.perf_counter()
+        arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
         if timing:
-            out, ms = self._staged(obs, drawn, text, draft)
+            out, ms = self._programs.act_in_stages(*arguments)
         else:
-            out = self._programs.act(self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
-            jax.block_until_ready(out)
+            out = jax.block_until_ready(self._programs.act(*arguments))
             ms = {"prepare": milliseconds(prepared - start), "model": milliseconds(time.perf_counter() - prepared)}
-        chunks, ids, valid = (np.asarray(x) for x in (out.actions, out.ids, out.valid))
+        chunks, ids, valid = (np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid))
         for row, (session, key) in enumerate(zip(sessions, np.asarray(drawn.next_keys), strict=False)):
             session.advance(key, (ids[row], valid[row]) if text is None else None, chunks[row])
         actions = self.transform.actions_to_real(chunks[: len(rows)], raws)
@@ -220,7 +219,8 @@ class Policy:
         start = time.perf_counter()
         raw = {**raw, "question": question, "template": "vqa"}
         row = self.transform.observation(raw)
-        out, ms = self._staged(self._stack([row], None), self._drawn([Session(seed)], 1, None), None, None, act=False)
+        keys = self._drawn([Session(seed)], 1, None).text_keys
+        out, ms = self._programs.answer(self._model, self._stack([row], None), keys)
         ms["total"] = milliseconds(time.perf_counter() - start)
         said, status = self._read(
             self.transform.template(raw), np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist()
@@ -258,22 +258,6 @@ class Policy:
         medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
         total = float(np.median([ms["total"] for ms in warm]))
         return {**result, "timing": {**medians, "total": total, **first}}
-
-    def _staged(
-        self, obs: Observation, drawn: Drawn, text: Tokens | None, draft: Draft | None, *, act: bool = True
-    ) -> tuple[decode.Act, dict[str, float]]:
-        """`Programs.act` as separate programs. `act=False`: text only."""
-        run, clock = self._programs, Stopwatch()
-        tokens = clock.lap("images", run.images(self._model, obs))
-        out, cache = clock.lap("prefill", run.prefill(self._model, obs, text, tokens, draft))
-        said = known(text, obs.images.shape[0])
-        if text is None and (run.budget or not act):
-            said, cache = run.generate(self._model, cache, out, drawn.text_keys, draft)
-        clock.lap("text", (said, cache))
-        actions = jnp.zeros((obs.images.shape[0], *run.chunk))
-        if act:
-            actions = clock.lap("flow", run.flow(self._model, obs, cache, drawn.noise, self._table))
-        return decode.Act(ids=said.ids, valid=said.valid, steps=said.steps, actions=actions), clock.ms
 
     def _drawn(self, sessions: Sequence[Session], batch: int, noise: np.ndarray | None) -> Drawn:
         """The random numbers of a call. Rows of padding have those of the first row."""

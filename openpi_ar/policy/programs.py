@@ -1,15 +1,18 @@
 """The policy's compiled programs: random numbers, talk-and-act in one, and its stages apart, for timing."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.algorithms import decode
-from openpi_ar.algorithms.generate import as_draft
+from openpi_ar.algorithms.act import Act, act, talk
+from openpi_ar.algorithms.generate import Generated
+from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.config import TrainConfig
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
+from openpi_ar.policy.host import Stopwatch
 from openpi_ar.types import Array, Observation, Tokens
 
 Draft = tuple[Array, Array]
@@ -24,26 +27,49 @@ class Drawn(NamedTuple):
     noise: Array
 
 
+class Stages:
+    """Runs the stages of a composition as programs of their own (`algorithms.act`), and times them."""
+
+    def __init__(self):
+        self._programs: dict[str, Callable[..., Any]] = {}
+
+    def timed(self, clock: Stopwatch) -> Callable[..., Any]:
+        """The composition's `run`, which stops the time of each stage."""
+
+        def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            return clock.lap(name, self._programs.setdefault(name, jax.jit(function))(*arguments))
+
+        return run
+
+
 class Programs:
-    """Jitted functions of a model in its inference form (`Pi0.prepared`).
+    """Jitted functions of a model in its inference form (`for_inference`).
 
     Args:
         cfg: denoising steps, action sizes.
-        budget: tokens generated before acting; 0: none.
-        speech: arguments of `generate`.
+        sampling: of the text before actions; its budget is 0 for models that only act.
+        answers: of the text of an answer.
     """
 
-    def __init__(self, cfg: TrainConfig, *, budget: int, speech: dict[str, Any]):
-        self._steps, self._speech = cfg.decode.denoise_steps, speech
-        self.budget = budget
-        self.drafts = cfg.decode.draft and cfg.decode.temperature == 0.0 and budget > 0
+    def __init__(self, cfg: TrainConfig, sampling: Sampling, answers: Sampling):
+        self._steps, self._sampling, self._answers = cfg.decode.denoise_steps, sampling, answers
+        self.budget = sampling.max_new_tokens
+        self.drafts = cfg.decode.draft and sampling.greedy and self.budget > 0
         self.chunk = (cfg.model.action_horizon, cfg.model.action_dim)
         self.draw = jax.jit(self._draw)
         self.act = jax.jit(self._act)
-        self.images = jax.jit(lambda model, obs: model.embed_images(obs))
-        self.prefill = jax.jit(self._prefill)
-        self.generate = jax.jit(self._generate)
-        self.flow = jax.jit(self._flow)
+        self._acting, self._answering = Stages(), Stages()
+
+    def act_in_stages(self, *arguments: Any) -> tuple[Act, dict[str, float]]:
+        """`act` as separate programs, and the milliseconds of each."""
+        clock = Stopwatch()
+        return self._act(*arguments, run=self._acting.timed(clock)), clock.ms
+
+    def answer(self, model: VLA, obs: Observation, keys: Array) -> tuple[Generated, dict[str, float]]:
+        """Text alone, in stages, and the milliseconds of each."""
+        clock = Stopwatch()
+        run = self._answering.timed(clock)
+        return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run)[0], clock.ms
 
     def _draw(self, keys: Array) -> Drawn:
         """From the key data [B k] of the rows, each row by itself, so that none depends on its batch."""
@@ -55,47 +81,23 @@ class Programs:
 
     def _act(
         self,
-        model: Pi0,
+        model: VLA,
         obs: Observation,
         keys: Array,
         noise: Array,
         text: Tokens | None = None,
         draft: Draft | None = None,
         table: Array | None = None,
-    ) -> decode.Act:
-        out, cache = self._prefill(model, obs, text, model.embed_images(obs), draft)
-        said = known(text, obs.images.shape[0])
-        if text is None and self.budget:
-            said, cache = self._generate(model, cache, out, keys, draft)
-        return decode.Act(
-            ids=said.ids, valid=said.valid, steps=said.steps, actions=self._flow(model, obs, cache, noise, table)
-        )
-
-    def _guess(self, draft: Draft | None) -> Tokens | None:
-        if draft is None:
-            return None
-        return as_draft(*draft, max_tokens=self._speech["max_tokens"], eos_id=self._speech["eos_id"])
-
-    def _prefill(
-        self, model: Pi0, obs: Observation, text: Tokens | None, images: Array, draft: Draft | None = None
-    ) -> tuple[decode.Prefill, decode.KVCache]:
-        return decode.prefill(model, obs, self._guess(draft) if text is None else text, image_tokens=images, lean=True)
-
-    def _generate(
-        self, model: Pi0, cache: decode.KVCache, out: decode.Prefill, keys: Array, draft: Draft | None = None
-    ) -> tuple[decode.Generated, decode.KVCache]:
-        guess, key = self._guess(draft), jax.random.wrap_key_data(jnp.asarray(keys[0]))
-        return decode.generate(model, cache, out.prompt_last, key, draft=guess, draft_hidden=out.text, **self._speech)
-
-    def _flow(self, model: Pi0, obs: Observation, cache: decode.KVCache, noise: Array, table: Array | None) -> Array:
-        return decode.denoise(model, obs, cache, noise, num_steps=self._steps, table=table)
+        **options: Any,
+    ) -> Act:
+        rows = _row_keys(self._sampling, keys)
+        options |= {"num_steps": self._steps, "keys": rows, "text": text, "draft": draft, "table": table}
+        return act(model, obs, noise, self._sampling, **options)
 
 
-def known(text: Tokens | None, batch: int) -> decode.Generated:
-    """A text that is given; None: no text."""
-    if text is not None:
-        return decode.Generated.known(text.ids, text.valid)
-    return decode.Generated.known(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
+def _row_keys(sampling: Sampling, keys: Array) -> Array | None:
+    """The rows' keys from their data; None where nothing is drawn."""
+    return None if sampling.greedy else jax.random.wrap_key_data(jnp.asarray(keys))
 
 
 def stacked_drafts(drafts: list[tuple[np.ndarray, np.ndarray] | None], budget: int) -> Draft:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from openpi_ar.algorithms.decode import Act
+from openpi_ar.algorithms.act import Act
+from openpi_ar.algorithms.sampling import AllowedIds, Sampling
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform, stack_rows, to_device
 from openpi_ar.data.loader import Source, evaluation_batches
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.training.metrics import averaged
 from openpi_ar.training.sharding import Placement
 from openpi_ar.training.step import make_act, make_eval_loss
@@ -47,19 +48,20 @@ class Evaluator:
         self._writing = np.array([transform.template(r).target is not None for r in raw])
         tokenizer = transform.tokenizer
         self._loss = make_eval_loss(cfg.loss)
-        self._act = make_act(
-            cfg.decode,
-            max_tokens=cfg.text.max_target_tokens if self._writing.any() else 0,
+        # A model may have more embeddings than the tokenizer has pieces; they are no text.
+        allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
+        sampling = Sampling(
             eos_id=tokenizer.eos_id,
-            # A model may have more embeddings than the tokenizer has pieces; nothing may be generated with those.
-            allowed=np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size)),
-            # Every process sees the whole answer: all of them decide by the same figures.
-            where=None if placement is None else placement.replicated,
+            max_new_tokens=cfg.text.max_target_tokens if self._writing.any() else 0,
+            temperature=cfg.decode.temperature,
+            constraint=AllowedIds(allowed),
         )
+        # Every process sees the whole answer: all of them decide by the same figures.
+        self._act = make_act(cfg.decode, sampling, None if placement is None else placement.replicated)
         self._key = jax.random.key(cfg.seed)
         self._swapped = self._with_swapped_prompts(sharding)
 
-    def __call__(self, model: Pi0) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    def __call__(self, model: VLA) -> tuple[dict[str, float], list[tuple[str, str]]]:
         metrics = averaged([self._loss(model, batch, self._key) for _, batch in self._batches])
         raw, batch = self._batches[0]
         act = self._act(model, batch.observation, self._key)
@@ -71,7 +73,7 @@ class Evaluator:
 
     def _generated(self, raw: Sequence[dict], act: Act) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """(`<kind>_generated_exact` of each kind, [(true text, generated text)] of the rows with a target)."""
-        ids, valid = np.asarray(act.ids), np.asarray(act.valid)
+        ids, valid = np.asarray(act.text.ids), np.asarray(act.text.valid)
         exact: dict[str, list[bool]] = {}
         texts = []
         for i in np.flatnonzero(self._writing).tolist():
@@ -115,7 +117,7 @@ class Evaluator:
         assert isinstance(obs, Observation)
         return changed, obs
 
-    def _swap_sensitivity(self, model: Pi0, raw: Sequence[dict], act: Act) -> dict[str, float]:
+    def _swap_sensitivity(self, model: VLA, raw: Sequence[dict], act: Act) -> dict[str, float]:
         if self._swapped is None:
             return {}
         changed, obs = self._swapped
@@ -123,6 +125,6 @@ class Evaluator:
         a, b = (self._real_actions(raw, x, changed) for x in (act, swapped))
         metrics = {"swap_action": float(np.abs(a - b).mean())}
         if (writing := changed & self._writing).any():
-            same = (np.asarray(act.ids) == np.asarray(swapped.ids)).all(-1)[writing]
+            same = (np.asarray(act.text.ids) == np.asarray(swapped.text.ids)).all(-1)[writing]
             metrics["swap_text"] = float(1.0 - same.mean())
         return metrics

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import leaf_paths
 
 _KEPT_FLOAT32 = re.compile(r"(^|[/_])(scale|bias)$")
@@ -28,7 +28,7 @@ def is_frozen(path: str, table: tuple[str, ...]) -> bool:
     return False
 
 
-def frozen_paths(cfg: TrainConfig, model: Pi0) -> frozenset[str]:
+def frozen_paths(cfg: TrainConfig, model: VLA) -> frozenset[str]:
     """Paths of the parameters that the config freezes. `model` may be abstract.
 
     Raises UserError for patterns that match nothing, all at once, and for a table that leaves nothing to train.
@@ -46,7 +46,7 @@ def frozen_paths(cfg: TrainConfig, model: Pi0) -> frozenset[str]:
     return found
 
 
-def stored(cfg: TrainConfig, model: Pi0) -> Pi0:
+def stored(cfg: TrainConfig, model: VLA) -> VLA:
     """The model in the dtypes that training keeps it in: float32, and `frozen_dtype` for frozen weights."""
     frozen = frozen_paths(cfg, model)
 

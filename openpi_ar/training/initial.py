@@ -8,7 +8,7 @@ from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import check_fit, flatten, split, with_leaves
 from openpi_ar.training import distributed
 from openpi_ar.training.state import init_model
@@ -18,7 +18,7 @@ from openpi_ar.worlds.tabletop.pretrain_vision import pretrain_vision
 _ADAPTERS = ("lora_a", "lora_b")
 
 
-def load_initial(cfg: TrainConfig) -> tuple[Pi0, tuple[str, ...]]:
+def load_initial(cfg: TrainConfig) -> tuple[VLA, tuple[str, ...]]:
     """(model of `cfg` with the parameters of `cfg.init_from`, what the user should know).
 
     Adapters that the checkpoint lacks keep their init, so training starts at exactly what was loaded. Anything else that is
@@ -48,7 +48,7 @@ def load_initial(cfg: TrainConfig) -> tuple[Pi0, tuple[str, ...]]:
     return with_leaves(abstract, values), notes
 
 
-def initial_model(cfg: TrainConfig, source: TrainingSource, transform: InputTransform) -> Pi0:
+def initial_model(cfg: TrainConfig, source: TrainingSource, transform: InputTransform) -> VLA:
     """The model of `init_from`, or a random one whose vision tower has learned where things are; its tower 1 then learns what
     a text names."""
     quiet = not distributed.is_primary()

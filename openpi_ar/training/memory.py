@@ -210,7 +210,7 @@ def _activation_bytes(cfg: TrainConfig) -> int:
     s = m.siglip
     vision = TowerConfig(s.width, s.depth, s.mlp_dim, s.num_heads, s.num_heads, s.width // s.num_heads)
     prefix = len(m.cameras) * s.num_tokens + cfg.text.max_prompt_tokens + cfg.text.max_target_tokens
-    suffix = m.action_horizon + (0 if m.pi05 else 1)
+    suffix = m.suffix_tokens
     towers = [
         (vision, s.num_tokens, s.num_tokens, len(m.cameras)),
         (m.vlm, prefix, prefix, 1),

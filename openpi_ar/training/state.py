@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from openpi_ar.config import TrainConfig
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models import family
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import join, split
 from openpi_ar.training import freeze
 
@@ -22,22 +23,24 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    model: Pi0
+    model: VLA
     opt_state: optax.OptState
     ema: Any
 
     @property
-    def best_model(self) -> Pi0:
+    def best_model(self) -> VLA:
         """What is evaluated and saved as `params`: the average if there is one."""
         return self.model if self.ema is None else join(self.model, self.ema)
 
 
-def init_model(cfg: TrainConfig) -> Pi0:
+def init_model(cfg: TrainConfig) -> VLA:
     """A random model, a pure function of the config, in the dtypes that training keeps."""
-    return freeze.stored(cfg, Pi0(cfg.model, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(cfg.seed), _INIT))))
+    return freeze.stored(
+        cfg, family.create(cfg.model, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(cfg.seed), _INIT)))
+    )
 
 
-def state_of(cfg: TrainConfig, tx: optax.GradientTransformation, model: Pi0) -> TrainState:
+def state_of(cfg: TrainConfig, tx: optax.GradientTransformation, model: VLA) -> TrainState:
     """A fresh state that begins with the given parameters; the average starts there too."""
     trained = split(model, freeze.frozen_paths(cfg, model))
     # A copy: the step donates its state, and one buffer cannot be donated twice.

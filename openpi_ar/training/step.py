@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
-import numpy as np
 import optax
 
-from openpi_ar.algorithms import decode
+from openpi_ar.algorithms.act import Act, act
 from openpi_ar.algorithms.losses import Counts, Metrics, batch_counts, compute_loss
+from openpi_ar.algorithms.sampling import Sampling, row_keys
 from openpi_ar.config import DecodeConfig, LossConfig, TrainConfig
 from openpi_ar.data.augment import augment, with_mistakes
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import join, split
 from openpi_ar.training import freeze
 from openpi_ar.training.state import TrainState
@@ -52,7 +52,7 @@ def train_step(
 
 
 def accumulated_gradients(
-    model: Pi0, params: Any, batch: Batch, key: jax.Array, cfg: TrainConfig
+    model: VLA, params: Any, batch: Batch, key: jax.Array, cfg: TrainConfig
 ) -> tuple[Any, Metrics]:
     """(gradient by `params`, metrics) of the batch, `optimizer.accumulate` slices of it one after another.
 
@@ -103,33 +103,28 @@ def make_train_step(cfg: TrainConfig, tx: optax.GradientTransformation, where: A
     return jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))
 
 
-def make_eval_loss(cfg: LossConfig) -> Callable[[Pi0, Batch, jax.Array], Metrics]:
+def make_eval_loss(cfg: LossConfig) -> Callable[[VLA, Batch, jax.Array], Metrics]:
     """Jitted loss metrics of a held-out batch, with the counts they are over."""
 
-    def run(model: Pi0, batch: Batch, key: jax.Array) -> Metrics:
+    def run(model: VLA, batch: Batch, key: jax.Array) -> Metrics:
         return {**compute_loss(model, batch, key, cfg)[1], **batch_counts(batch).metrics()}
 
     return jax.jit(run)
 
 
 def make_act(
-    cfg: DecodeConfig, *, max_tokens: int, eos_id: int, allowed: np.ndarray, where: jax.sharding.Sharding | None = None
-) -> Callable[[Pi0, Observation, jax.Array], decode.Act]:
+    cfg: DecodeConfig, sampling: Sampling, where: jax.sharding.Sharding | None = None
+) -> Callable[[VLA, Observation, jax.Array], Act]:
     """Jitted talk-and-act on stacked parameters, for evaluation between steps (the policy has its own).
 
     `where`: the sharding of what comes out, if the model is on several devices.
     """
 
-    def run(model: Pi0, obs: Observation, key: jax.Array) -> decode.Act:
-        return decode.act(
-            model.unstacked(),
-            obs,
-            key,
-            eos_id=eos_id,
-            allowed=allowed,
-            max_tokens=max_tokens,
-            num_steps=cfg.denoise_steps,
-            temperature=cfg.temperature,
-        )
+    def run(model: VLA, obs: Observation, key: jax.Array) -> Act:
+        text_key, noise_key = jax.random.split(key)
+        batch = obs.images.shape[0]
+        noise = jax.random.normal(noise_key, (batch, model.cfg.action_horizon, model.cfg.action_dim))
+        keys = None if sampling.greedy else row_keys(text_key, batch)
+        return act(model.unstacked(), obs, noise, sampling, num_steps=cfg.denoise_steps, keys=keys)
 
     return jax.jit(run, out_shardings=where)

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from openpi_ar.checkpoints.store import Assets, load_params, restore_args, save_assets
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.params import fill, join, leaf_paths, pure_params, split
 from openpi_ar.training.state import TrainState
 
@@ -70,7 +70,7 @@ class CheckpointStore:
             rest = ocp.args.PyTreeSave(_resumable(state, data_position))
             self.save_for_policy(step, state.best_model, assets, train_state=rest)
 
-    def save_for_policy(self, step: int, model: Pi0, assets: Assets, **more: Any) -> None:
+    def save_for_policy(self, step: int, model: VLA, assets: Assets, **more: Any) -> None:
         """Saves what a policy needs, and nothing else but `more`; training cannot be resumed from it."""
         params = ocp.args.PyTreeSave({"params": pure_params(model)})
         self._manager.save(step, args=ocp.args.Composite(params=params, assets=_AssetsArgs(assets), **more))
@@ -115,7 +115,7 @@ def _resumable(state: TrainState, data_position: int) -> dict[str, Any]:
     return tree if state.ema is None else tree | {"params": pure_params(_trained(state.model, state.ema))}
 
 
-def _trained(model: Pi0, like: Any) -> Any:
+def _trained(model: VLA, like: Any) -> Any:
     """The parameters of the model that `like` has; it is a module or, where something is frozen, a nested dict."""
     if not isinstance(like, dict):
         return model

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from openpi_ar.algorithms import act as acting
+from openpi_ar.algorithms.sampling import AllowedIds
 from openpi_ar.types import Kind, Tokens
 from tests.model_fixtures import (
     EOS,
@@ -14,7 +16,9 @@ from tests.model_fixtures import (
     act,
     denoise,
     generate,
+    greedy,
     max_diff,
+    noise_for,
     prefill,
     ragged_batch,
     ragged_observation,
@@ -27,7 +31,6 @@ from tests.model_fixtures import (
 
 # One forward in float32 through three blocks: two programs that differ in fusion and summation order only.
 TOL = 2e-5
-ALL = np.ones(VOCAB, bool)
 
 
 def settings(pi05=True):
@@ -35,38 +38,30 @@ def settings(pi05=True):
     return cfg, tiny_model(cfg), ragged_observation(cfg)
 
 
-def say(model, obs, max_tokens=6, allowed=ALL, temperature=0.0, seed=0):
+def write(model, obs, max_new_tokens=6, allowed=None):
     out, cache = prefill(model, obs)
-    return generate(
-        model,
-        cache,
-        out.prompt_last,
-        jax.random.key(seed),
-        max_tokens=max_tokens,
-        eos_id=EOS,
-        allowed=allowed,
-        temperature=temperature,
-    )
+    constraint = None if allowed is None else AllowedIds(allowed)
+    return generate(model, cache, out.prompt_last, greedy(max_new_tokens, constraint=constraint))
 
 
-def as_text(said) -> Tokens:
-    ids, valid = np.asarray(said.ids), np.asarray(said.valid)
+def as_text(generated) -> Tokens:
+    ids, valid = np.asarray(generated.ids), np.asarray(generated.valid)
     return Tokens.of(ids, valid, kind=Kind.SUBTASK, causal=True, loss=True, hidden=ids == EOS)
 
 
 @pytest.mark.parametrize("pi05", [True, False])
-@pytest.mark.parametrize("form", ["stacked", "unstacked", "prepared"])
+@pytest.mark.parametrize("form", ["stacked", "unstacked", "for_inference"])
 def test_teacher_forced_equals_decoded(pi05, form):
     """Forcing the generated text through one prefill gives the same next-token choices, cache and velocity."""
     _, model, obs = settings(pi05)
     if form != "stacked":
         model = getattr(model, form)()
-    said, cache = say(model, obs)
-    out, forced_cache = prefill(model, obs, as_text(said))
+    text, cache = write(model, obs)
+    out, forced_cache = prefill(model, obs, as_text(text))
     predicts = jnp.concatenate([out.prompt_last[:, None], out.text[:, :-1]], axis=1)
     again = jnp.argmax(model.logits(predicts), axis=-1)
-    assert jnp.array_equal(jnp.where(said.valid, again, 0), said.ids)
-    assert len({tuple(r) for r in np.asarray(said.ids).tolist()}) == 3  # the rows really say different things
+    assert jnp.array_equal(jnp.where(text.valid, again, 0), text.ids)
+    assert len({tuple(r) for r in np.asarray(text.ids).tolist()}) == 3  # the rows really say different things
 
     x_t, t = jax.random.normal(jax.random.key(5), (3, 4, 5)), jnp.array([0.2, 0.6, 1.0])
     v = velocity(model, obs, cache, x_t, t)
@@ -78,10 +73,10 @@ def test_teacher_forced_equals_decoded(pi05, form):
 def test_wrong_positions_would_be_seen():
     """Control of the test above: decoding one position late (openpi's off-by-one) moves the velocity."""
     _, model, obs = settings()
-    said, _ = say(model, obs)
-    _, right = prefill(model, obs, as_text(said))
+    text, _ = write(model, obs)
+    _, right = prefill(model, obs, as_text(text))
     one = Tokens.of(np.zeros((3, 1), np.int32), kind=Kind.SUBTASK, causal=True, hidden=True)
-    late = jax.tree.map(lambda pad, x: np.concatenate([pad, np.asarray(x)], axis=1), one, as_text(said))
+    late = jax.tree.map(lambda pad, x: np.concatenate([pad, np.asarray(x)], axis=1), one, as_text(text))
     _, shifted = prefill(model, obs, late)
     x_t, t = jnp.zeros((3, 4, 5)), jnp.full((3,), 0.5)
     assert max_diff(velocity(model, obs, right, x_t, t), velocity(model, obs, shifted, x_t, t)) > 100 * TOL
@@ -90,23 +85,23 @@ def test_wrong_positions_would_be_seen():
 def test_rows_stop_at_their_own_eos():
     """`done` accumulates: after a row's EOS come zeros, whatever the other rows still say."""
     _, model, obs = settings()
-    free, _ = say(model, obs, max_tokens=5, allowed=np.arange(VOCAB) != EOS)
+    free, _ = write(model, obs, max_new_tokens=5, allowed=np.arange(VOCAB) != EOS)
     # Make EOS win where row 1 would say its third token: teach the head that this id is EOS.
     third = int(free.ids[1, 2])
     model.embedder.table[...] = model.embedder.table[...].at[EOS].set(model.embedder.table[...][third] * 1.001)
     allowed = np.arange(VOCAB) != third
-    said, cache = say(model, obs, max_tokens=5, allowed=allowed)
-    lengths = np.asarray(said.valid).sum(-1)
+    text, cache = write(model, obs, max_new_tokens=5, allowed=allowed)
+    lengths = np.asarray(text.valid).sum(-1)
     assert lengths.min() < lengths.max()
-    for row, valid, n in zip(np.asarray(said.ids), np.asarray(said.valid), lengths, strict=True):
+    for row, valid, n in zip(np.asarray(text.ids), np.asarray(text.valid), lengths, strict=True):
         assert valid[:n].all()
         assert not valid[n:].any()
         assert (row[n:] == 0).all()
         assert EOS not in row[: n - 1]
     # EOS is not written to the cache: only what the actions may see is.
     before = np.asarray(prefill(model, obs)[1].valid).sum(-1)
-    spoken = (np.asarray(said.ids) != EOS) & np.asarray(said.valid)
-    ended = (np.asarray(said.ids) == EOS).any(-1)
+    spoken = (np.asarray(text.ids) != EOS) & np.asarray(text.valid)
+    ended = (np.asarray(text.ids) == EOS).any(-1)
     assert np.asarray(cache.valid).sum(-1)[ended].tolist() == (before + spoken.sum(-1))[ended].tolist()
 
 
@@ -114,30 +109,13 @@ def test_max_tokens_and_allowed_are_obeyed():
     _, model, obs = settings()
     allowed = np.zeros(VOCAB, bool)
     allowed[[EOS, 7, 9]] = True
-    said, _ = say(model, obs, max_tokens=3, allowed=allowed)
-    assert said.ids.shape == (3, 3)
-    assert set(np.asarray(said.ids)[np.asarray(said.valid)].tolist()) <= {EOS, 7, 9}
-    one, cache = say(model, obs, max_tokens=1)
+    text, _ = write(model, obs, max_new_tokens=3, allowed=allowed)
+    assert text.ids.shape == (3, 3)
+    assert set(np.asarray(text.ids)[np.asarray(text.valid)].tolist()) <= {EOS, 7, 9}
+    one, cache = write(model, obs, max_new_tokens=1)
     assert one.ids.shape == (3, 1)
-    # A text cut off at its first token is in the cache all the same: the actions see what was said.
+    # A text cut off at its first token is in the cache all the same: the actions see what was text.
     assert (cache.next_pos - prefill(model, obs)[1].next_pos).tolist() == [int(i != EOS) for i in one.ids[:, 0]]
-
-
-@pytest.mark.slow
-def test_temperature_samples_the_softmax():
-    """First-token frequencies over many rows match the model's own distribution."""
-    cfg, model, obs = settings()
-    many = jax.tree.map(lambda a: np.repeat(np.asarray(a)[:1], 2000, axis=0), obs)
-    out, _ = prefill(model, rows(obs, slice(0, 1)))
-    want = jax.nn.softmax(model.logits(out.prompt_last)[0] / 0.7)
-    said, _ = say(model, many, max_tokens=1, temperature=0.7)
-    seen = np.bincount(np.asarray(said.ids)[:, 0], minlength=VOCAB) / 2000
-    assert 0.5 * np.abs(seen - np.asarray(want)).sum() < 0.12  # total variation; E ~ sqrt(V / (2 pi n)) = 0.07
-    assert len(np.flatnonzero(seen)) > 3
-    again, _ = say(model, many, max_tokens=1, temperature=0.7)
-    assert jnp.array_equal(said.ids, again.ids)
-    other, _ = say(model, many, max_tokens=1, temperature=0.7, seed=1)
-    assert not jnp.array_equal(said.ids, other.ids)
 
 
 def test_later_target_tokens_move_earlier_states_by_exactly_zero():
@@ -160,13 +138,13 @@ def test_later_target_tokens_move_earlier_states_by_exactly_zero():
 @pytest.mark.parametrize("pi05", [True, False])
 def test_padding_and_masked_cameras_change_nothing(pi05):
     cfg, model, obs = settings(pi05)
-    run = lambda o: act(model, o, jax.random.key(3), eos_id=EOS, allowed=ALL, max_tokens=5, num_steps=3)
+    run = lambda o: act(model, o, noise_for(cfg), greedy(5), num_steps=3)
     images = np.array(obs.images)
     images[1, 0] = 0.77
     ids = np.where(obs.prompt.valid, obs.prompt.ids, 42)
     junk = dataclasses.replace(obs, images=images, prompt=dataclasses.replace(obs.prompt, ids=ids.astype(np.int32)))
     a, b = run(obs), run(junk)
-    assert jnp.array_equal(a.ids, b.ids)
+    assert jnp.array_equal(a.text.ids, b.text.ids)
     assert max_diff(a.actions, b.actions) == 0.0
     seen = np.array(obs.images)
     seen[0, 0] = 0.77  # control: the same change in a camera that is not masked
@@ -175,26 +153,24 @@ def test_padding_and_masked_cameras_change_nothing(pi05):
 
 def test_more_padding_changes_nothing():
     """A longer prompt budget shifts slots, not positions."""
-    _, model, obs = settings()
+    cfg, model, obs = settings()
     p = obs.prompt
     wide = jax.tree.map(lambda x: np.pad(np.asarray(x), [(0, 0), (2, 3)]), p)
-    kwargs = {"eos_id": EOS, "allowed": ALL, "max_tokens": 5, "num_steps": 3}
-    a = act(model, obs, jax.random.key(3), **kwargs)
-    b = act(model, dataclasses.replace(obs, prompt=wide), jax.random.key(3), **kwargs)
-    assert jnp.array_equal(a.ids, b.ids)
+    a, b = (act(model, o, noise_for(cfg), greedy(5), num_steps=3) for o in (obs, dataclasses.replace(obs, prompt=wide)))
+    assert jnp.array_equal(a.text.ids, b.text.ids)
     assert max_diff(a.actions, b.actions) < TOL
 
 
 @pytest.mark.parametrize("pi05", [True, False])
 def test_batch_of_three_equals_three_batches_of_one(pi05):
     _, model, obs = settings(pi05)
-    said, cache = say(model, obs)
+    text, cache = write(model, obs)
     noise = jax.random.normal(jax.random.key(9), (3, 4, 5))
     actions = denoise(model, obs, cache, noise, num_steps=4)
     for i in range(3):
         one = rows(obs, slice(i, i + 1))
-        said_i, cache_i = say(model, one)
-        assert said_i.ids.tolist() == said.ids[i : i + 1].tolist()
+        text_i, cache_i = write(model, one)
+        assert text_i.ids.tolist() == text.ids[i : i + 1].tolist()
         alone = denoise(model, one, cache_i, noise[i : i + 1], num_steps=4)
         assert max_diff(alone, actions[i : i + 1]) < TOL
 
@@ -223,13 +199,49 @@ def test_denoise_is_euler_from_noise_to_data():
     assert max_diff(x, denoise(model, obs, cache, noise, num_steps=8)) > 100 * TOL
 
 
-def test_act_with_given_text_says_it_and_follows_it():
+def test_act_with_given_text_follows_it():
     cfg, model, obs = settings()
-    kwargs = {"eos_id": EOS, "allowed": ALL, "max_tokens": 4, "num_steps": 3}
     rng = np.random.default_rng(0)
     one, other = (text_run(rng.integers(2, VOCAB, (3, 4)), [4, 2, 3], causal=True) for _ in range(2))
-    a, b = (act(model, obs, jax.random.key(0), text=text, **kwargs) for text in (one, other))
-    assert jnp.array_equal(a.ids, one.ids)
+    a, b = (act(model, obs, noise_for(cfg), greedy(4), text=text, num_steps=3) for text in (one, other))
+    assert jnp.array_equal(a.text.ids, one.ids)
     assert max_diff(a.actions, b.actions) > 1e-3
-    silent = act(model, obs, jax.random.key(0), **{**kwargs, "max_tokens": 0})
-    assert silent.ids.shape == (3, 0)
+    silent = act(model, obs, noise_for(cfg), greedy(0), num_steps=3)
+    assert silent.text.ids.shape == (3, 0)
+
+
+def test_stages_run_apart_are_the_same_composition():
+    """What times the stages gets the functions that the one program is made of: same names, order and numbers."""
+    cfg, model, obs = settings()
+    names, programs = [], {}
+
+    def apart(name, function, *arguments):
+        names.append(name)
+        return programs.setdefault(name, jax.jit(function))(*arguments)
+
+    whole = act(model, obs, noise_for(cfg), greedy(4), num_steps=3)
+    staged = acting.act(model, obs, noise_for(cfg), greedy(4), num_steps=3, run=apart)
+    assert tuple(names) == acting.STAGES
+    assert jnp.array_equal(staged.text.ids, whole.text.ids)
+    assert max_diff(staged.actions, whole.actions) < TOL
+    other = acting.act(model, obs, noise_for(cfg, seed=1), greedy(4), num_steps=3, run=apart)  # control
+    assert max_diff(other.actions, whole.actions) > 100 * TOL
+
+
+def test_a_guide_that_returns_the_velocity_changes_nothing():
+    """Control: one that holds the first step of the chunk to a target reaches it, by gradients through the model."""
+    cfg, model, obs = settings()
+    _, cache = prefill(model, obs)
+    noise = noise_for(cfg)
+    plain = denoise(model, obs, cache, noise, num_steps=4)
+    assert max_diff(plain, denoise(model, obs, cache, noise, num_steps=4, guide=lambda v, t, x: v(x))) == 0.0
+
+    def towards(velocity, t, x):
+        def miss(x):
+            v = velocity(x)
+            return jnp.square((x - t * v)[:, 0] - 0.5).sum(), v
+
+        return jnp.add(*(jax.grad(miss, has_aux=True)(x)))
+
+    guided = denoise(model, obs, cache, noise, num_steps=4, guide=towards)
+    assert np.abs(guided[:, 0] - 0.5).mean() < 0.9 * np.abs(plain[:, 0] - 0.5).mean()

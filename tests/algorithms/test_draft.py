@@ -1,17 +1,33 @@
-"""If this fails, guessing what the model will say changes what it says, or does not save the decoding."""
+"""If this fails, a draft of the text changes the text, or does not save the decoding."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openpi_ar.algorithms import decode
-from openpi_ar.algorithms.generate import as_draft, generate
+from openpi_ar.algorithms import act as acting
+from openpi_ar.algorithms.draft import as_draft
+from openpi_ar.algorithms.generate import generate
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.types import Observation
-from tests.model_fixtures import EOS, VOCAB, act, max_diff, ragged_observation, rows, text_run, tiny_config, tiny_model
+from tests.model_fixtures import (
+    EOS,
+    VOCAB,
+    act,
+    greedy,
+    max_diff,
+    noise_for,
+    ragged_observation,
+    rows,
+    text_run,
+    tiny_config,
+    tiny_model,
+)
 
 ROWS, MOST = 192, 6
-OPTIONS = {"eos_id": EOS, "allowed": np.ones(VOCAB, bool), "max_tokens": MOST, "num_steps": 2}
+GREEDY = greedy(MOST)
 
 
 def many_observations(cfg) -> Observation:
@@ -36,19 +52,21 @@ def plain():
     model = tiny_model(cfg)
     # EOS is said in some rows only: it takes the direction of a token that is said in many.
     obs = many_observations(cfg)
-    free = act(model, obs, jax.random.key(0), **OPTIONS)
-    common = np.bincount(np.asarray(free.ids)[:, 2:].ravel(), minlength=VOCAB).argmax()
+    free = act(model, obs, noise_for(cfg, batch=ROWS), GREEDY, num_steps=2)
+    common = np.bincount(np.asarray(free.text.ids)[:, 2:].ravel(), minlength=VOCAB).argmax()
     table = model.embedder.table[...]
     model.embedder.table[...] = table.at[EOS].set(table[common] * 1.0001)
-    model = model.prepared()
-    out = act(model, obs, jax.random.key(0), **OPTIONS)
-    lengths = np.asarray(out.valid).sum(-1)
-    assert len(set(lengths.tolist())) > 3 and len({tuple(r) for r in np.asarray(out.ids).tolist()}) > 20
+    model = model.for_inference()
+    out = act(model, obs, noise_for(cfg, batch=ROWS), GREEDY, num_steps=2)
+    lengths = np.asarray(out.text.valid).sum(-1)
+    assert len(set(lengths.tolist())) > 3 and len({tuple(r) for r in np.asarray(out.text.ids).tolist()}) > 20
     return model, obs, out
 
 
-def drafts(kind: str, ids: np.ndarray, valid: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A guess of each row's text, as long as three more than the budget."""
+def make_drafts(
+    kind: str, ids: np.ndarray, valid: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A draft of each row's text, as long as three more than the budget."""
     ids, valid = np.pad(ids, [(0, 0), (0, 3)]), np.pad(valid, [(0, 0), (0, 3)])
     lengths = valid.sum(-1)
     other = rng.integers(2, VOCAB, ids.shape).astype(np.int32)
@@ -71,15 +89,15 @@ def drafts(kind: str, ids: np.ndarray, valid: np.ndarray, rng: np.random.Generat
         pick = rng.integers(0, 5, len(ids))[:, None]
         true = ids[:, :MOST].copy(), valid[:, :MOST].copy()
         for i, k in enumerate(("empty", "wrong somewhere", "too long", "too short")):
-            a, b = drafts(k, true[0].copy(), true[1].copy(), rng)
+            a, b = make_drafts(k, true[0].copy(), true[1].copy(), rng)
             ids, valid = np.where(pick == i, a, ids), np.where(pick == i, b, valid)
     return ids, valid
 
 
-def agreed(guess, valid, ids, said) -> np.ndarray:
-    """How many tokens before EOS the guess has right, per row; by a loop."""
+def agreed(draft, valid, ids, said) -> np.ndarray:
+    """How many tokens before EOS the draft has right, per row; by a loop."""
     counts = []
-    for g, v, i, s in zip(guess, valid, ids, said, strict=True):
+    for g, v, i, s in zip(draft, valid, ids, said, strict=True):
         n = 0
         while n < MOST and v[n] and s[n] and g[n] == i[n] != EOS:
             n += 1
@@ -94,21 +112,21 @@ KINDS = ("right", "wrong somewhere", "too long", "too short", "empty", "another 
 def test_any_draft_gives_the_greedy_text(plain, kind):
     """3 x 192 drafts of each kind: 4,608 in all. The number of steps is what the least lucky row needs."""
     model, obs, out = plain
-    ids, valid = np.asarray(out.ids), np.asarray(out.valid)
+    ids, valid = np.asarray(out.text.ids), np.asarray(out.text.valid)
     ended = (ids == EOS).any(-1)
     for seed in range(3):
-        guess = drafts(kind, ids.copy(), valid.copy(), np.random.default_rng(seed))
-        got = act(model, obs, jax.random.key(0), draft=guess, **OPTIONS)
-        np.testing.assert_array_equal(got.ids, ids)
-        np.testing.assert_array_equal(got.valid, valid)
+        draft = make_drafts(kind, ids.copy(), valid.copy(), np.random.default_rng(seed))
+        got = act(model, obs, noise_for(model.cfg, batch=ROWS), GREEDY, num_steps=2, draft=draft)
+        np.testing.assert_array_equal(got.text.ids, ids)
+        np.testing.assert_array_equal(got.text.valid, valid)
         assert max_diff(got.actions, out.actions) < 1e-4
-        right = agreed(*guess, ids, valid)
+        right = agreed(*draft, ids, valid)
         needed = np.where(ended, valid.sum(-1) - 1, MOST) - right
-        assert int(got.steps) == needed.max()
+        assert int(got.text.steps) == needed.max()
     if kind == "right":
-        assert int(got.steps) == 0
+        assert int(got.text.steps) == 0
     if kind == "empty":
-        assert int(got.steps) == int(out.steps) == MOST
+        assert int(got.text.steps) == int(out.text.steps) == MOST
     if kind == "wrong somewhere":
         assert set(right.tolist()) >= set(range(4))  # every position had its turn
 
@@ -117,37 +135,37 @@ def test_the_cache_holds_what_was_said_and_nothing_else(plain):
     """After a wrong draft: as many positions, the same visible keys; a rejected token is a hole."""
     model, obs, out = plain
     few = rows(obs, slice(0, 16))
-    ids, valid = np.asarray(out.ids)[:16], np.asarray(out.valid)[:16]
-    guess = drafts("wrong somewhere", ids.copy(), valid.copy(), np.random.default_rng(0))
+    ids, valid = np.asarray(out.text.ids)[:16], np.asarray(out.text.valid)[:16]
+    draft = make_drafts("wrong somewhere", ids.copy(), valid.copy(), np.random.default_rng(0))
 
-    def run(model, obs, guess):
-        draft = None if guess is None else as_draft(*guess, max_tokens=MOST, eos_id=EOS)
-        first, cache = decode.prefill(model, obs, draft, lean=True)
-        speech = {k: OPTIONS[k] for k in ("eos_id", "allowed", "max_tokens")}
-        return generate(
-            model, cache, first.prompt_last, jax.random.key(0), draft=draft, draft_hidden=first.text, **speech
-        )[1]
+    def run(model, obs, draft):
+        tokens = None if draft is None else as_draft(*draft, GREEDY)
+        first, cache = prefill(model, obs, tokens, last_only=True)
+        return generate(model, cache, first.prompt_last, GREEDY, draft=tokens, draft_hidden=first.text)[1]
 
-    a, b = jax.jit(run)(model, few, None), jax.jit(run)(model, few, guess)
+    a, b = jax.jit(run)(model, few, None), jax.jit(run)(model, few, draft)
     assert jnp.array_equal(a.next_pos, b.next_pos)
     a, b = jax.tree.map(np.asarray, (a, b))  # ragged slices on the device would each be a program
     for row in range(16):
-        for x, y in zip((*a.k, *a.v), (*b.k, *b.v), strict=True):
-            assert max_diff(x[row][a.valid[row]], y[row][b.valid[row]]) < 1e-4
+        for x, y in zip(a.keys_values, b.keys_values, strict=True):
+            assert max_diff(x[:, row][:, a.valid[row]], y[:, row][:, b.valid[row]]) < 1e-4
 
 
 def test_a_draft_needs_greedy_decoding(plain):
     model, obs, out = plain
     with pytest.raises(ValueError, match="greedy"):
-        decode.act(model, obs, jax.random.key(0), draft=(out.ids, out.valid), temperature=0.5, **OPTIONS)
+        drawn = dataclasses.replace(GREEDY, temperature=0.5)
+        acting.act(
+            model, obs, noise_for(model.cfg, batch=ROWS), drawn, draft=(out.text.ids, out.text.valid), num_steps=2
+        )
 
 
 def test_plain_layers_take_drafts_too(plain):
     """The stacked form (used between training steps) checks drafts by the same code."""
     cfg = tiny_config()
     model, obs = tiny_model(cfg), ragged_observation(cfg)
-    out = act(model, obs, jax.random.key(0), **OPTIONS)
-    got = act(model, obs, jax.random.key(0), draft=(out.ids, out.valid), **OPTIONS)
-    assert int(got.steps) == 0
-    assert jnp.array_equal(got.ids, out.ids)
+    out = act(model, obs, noise_for(cfg), GREEDY, num_steps=2)
+    got = act(model, obs, noise_for(cfg), GREEDY, num_steps=2, draft=(out.text.ids, out.text.valid))
+    assert int(got.text.steps) == 0
+    assert jnp.array_equal(got.text.ids, out.text.ids)
     assert max_diff(got.actions, out.actions) < 1e-4

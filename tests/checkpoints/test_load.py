@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from openpi_ar.algorithms.decode import prefill
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openpi_ar.algorithms import decode
+from openpi_ar.algorithms.flow import flow_times, velocity
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.doctor import __main__ as cli
 from openpi_ar.doctor.verify import HIDDEN, VELOCITY, verify
-from openpi_ar.models.cache import KVCache, action_mask, positions, prefix_lm_mask
+from openpi_ar.models import layers
+from openpi_ar.models.cache import StackedCache, action_mask, positions, prefix_lm_mask
 from openpi_ar.models.layers import rotary, sincos_embedding
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Observation, Tokens
@@ -59,10 +61,10 @@ def test_siglip(model, golden, monkeypatch):
     image, tokens = golden["image/base_0_rgb"], golden["img_tokens/base_0_rgb"]
 
     def run(m):
-        return jax.jit(lambda m, x: m.img(x, jnp.dtype("float32"), remat=False))(m, image)
+        return jax.jit(lambda m, x: m.img(x, jnp.dtype("float32")))(m, image)
 
     assert gap(run(model), tokens) <= HIDDEN
-    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate=True: jax.scipy.stats.norm.cdf(x) * x)
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu_tanh", layers.ACTIVATIONS["gelu"])
     assert gap(run(nnx.clone(model)), tokens) > CLEARLY_WRONG * HIDDEN / 10  # exact GELU is 5e-4 from tanh's at most
 
 
@@ -101,7 +103,7 @@ def test_a_gemma_block(model, golden, monkeypatch):
     for k, true in zip(first_block(model, golden, shift=1), keys, strict=False):
         assert gap(k, true, valid) > CLEARLY_WRONG * HIDDEN
     assert gap(first_block(model, golden, plus_one=False)[0], keys[0], valid) > CLEARLY_WRONG * HIDDEN
-    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate=True: jax.scipy.stats.norm.cdf(x) * x)
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu_tanh", layers.ACTIVATIONS["gelu"])
     assert gap(first_block(nnx.clone(model), golden)[1], keys[1], valid) > 2 * HIDDEN
 
 
@@ -109,9 +111,9 @@ def test_adarms_tower(model, golden):
     def run(m):
         valid = jnp.asarray(golden["prefix_mask"])
         k, v = (jnp.asarray(golden[f"sample10/kv_cache_{x}"]) for x in "kv")
-        cache = KVCache.empty(k, k.shape[2]).append(k, v, valid, jnp.zeros_like(valid))
+        cache = StackedCache.full(k, v, valid, jnp.zeros_like(valid))
         tokens, cond = jnp.asarray(golden["suffix_tokens"])[:, None], jnp.asarray(golden["adarms_cond"])[:, None]
-        return decode.suffix_hidden(m, cache, tokens, cond)[:, 0]
+        return m.action_tower.reader(cache, m.suffix_causal)(tokens, cond)[:, 0]
 
     assert gap(jax.jit(run)(model), golden["suffix_out"]) <= HIDDEN
     swapped = nnx.clone(model)
@@ -141,7 +143,7 @@ def test_velocity_projection(model, golden):
 
 
 def test_euler_times_are_openpis(golden):
-    np.testing.assert_array_equal(decode.flow_times(10), golden["sample10/time_trace"])
+    np.testing.assert_array_equal(flow_times(10), golden["sample10/time_trace"])
     assert gap(1 - np.arange(10) / 10, golden["sample10/time_trace"]) > 0
 
 
@@ -171,8 +173,8 @@ def test_flow_gradients_are_openpis(model, golden):
     obs = observation(golden)
 
     def loss(m):
-        _, cache = decode.prefill(m, obs)
-        v = decode.velocity(m, obs, cache, jnp.asarray(golden["x_t"]), jnp.asarray(golden["time"]))
+        _, cache = prefill(m, obs)
+        v = velocity(m, obs, cache, jnp.asarray(golden["x_t"]), jnp.asarray(golden["time"]))
         return jnp.square(v - golden["u_t"]).mean()
 
     grads = jax.jit(jax.grad(loss))(model)
@@ -227,7 +229,7 @@ def test_positions_and_masks_are_openpis(model, golden):
     valid = golden["prefix_mask"]
     np.testing.assert_array_equal(np.asarray(positions(valid))[valid], golden["positions"][:, : valid.shape[1]][valid])
     keys = jnp.zeros((1, *valid.shape, 1, 1))
-    cache = KVCache.empty(keys, valid.shape[1]).append(keys, keys, jnp.asarray(valid), jnp.zeros_like(valid))
+    cache = StackedCache.full(keys, keys, jnp.asarray(valid), jnp.zeros_like(valid))
     mask = action_mask(cache, model.suffix_causal, 1)
     rows = golden["full_attn_mask"][:, valid.shape[1] :]
     np.testing.assert_array_equal(np.asarray(mask), rows)

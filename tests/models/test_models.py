@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, SigLIPConfig, TowerConfig
-from openpi_ar.models import layers
-from openpi_ar.models.cache import KVCache, positions, prefix_lm_mask
-from openpi_ar.models.pi0 import Pi0
-from openpi_ar.models.vit import SigLIP
+from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
+from openpi_ar.models import family, layers
+from openpi_ar.models.cache import StackedCache, positions, prefix_lm_mask
+from openpi_ar.models.vit import VisionTransformer
+from openpi_ar.models.vlm import Run
 from tests.model_fixtures import max_diff, tiny_config, tiny_model
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "public_checkpoints.json.gz"
@@ -25,7 +25,7 @@ KEYS = Path(__file__).parents[1] / "golden" / "keys" / "public_checkpoints.json.
 @pytest.mark.parametrize(("pi05", "horizon", "count"), [(True, 10, 3_353_433_872), (False, 50, 3_238_048_528)])
 def test_full_size_parameter_count_is_openpis(pi05, horizon, count):
     cfg = ModelConfig(pi05=pi05, action_horizon=horizon)
-    model = jax.eval_shape(lambda: Pi0(cfg, rngs=nnx.Rngs(0)))
+    model = family.abstract(cfg)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model)) == count
 
 
@@ -34,7 +34,7 @@ def test_full_size_shapes_are_openpis(name):
     """Every array of openpi's full-size tree has a counterpart of the same shape here, and nothing is left over."""
     public = json.loads(gzip.decompress(KEYS.read_bytes()))
     theirs = [tuple(shape) for shape, _ in public[f"openpi_jax_{name}"].values()]
-    model = jax.eval_shape(lambda: Pi0(ModelConfig(pi05=name == "pi05"), rngs=nnx.Rngs(0)))
+    model = family.abstract(ModelConfig(pi05=name == "pi05"))
     ours = [leaf.shape for leaf in jax.tree.leaves(model)]
     # The one difference in form: openpi keeps a leading 1 on the position embedding.
     assert sorted(ours) == sorted((256, 1152) if s == (1, 256, 1152) else s for s in theirs)
@@ -44,7 +44,7 @@ def test_towers_must_share_heads():
     with pytest.raises(ValueError, match="share keys and values"):
         ModelConfig(vlm=GEMMA_2B, expert=TowerConfig(1024, 18, 4096, 8, 1, 128))
     with pytest.raises(ValueError, match="smaller than siglip.patch_size"):
-        ModelConfig(siglip=SigLIPConfig(image_size=(13, 224)))
+        ModelConfig(siglip=VitConfig(image_size=(13, 224)))
     assert ModelConfig().expert is GEMMA_300M
 
 
@@ -125,7 +125,7 @@ def test_sincos_embedding_periods():
 
 def test_patch_embedding_is_a_strided_convolution():
     cfg = tiny_config().siglip
-    vit = SigLIP(cfg, 16, rngs=nnx.Rngs(0))
+    vit = VisionTransformer(cfg, 16, rngs=nnx.Rngs(0))
     vit.blocks = vit.blocks.unstacked()
     vit.blocks.layers = nnx.List([])
     vit.blocks.depth = 0
@@ -134,8 +134,6 @@ def test_patch_embedding_is_a_strided_convolution():
         images, vit.patch_kernel[...], (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     want = vit.head(vit.norm(conv.reshape(2, -1, cfg.width) + vit.patch_bias[...] + vit.pos_embedding[...]))
-    with pytest.raises(TypeError):
-        vit(images, jnp.float32)  # remat is not optional: nobody turns it on by accident
     stackless = vit.head(
         vit.norm(
             jnp.einsum(
@@ -150,41 +148,46 @@ def test_patch_embedding_is_a_strided_convolution():
     assert max_diff(want, stackless) < 1e-5
 
 
+def random_run(width: int, batch: int = 2, length: int = 5) -> Run:
+    """Causal tokens that are all valid."""
+    yes = jnp.ones((batch, length), bool)
+    return Run(jax.random.normal(jax.random.key(0), (batch, length, width)), yes, yes, ~yes)
+
+
 def test_unstacked_and_remat_change_nothing():
     model = tiny_model()
     rematted = tiny_model(tiny_config(remat=True))
-    x = jax.random.normal(jax.random.key(0), (2, 5, 32))
-    valid = jnp.ones((2, 5), bool)
-    args = (x, positions(valid), prefix_lm_mask(valid, valid))
+    run = random_run(32)
 
-    def grad(m, remat):
-        return jax.jit(jax.grad(lambda m: jnp.square(m.vlm(*args, remat=remat)[0]).sum()))(m)
+    def grad(m):
+        return jax.jit(jax.grad(lambda m: jnp.square(m.vlm.extend(run)[0]).sum()))(m)
 
-    (h1, kv1), (h2, kv2) = (jax.jit(f)(model) for f in (lambda m: m.vlm(*args), lambda m: m.unstacked().vlm(*args)))
+    (h1, kv1), (h2, kv2) = (
+        jax.jit(f)(model) for f in (lambda m: m.vlm.extend(run), lambda m: m.unstacked().vlm.extend(run))
+    )
     assert max_diff(h1, h2) < 5e-6  # same arithmetic, other fusions; values of order 3
-    assert max(map(max_diff, kv1, kv2)) < 5e-6
-    a, b = jax.tree.leaves(grad(model, False)), jax.tree.leaves(grad(rematted, True))
+    assert max(map(max_diff, kv1.keys_values, kv2.keys_values)) < 5e-6
+    a, b = jax.tree.leaves(grad(model)), jax.tree.leaves(grad(rematted))
     assert max(max_diff(x, y) / (1 + float(np.abs(x).max())) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
 def test_cache_append_is_where_it_says():
     k = jnp.arange(2 * 1 * 2 * 1 * 1, dtype=jnp.float32).reshape(2, 1, 2, 1, 1)
     yes = jnp.ones((1, 2), bool)
-    cache = KVCache.empty(k, 3).append(k, -k, yes, ~yes)
+    cache = StackedCache.full(k, -k, yes, ~yes).reserve(1)
     assert cache.valid.tolist() == [[True, True, False]]
     cache = cache.append(k[:, :, :1] + 10, k[:, :, :1], yes[:, :1], yes[:, :1])
     assert cache.k[:, 0, :, 0, 0].tolist() == [[0.0, 1.0, 10.0], [2.0, 3.0, 12.0]]
     assert (cache.next_pos.tolist(), cache.action_pos.tolist(), int(cache.fill)) == ([3], [2], 3)
-    assert cache.grow(2).valid.tolist() == [[True, True, True, False, False]]
+    assert cache.reserve(2).valid.tolist() == [[True, True, True, False, False]]
 
 
 def test_bfloat16_stays_close_and_keeps_float32_logits():
     model = tiny_model()
     half = tiny_model(tiny_config(dtype="bfloat16"))
-    x = jax.random.normal(jax.random.key(0), (2, 5, 32))
-    valid = jnp.ones((2, 5), bool)
-    a, _ = model.vlm(x, positions(valid), prefix_lm_mask(valid, valid))
-    b, _ = half.vlm(x.astype(jnp.bfloat16), positions(valid), prefix_lm_mask(valid, valid))
+    run = random_run(32)
+    a, _ = model.vlm.extend(run)
+    b, _ = half.vlm.extend(dataclasses.replace(run, x=run.x.astype(jnp.bfloat16)))
     assert b.dtype == jnp.bfloat16
     assert half.logits(b).dtype == jnp.float32
     assert 1e-3 < float(jnp.abs(a - b).mean()) < 0.05  # 8 bits of mantissa through three blocks
@@ -197,25 +200,22 @@ def test_inference_form_gives_the_same_numbers_with_adapters_too():
         vlm=dataclasses.replace(base.vlm, lora_rank=2), expert=dataclasses.replace(base.expert, lora_rank=3)
     )
     model = tiny_model(cfg)
-    fast = model.prepared()
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 5, cfg.vlm.width)), jnp.float32)
-    valid = np.ones((2, 5), bool)
-    mask = prefix_lm_mask(valid, valid)
+    fused, run = model.for_inference(), random_run(cfg.vlm.width)
     picked = np.array([[4, 1], [0, 0]])
-    plain, (k, v) = jax.jit(lambda m: m.vlm(x, positions(valid), mask))(model)
-    ours, (fk, fv) = jax.jit(lambda m: m.vlm(x, positions(valid), mask))(fast)
-    few, (rk, _) = jax.jit(lambda m: m.vlm(x, positions(valid), mask, rows=picked))(fast)
+    plain, cache = jax.jit(lambda m: m.vlm.extend(run))(model)
+    ours, fused_cache = jax.jit(lambda m: m.vlm.extend(run))(fused)
+    few, few_cache = jax.jit(lambda m: m.vlm.extend(run, rows=picked))(fused)
     np.testing.assert_allclose(ours, plain, atol=5e-5)
     np.testing.assert_allclose(few, np.take_along_axis(np.asarray(plain), picked[..., None], 1), atol=5e-5)
-    for stacked, per_layer in ((k, fk), (v, fv), (k, rk)):
-        np.testing.assert_allclose(jnp.stack(per_layer), stacked, atol=5e-5)
+    for other in (fused_cache, few_cache):
+        for a, b in zip(other.keys_values, cache.keys_values, strict=True):
+            np.testing.assert_allclose(a, b, atol=5e-5)
     # control: without the adapters the numbers are others
     unadapted = nnx.clone(model)
     for layer in (unadapted.vlm.blocks.layers.q, unadapted.vlm.blocks.layers.out):
         layer.lora_b[...] = jnp.zeros_like(layer.lora_b[...])
-    other = jax.jit(lambda m: m.vlm(x, positions(valid), mask))(unadapted)[0]
+    other = jax.jit(lambda m: m.vlm.extend(run))(unadapted)[0]
     assert float(jnp.abs(other - plain).max()) > 1e-3
-    assert fast.embedder.table.dtype == jnp.float32
-    half = model.prepared("bfloat16")
+    assert fused.embedder.table.dtype == jnp.float32
+    half = model.for_inference("bfloat16")
     assert half.vlm.blocks[0].qkv.dtype == jnp.bfloat16 and half.action_in.kernel.dtype == jnp.float32

@@ -18,7 +18,7 @@ from openpi_ar.config import ModelConfig
 from openpi_ar.data.normalize import NormStats, save_norm_stats
 from openpi_ar.data.robots import ROBOTS, dumps
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.policy import Policy
 from openpi_ar.policy import checkpoint as foreign
 from openpi_ar.text.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {"cameras": CAMERAS, "state_dim": 32, "action_dim": 32, 
 
 @dataclasses.dataclass
 class Loaded:
-    model: Pi0
+    model: VLA
     config: ModelConfig
     kind: str
     path: Path
@@ -42,7 +42,7 @@ class Loader:
 
     def __init__(self):
         self.kind, self.pi05, self.calls, self.remote = "openpi", True, [], None
-        self.models: dict[bool, Pi0] = {}
+        self.models: dict[bool, VLA] = {}
 
     def __call__(self, path, options: LoadOptions) -> Loaded:
         assert options == LoadOptions(action_horizon=options.action_horizon)

@@ -6,17 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from openpi_ar.algorithms import decode
 from openpi_ar.checkpoints import store
-from openpi_ar.policy import Policy
+from openpi_ar.policy import Policy, programs
 from openpi_ar.policy import host as runtime
-from tests.model_fixtures import EOS, VOCAB, act, max_diff, ragged_observation, tiny_config, tiny_model
+from tests.model_fixtures import act, greedy, max_diff, noise_for, ragged_observation, tiny_config, tiny_model
 from tests.policy.test_policy import raw_observation
 
 
 def test_dropped_cameras_and_cut_prompts_change_nothing():
     cfg = tiny_config()
-    model, obs = tiny_model(cfg).prepared(), ragged_observation(cfg)
+    model, obs = tiny_model(cfg).for_inference(), ragged_observation(cfg)
     masks = np.array(obs.image_mask)
     masks[:, 0] = False
     wide = jax.tree.map(lambda a: np.pad(a, [(0, 0), (0, 9)]), obs.prompt)
@@ -24,9 +23,8 @@ def test_dropped_cameras_and_cut_prompts_change_nothing():
     small = runtime.shrink(obs, (5, 8, 12))
     assert small.images.shape[1] == 1 and small.prompt.ids.shape == (3, 8)  # the longest prompt has 7 tokens
     assert runtime.shrink(obs, (5,)).prompt.ids.shape == (3, 16)
-    options = {"eos_id": EOS, "allowed": np.ones(VOCAB, bool), "max_tokens": 4, "num_steps": 2}
-    a, b = (act(model, o, jax.random.key(0), **options) for o in (obs, small))
-    np.testing.assert_array_equal(a.ids, b.ids)
+    a, b = (act(model, o, noise_for(cfg), greedy(4), num_steps=2) for o in (obs, small))
+    np.testing.assert_array_equal(a.text.ids, b.text.ids)
     assert max_diff(a.actions, b.actions) < 2e-5
 
 
@@ -38,7 +36,7 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
 
     def spied(*args):
         out = run(*args)
-        steps.append(int(out.steps))
+        steps.append(int(out.text.steps))
         return out
 
     policy._programs.act = spied
@@ -70,7 +68,7 @@ def test_after_warming_up_prompts_of_all_lengths_are_served_without_compiling(ti
     def traced(*args, **kwargs):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(decode, "prefill", traced)
+    monkeypatch.setattr(programs, "act", traced)
     for raw in raws:
         sessions = [policy.session(), policy.session()]
         for _ in range(2):  # without an earlier text to check, and with one

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openpi_ar.algorithms import decode
+from openpi_ar.algorithms.flow import denoise
+from openpi_ar.algorithms.generate import generate
+from openpi_ar.algorithms.prefill import prefill
+from openpi_ar.algorithms.sampling import AllowedIds, Sampling
 from openpi_ar.checkpoints import store
 from openpi_ar.data.inputs import InputTransform, collate
 from openpi_ar.errors import UserError
-from openpi_ar.models.pi0 import Pi0
-from openpi_ar.policy import Policy
+from openpi_ar.models.vlm import VLA
+from openpi_ar.policy import Policy, programs
 from openpi_ar.text.templates import TEMPLATES, text_status
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.types import Observation
@@ -40,7 +43,7 @@ def test_images_resized_on_the_device_are_those_resized_on_the_host(policy, monk
     native = policy._observations(raws)
     assert native[0]["images"].shape == (2, 45, 60, 3)
     seen, want = (
-        policy._programs.images(policy._model, collate(rows))
+        jax.jit(lambda m, o: m.embed_images(o))(policy._model, collate(rows))
         for rows in (native, [policy.transform.observation(raw) for raw in raws])
     )
     np.testing.assert_array_equal(seen, want)
@@ -58,19 +61,12 @@ def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoi
     _, noise_key = jax.random.split(now)
     allowed = jnp.asarray([*tok.allowed_text, *[False] * 16])
 
-    def by_hand(model: Pi0, obs: Observation):
-        out, cache = decode.prefill(model, obs)
-        said, cache = decode.generate(
-            model,
-            cache,
-            out.prompt_last,
-            now,
-            max_tokens=cfg.text.max_target_tokens,
-            eos_id=tok.eos_id,
-            allowed=allowed,
-        )
+    def by_hand(model: VLA, obs: Observation):
+        out, cache = prefill(model, obs)
+        sampling = Sampling(tok.eos_id, cfg.text.max_target_tokens, constraint=AllowedIds(allowed))
+        text, cache = generate(model, cache, out.prompt_last, sampling)
         noise = jax.random.normal(noise_key, (1, 4, 4))
-        return said, decode.denoise(model, obs, cache, noise, num_steps=10)
+        return text, denoise(model, obs, cache, noise, num_steps=10)
 
     said, actions = jax.jit(by_hand)(model, obs)
     low, high = transform.action_stats.q01, transform.action_stats.q99
@@ -150,7 +146,7 @@ def test_one_program_serves_all_calls_of_one_batch_size(policy, monkeypatch):
     def traced(*args, **kwargs):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(decode, "prefill", traced)
+    monkeypatch.setattr(programs, "act", traced)
     for n in (1, 2, 3):
         assert len(policy.infer_batch(raws[:n], batch_size=4)) == n
     with pytest.raises(AssertionError, match="compiled again"):
@@ -182,9 +178,9 @@ def test_only_text_is_ever_said(policy):
     for i in range(4):
         obs = policy._stack([policy.transform.observation(raw_observation(i))], None)
         run, drawn = policy._programs, policy._drawn([policy.session()], 1, None)
-        out, _ = run.prefill(loud, obs, None, run.images(loud, obs))
+        out, _ = prefill(loud, obs)
         assert int(loud.logits(out.prompt_last)[0].argmax()) in forbidden
-        said = run.act(loud, obs, drawn.text_keys, drawn.noise)
+        said = run.act(loud, obs, drawn.text_keys, drawn.noise).text
         ids = np.asarray(said.ids)[np.asarray(said.valid)]
         assert len(ids) and not set(ids.tolist()) & set(forbidden.tolist())
 

@@ -43,7 +43,7 @@ def test_interleaved_sessions_never_share_drafts(tiny_policy: Policy, monkeypatc
 
     def spied(*args):
         out = run(*args)
-        steps.append(int(out.steps))
+        steps.append(int(out.text.steps))
         return out
 
     monkeypatch.setattr(tiny_policy._programs, "act", spied)

@@ -14,6 +14,7 @@ from openpi_ar.algorithms import losses
 from openpi_ar.config import AugmentConfig, OptimizerConfig
 from openpi_ar.data.augment import augment, with_mistakes
 from openpi_ar.errors import UserError
+from openpi_ar.models.vlm import Run
 from openpi_ar.training import experiment
 from openpi_ar.training import step as steps
 from openpi_ar.training.optimizer import make_optimizer, stored_as
@@ -113,15 +114,14 @@ def test_bfloat16_moments_follow_float32_ones():
 
 
 def test_what_is_recomputed_changes_the_memory_and_no_gradient():
-    rng = np.random.default_rng(0)
-    x, mask = jnp.asarray(rng.normal(size=(2, 40, 32)), jnp.float32), jnp.ones((2, 40, 40), bool)
+    x, yes = np.random.default_rng(0).normal(size=(2, 40, 32)).astype(np.float32), jnp.ones((2, 40), bool)
+    run = Run(jnp.asarray(x), yes, ~yes, ~yes)
     leaves = jax.tree.leaves(tiny_model(tiny_config()).vlm)
 
     def gradient(**changes):
         cfg = dataclasses.replace(CFG, model=tiny_config(**changes))
         vlm = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lambda: init_model(cfg)).vlm), leaves)
-        positions = jnp.broadcast_to(jnp.arange(40), (2, 40))
-        loss = lambda m: jnp.square(m(x, positions, mask, remat=cfg.model.remat)[0]).sum()
+        loss = lambda m: jnp.square(m.extend(run)[0]).sum()
         compiled = jax.jit(jax.grad(loss)).lower(vlm).compile()
         return jax.tree.leaves(compiled(vlm)), compiled.memory_analysis().temp_size_in_bytes
 

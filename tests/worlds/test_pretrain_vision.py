@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from configs.debug import DEBUG
-from openpi_ar.algorithms.decode import prefill
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.data.inputs import InputTransform, collate
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models import family
+from openpi_ar.models.vlm import VLA
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.types import Observation
 from openpi_ar.worlds.tabletop.pretrain_naming import PlaceReadout, naming_loss, naming_texts, pretrain_naming
@@ -21,11 +22,11 @@ from openpi_ar.worlds.tabletop.source import TabletopSource, load_tabletop
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pi0, TabletopSource, InputTransform]:
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[VLA, TabletopSource, InputTransform]:
     data = dataclasses.replace(DEBUG.data, episodes=4, cache_dir=str(tmp_path_factory.mktemp("demos")))
     train, _ = load_tabletop(data, DEBUG.model.action_horizon, DEBUG.model.cameras)
     transform = InputTransform(DEBUG, load_tokenizer(DEBUG.text.tokenizer), train.norm_stats())
-    return jax.jit(lambda: Pi0(DEBUG.model, rngs=nnx.Rngs(0)))(), train, transform
+    return jax.jit(lambda: family.create(DEBUG.model, rngs=nnx.Rngs(0)))(), train, transform
 
 
 def test_targets_are_what_each_camera_can_know():

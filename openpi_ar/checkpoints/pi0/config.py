@@ -5,7 +5,7 @@ from typing import Any
 
 from openpi_ar.checkpoints.family import Sizes, axes
 from openpi_ar.checkpoints.pi0.names import FIXED, ROWS
-from openpi_ar.config import GEMMA_300M, ModelConfig, SigLIPConfig, TowerConfig
+from openpi_ar.config import GEMMA_300M, ModelConfig, TowerConfig, VitConfig
 
 
 def build(paths: set[str], sizes: Sizes, overrides: dict[str, Any], base: ModelConfig | None) -> ModelConfig:
@@ -27,7 +27,7 @@ def build(paths: set[str], sizes: Sizes, overrides: dict[str, Any], base: ModelC
                 f"{sizes['T']} position embeddings are no square grid: give the image size (height, width)"
             )
         image_size = (side * patch, side * patch)
-    siglip = SigLIPConfig(sizes["w"], sizes["l"], sizes["m"], sizes["n"], patch, (image_size[0], image_size[1]))
+    siglip = VitConfig(sizes["w"], sizes["l"], sizes["m"], sizes["n"], patch, (image_size[0], image_size[1]))
     heads = (sizes["N"], sizes["K"], sizes["H"])
     vlm = TowerConfig(sizes["D"], sizes["L"], sizes["F"], *heads, lora_rank=sizes.get("R", 0))
     if has_expert:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 import numpy as np
 
-from openpi_ar.algorithms.decode import prefill
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.data.inputs import InputTransform, collate, stack_rows
 from openpi_ar.data.layout import TrainingSource
 from openpi_ar.errors import UserError
 from openpi_ar.models.cache import action_mask
-from openpi_ar.models.pi0 import Pi0
+from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Array, Observation, Tokens
 from openpi_ar.worlds.tabletop.pretrain_vision import POSITION_SCALE, fit
 from openpi_ar.worlds.tabletop.tasks import pick_up
@@ -37,7 +37,7 @@ class PlaceReadout(nnx.Module):
 
 def naming_loss(
     parts: tuple[Any, Any, Any, PlaceReadout],
-    model: Pi0,
+    model: Any,
     texts: Tokens,
     obs: Observation,
     places: Float[Array, "B K 3"],
@@ -47,7 +47,7 @@ def naming_loss(
     at the end of each one's text say; its mean in centimetres.
 
     `parts` stand in for the model's vision tower, embedder and tower 1. `texts` are K rows, the same for all observations:
-    they run side by side after one prefix and do not see each other, as noisy chunks do (`decode.velocities`).
+    they run side by side after one prefix and do not see each other, as noisy chunks do (`flow.velocities`).
     """
     model = nnx.clone(model)
     model.img, model.embedder, model.vlm, readout = parts
@@ -56,9 +56,9 @@ def naming_loss(
     x = model.embed_text(jnp.asarray(texts.ids)).reshape(1, count * length, -1)
     pos = cache.next_pos[:, None] + jnp.tile(jnp.arange(length), count)
     mask = action_mask(cache, jnp.ones(length, bool), count)
-    _, (_, v) = model.vlm(jnp.broadcast_to(x, (batch, *x.shape[1:])), pos, mask, cache)
+    x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
+    _, (_, v) = model.vlm.forward(x, model.vlm.rotary(pos), mask, cache.keys_values)
     ends = jnp.arange(count) * length + (texts.valid & ~texts.hidden).sum(-1) - 1
-    v = jnp.asarray(v)  # stacked, as training's towers are
     values = v[v.shape[0] // 2 :, :, ends]  # before, word and image have not met
     found = readout(values.reshape(*values.shape[:3], -1).astype(jnp.float32))
     error = jnp.where(present, jnp.abs(found - places).mean(-1), 0.0).mean(0).sum() / present.sum()
@@ -75,7 +75,7 @@ def naming_texts(source: TrainingSource, transform: InputTransform) -> Tokens:
 
 
 def pretrain_naming(
-    model: Pi0,
+    model: VLA,
     source: TrainingSource,
     transform: InputTransform,
     *,
@@ -84,13 +84,14 @@ def pretrain_naming(
     peak_lr: float = 1e-3,
     seed: int = 0,
     quiet: bool = False,
-) -> tuple[Pi0, float]:
+) -> tuple[VLA, float]:
     """The model with its vision tower, embedder and tower 1 trained to find what a text names, and the mean error over the
     last steps in centimetres. `quiet`: without a progress bar.
     """
     cfg = model.cfg.vlm
     readout = PlaceReadout(cfg.depth - cfg.depth // 2, cfg.num_kv_heads * cfg.head_dim, rngs=nnx.Rngs(seed))
-    parts: Any = (*jax.tree.map(jnp.copy, (model.img, model.embedder, model.vlm)), readout)
+    trained: Any = nnx.clone(model)
+    parts: Any = (*jax.tree.map(jnp.copy, (trained.img, trained.embedder, trained.vlm)), readout)
     source.poses(np.zeros(1, int), transform.cfg.model.cameras)  # says what to do if there are none
     texts = naming_texts(source, transform)
 
@@ -99,7 +100,6 @@ def pretrain_naming(
 
     batches = _batches(source, transform, steps, batch_size, seed)
     parts, error = fit(parts, loss, batches, steps, peak_lr, "tower 1: what a text names", quiet=quiet)
-    trained = nnx.clone(model)
     trained.img, trained.embedder, trained.vlm, _ = parts
     return trained, error
 

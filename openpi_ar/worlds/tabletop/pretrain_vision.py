@@ -17,8 +17,8 @@ import optax
 from rich.progress import track
 
 from openpi_ar.data.layout import TrainingSource
-from openpi_ar.models.pi0 import Pi0
-from openpi_ar.models.vit import SigLIP
+from openpi_ar.models.vit import VisionTransformer
+from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Array
 
 POSITION_SCALE = 0.1
@@ -62,13 +62,13 @@ def pose_targets(
 
 
 def pose_loss(
-    tower: tuple[SigLIP, PoseHead], images: Array, positions: Array, seen: Array
+    tower: tuple[VisionTransformer, PoseHead], images: Array, positions: Array, seen: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Presence cross-entropy + L1 of the positions of what is seen; and that L1's mean in centimetres."""
     siglip, head = tower
     batch, cameras = images.shape[:2]
     flat = images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1.0
-    tokens = siglip(flat, jnp.dtype("float32"), remat=False)
+    tokens = siglip(flat, jnp.dtype("float32"))
     out = head(tokens.reshape(batch, cameras, *tokens.shape[1:]))
     presence = optax.sigmoid_binary_cross_entropy(out[..., 0], seen).mean()
     error = jnp.sum(jnp.abs(out[..., 1:] - positions).mean(-1) * seen) / jnp.maximum(seen.sum(), 1)
@@ -76,7 +76,7 @@ def pose_loss(
 
 
 def pretrain_vision(
-    model: Pi0,
+    model: VLA,
     source: TrainingSource,
     *,
     steps: int,
@@ -84,7 +84,7 @@ def pretrain_vision(
     peak_lr: float = 1e-3,
     seed: int = 0,
     quiet: bool = False,
-) -> tuple[Pi0, float]:
+) -> tuple[VLA, float]:
     """The model with its vision tower trained on poses, and the mean error over the last steps in centimetres.
 
     `quiet`: without a progress bar.
@@ -92,10 +92,10 @@ def pretrain_vision(
     objects = source.poses(np.zeros(1, int), model.cfg.cameras)[1].shape[1] + 1
     rngs = nnx.Rngs(seed)
     head = PoseHead(len(model.cfg.cameras), objects, model.cfg.vlm.width, rngs=rngs)
-    tower: Any = (jax.tree.map(jnp.copy, model.img), head)  # a copy: the fit takes it over
+    trained: Any = nnx.clone(model)
+    tower: Any = (jax.tree.map(jnp.copy, trained.img), head)  # a copy: the fit takes it over
     batches = _batches(model, source, steps, batch_size, seed)
     tower, error = fit(tower, pose_loss, batches, steps, peak_lr, "vision tower: poses", quiet=quiet)
-    trained = nnx.clone(model)
     trained.img = tower[0]
     return trained, error
 
@@ -131,7 +131,7 @@ def fit(
 
 
 def _batches(
-    model: Pi0, source: TrainingSource, steps: int, batch_size: int, seed: int
+    model: VLA, source: TrainingSource, steps: int, batch_size: int, seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
     for _ in range(steps):

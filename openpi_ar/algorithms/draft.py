@@ -1,0 +1,95 @@
+"""The check of a draft of the text.
+
+A subtask holds for many control steps, so the last text is a good draft of the next one. As the text of a prefill it costs a
+few more rows of a matmul; the model's own arg max at each of its tokens then tells how far it is what greedy decoding would
+give. The agreed tokens are already in the cache.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from openpi_ar.algorithms.sampling import Sampling, log_probability
+from openpi_ar.models.vlm import VLM
+from openpi_ar.types import Array, Kind, Tokens
+
+
+class Start(NamedTuple):
+    """Where decoding begins: each row after the `agreed` first tokens of its draft.
+
+    logits      of the next token, constrained.
+    ids         the draft's tokens, and their log-probabilities; meaningless past the agreed ones.
+    constraint  its state after the agreed tokens.
+    """
+
+    agreed: Int[Array, " B"]
+    logits: Float[Array, "B V"]
+    ids: Int[Array, "B M"]
+    logprobs: Float[Array, "B M"]
+    constraint: Any
+
+
+def as_draft(ids: Int[Array, "B T"], valid: Bool[Array, "B T"], sampling: Sampling) -> Tokens:
+    """The text of a prefill that checks this draft: its first valid tokens, without the EOS (nothing is read after it)."""
+    most = sampling.max_new_tokens
+    ids, valid = jnp.asarray(ids)[:, :most], jnp.asarray(valid)[:, :most]
+    used = jnp.cumprod(valid & (ids != sampling.eos_id), axis=1).astype(bool)
+    return Tokens.of(jnp.where(used, ids, 0), used, kind=Kind.SUBTASK, causal=True)
+
+
+def without_draft(model: VLM, last_hidden: Float[Array, "B D"], sampling: Sampling) -> Start:
+    """Decoding begins with the first token."""
+    batch, most = last_hidden.shape[0], sampling.max_new_tokens
+    state = sampling.init(batch)
+    return Start(
+        agreed=jnp.zeros((batch,), jnp.int32),
+        logits=sampling.constrained(model.logits(last_hidden), state),
+        ids=jnp.zeros((batch, most), jnp.int32),
+        logprobs=jnp.zeros((batch, most), jnp.float32),
+        constraint=state,
+    )
+
+
+def check_draft(
+    model: VLM,
+    last_hidden: Float[Array, "B D"],
+    draft: Tokens,
+    draft_hidden: Float[Array, "B T D"] | None,
+    sampling: Sampling,
+) -> Start:
+    """How far a draft (from `as_draft`) is the greedy text. Raises ValueError if the text is not greedy."""
+    if not sampling.greedy or draft_hidden is None:
+        raise ValueError("a draft is checked against greedy text, with the hidden states of its prefill")
+    (batch, length), most = draft.ids.shape, sampling.max_new_tokens
+    hidden = jnp.concatenate([last_hidden[:, None], draft_hidden], axis=1)[:, :most]
+    count = hidden.shape[1]
+    states = _states(sampling, draft.ids[:, : count - 1])
+    constrain = jax.vmap(sampling.constrained, in_axes=(1, 0), out_axes=1)
+    logits = constrain(model.logits(hidden), states)
+    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    right = (predicted[:, :length] == draft.ids) & draft.valid
+    agreed = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(-1)
+    at = jnp.minimum(agreed, count - 1)
+    ends = [(0, 0), (0, most - length)]
+    return Start(
+        agreed=agreed,
+        logits=jnp.take_along_axis(logits, at[:, None, None], axis=1)[:, 0],
+        ids=jnp.pad(draft.ids, ends),
+        logprobs=jnp.pad(log_probability(logits[:, :length], draft.ids), ends),
+        constraint=jax.tree.map(lambda s: s[at, jnp.arange(batch)], states),
+    )
+
+
+def _states(sampling: Sampling, ids: Int[Array, "B T"]) -> Any:
+    """States of the constraint before each of these tokens and after the last, along a new first axis."""
+    on = jnp.ones(ids.shape[0], bool)
+
+    def step(state: Any, token: Array) -> tuple[Any, Any]:
+        state = sampling.advance(state, token, on)
+        return state, state
+
+    start = sampling.init(ids.shape[0])
+    _, later = jax.lax.scan(step, start, ids.T)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, later)

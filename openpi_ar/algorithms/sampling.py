@@ -1,0 +1,139 @@
+"""How the next token is chosen: greedily or at random, from which part of the distribution, under which constraint."""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from openpi_ar.types import Array
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """Which ids may come next. A pytree, so that it can be an argument of a compiled program.
+
+    Its state is a pytree of arrays whose first axis is the batch (or `()`, if it has none) and lives in the decode loop.
+    """
+
+    def init(self, batch: int) -> Any:
+        """The state before the first token."""
+        ...
+
+    def mask(self, state: Any) -> Bool[Array, "*b V"]:
+        """Ids that may come next, at least one: [V] for all rows, or [B V]."""
+        ...
+
+    def advance(self, state: Any, token: Int[Array, " B"]) -> Any:
+        """The state after this token."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AllowedIds:
+    """The same ids everywhere: no special, location or action ids in text. It must allow the end of the text."""
+
+    allowed: Bool[Array, " V"]
+
+    def init(self, batch: int) -> Any:
+        return ()
+
+    def mask(self, state: Any) -> Bool[Array, " V"]:
+        return jnp.asarray(self.allowed)
+
+    def advance(self, state: Any, token: Int[Array, " B"]) -> Any:
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How text is generated. By default greedily, from all ids.
+
+    eos_id          ends a row.
+    max_new_tokens  most tokens of a row, the end included; 0: no text.
+    temperature     divides the logits; 0 is greedy, and `top_k` and `top_p` then change nothing.
+    top_k           only the k most likely ids, and those as likely as the last of them; 0: all.
+    top_p           only the most likely ids that together reach this probability (A. Holtzman et al., "The Curious Case of
+                    Neural Text Degeneration", ICLR 2020), after temperature and `top_k`; 1: all.
+    constraint      which ids may come next; None: all.
+    """
+
+    eos_id: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    constraint: Constraint | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, found "
+                f"{self.temperature}, {self.top_k} and {self.top_p}"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing is drawn: no random keys are needed."""
+        return self.temperature == 0.0
+
+    def init(self, batch: int) -> Any:
+        """State of the constraint before the first token."""
+        return () if self.constraint is None else self.constraint.init(batch)
+
+    def advance(self, state: Any, token: Int[Array, " B"], on: Bool[Array, " B"]) -> Any:
+        """State of the constraint after this token, in the rows that are `on`."""
+        if self.constraint is None:
+            return state
+
+        def pick(new: Array, old: Array) -> Array:
+            return jnp.where(on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(pick, self.constraint.advance(state, token), state)
+
+    def constrained(self, logits: Float[Array, "*b V"], state: Any) -> Float[Array, "*b V"]:
+        """Logits with those of the ids that may not come next at -inf."""
+        return logits if self.constraint is None else jnp.where(self.constraint.mask(state), logits, -jnp.inf)
+
+    def choose(self, logits: Float[Array, "B V"], keys: Array | None) -> Int[Array, " B"]:
+        """The next token of each row from its constrained logits, drawn with the row's own key unless greedy."""
+        if self.greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if keys is None:
+            raise ValueError(f"sampling at temperature {self.temperature} needs a random key per row")
+        return jax.vmap(jax.random.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
+
+    def filtered(self, logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
+        """Logits that are drawn from: tempered, with -inf outside `top_k` and `top_p`. Of a temperature above 0."""
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p < 1:
+            falling = -jnp.sort(-logits, axis=-1)
+            p = jax.nn.softmax(falling, axis=-1)
+            kept = jnp.cumsum(p, axis=-1) - p < self.top_p  # what comes before does not reach it yet: the first is kept
+            least = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return logits
+
+
+jax.tree_util.register_dataclass(
+    Sampling,
+    data_fields=["constraint"],
+    meta_fields=["eos_id", "max_new_tokens", "temperature", "top_k", "top_p"],
+)
+
+
+def log_probability(logits: Float[Array, "*b V"], token: Int[Array, "*b"]) -> Float[Array, "*b"]:
+    """Log-probability of the token under the softmax of the logits."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def row_keys(key: Array, batch: int) -> Array:
+    """A random key for each row. A row's key does not depend on how many rows there are."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
