@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: Args) -> None:
     """Everything that can be wrong with the arguments is said before the checkpoint is loaded."""
-    console = Console()
+    console = Console(markup=False)
     _check(args)
     from openpi_ar.policy import Policy, observations
 
@@ -217,13 +217,13 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
     note = "" if report["text_status"] == "ok" else f"   [{report['text_status']}: the text has no proper end]"
     said = "answer" if "answer" in report else "subtask"
     for name, text in (("prompt", report["prompt"]), (said, report[said] + note)):
-        console.print(f"{name + ':':<9}{text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name + ':':<9}{text}", highlight=False, soft_wrap=True)
     if "actions" in report:
         table = Table("step", *_action_names(policy), title="actions")
         for step, action in enumerate(report["actions"]):
             table.add_row(str(step), *(f"{value:.4f}" for value in action))
         # Two arms have 14 columns: squeezed into a terminal they would lose their digits.
-        Console(width=max(console.width, 12 * len(table.columns))).print(table)
+        Console(width=max(console.width, 12 * len(table.columns)), markup=False).print(table)
     notes = {"total": "as one program", "first_call": "with compilation"}
     table = Table("stage", "ms", "", title="time")
     for name, ms in report["timing"].items():

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 import types
 import typing
 from typing import Any
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
+from openpi_ar.textfile import read_text
 
 # Written for fields that may hold one of several dataclasses, so that reading knows which.
 _TYPE = "type"
@@ -28,6 +30,11 @@ def loads(text: str, *, source: str = "config.json") -> TrainConfig:
         return decode(TrainConfig, json.loads(text), source)
     except json.JSONDecodeError as e:
         raise UserError(f"{source} is not JSON: {e}") from e
+
+
+def read(path: Path) -> TrainConfig:
+    """The config in a file, as `loads`. Raises UserError if the file cannot be read, too."""
+    return loads(read_text(path), source=str(path))
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from openpi_ar.errors import UserError, command_line
 Where = Annotated[str, tyro.conf.Positional]
 """Directory, file, address (gs://, https://, hf://) or hub id of a checkpoint."""
 
-_out = Console(soft_wrap=True)
+_out = Console(soft_wrap=True, markup=False)
 
 
 def convert(
@@ -42,9 +42,9 @@ def convert(
         raise UserError(f"{target} exists: name a new directory, or delete this one first")
     loaded = load.load_model(source, options)
     for note in loaded.notes:
-        _out.print(f"note: {note}", markup=False, highlight=False)
+        _out.print(f"note: {note}", highlight=False)
     export.convert(loaded, target, to)
-    _out.print(f"{target}: {export.size_of(target) / 1e6:.1f} MB, {loaded.kind} -> {to}", markup=False, highlight=False)
+    _out.print(f"{target}: {export.size_of(target) / 1e6:.1f} MB, {loaded.kind} -> {to}", highlight=False)
 
 
 def inspect(source: Where) -> None:
@@ -82,7 +82,7 @@ def inspect(source: Where) -> None:
         table.add_row(key, value)
     _out.print(table)
     for note in looked.notes:
-        _out.print(f"note: {note}", markup=False, highlight=False)
+        _out.print(f"note: {note}", highlight=False)
 
 
 _FORMATS = {

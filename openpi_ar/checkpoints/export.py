@@ -124,7 +124,7 @@ def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
     folder.mkdir(exist_ok=True)
     own = None if assets is None else assets / store.CONFIG
     if own is not None and own.is_file():
-        cfg = config_json.loads(own.read_text(), source=str(own))
+        cfg = config_json.read(own)
     else:
         cfg = TrainConfig(name="converted", text=TextConfig(tokenizer="paligemma", template="openpi"))
     (folder / store.CONFIG).write_text(config_json.dumps(dataclasses.replace(cfg, model=model)))

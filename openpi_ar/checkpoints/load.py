@@ -202,7 +202,7 @@ def _told(folder: Path, settings: dict[str, Any]) -> tuple[LoadOptions, ModelCon
     """(what the files beside the tensors say, the whole configuration where the checkpoint is ours)."""
     ours = (folder if folder.is_dir() else folder.parent) / "assets" / store.CONFIG
     if ours.is_file():
-        cfg = config_json.loads(ours.read_text(), source=str(ours)).model
+        cfg = config_json.read(ours).model
         return LoadOptions(action_horizon=cfg.action_horizon, image_size=cfg.siglip.image_size), cfg
     inputs, cameras = settings.get("input_features"), None
     if isinstance(inputs, dict):

@@ -78,7 +78,7 @@ def load_assets(step_dir: Path) -> Assets:
             f"(<config>/<exp>/<step>) or of an experiment that holds complete steps"
         )
     path = step_dir / "assets" / CONFIG
-    config = config_json.loads(path.read_text(), source=str(path))
+    config = config_json.read(path)
     return Assets(
         config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),

@@ -18,6 +18,7 @@ from openpi_ar.data.robot_spec import ANY, STATE, RobotSpec, Variant, split_key
 from openpi_ar.data.transforms import make_mask
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import nearest
+from openpi_ar.textfile import read_text
 
 MASKED = ("none", "")
 """In place of a feature: the camera is masked."""
@@ -111,10 +112,7 @@ def get_robot(name: str) -> RobotSpec:
     if name in ROBOTS:
         return ROBOTS[name]
     if name.endswith(_FILES):
-        try:
-            return loads(Path(name).expanduser().read_text("utf-8"), source=name)
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"robot file {name} cannot be read: {e}") from e
+        return loads(read_text(Path(name).expanduser()), source=name)
     raise UserError(
         f"unknown robot {name!r}: choose one of {', '.join(nearest(name, ROBOTS))}, or the path of a .yaml or .json file like them"
     )

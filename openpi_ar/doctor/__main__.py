@@ -14,7 +14,7 @@ import tyro
 from openpi_ar.doctor.verify import verify as compare
 from openpi_ar.errors import command_line
 
-_out = Console(soft_wrap=True)
+_out = Console(soft_wrap=True, markup=False)
 
 
 def verify(
@@ -41,7 +41,7 @@ def verify(
         table.add_row(d.name, f"{d.largest:.2e}", f"{d.mean:.2e}", bound, "ok" if d.ok else "FAILED")
     _out.print(table)
     for note in notes:
-        _out.print(f"note: {note}", markup=False, highlight=False)
+        _out.print(f"note: {note}", highlight=False)
     failed = [d.name for d in differences if not d.ok]
     if json_path is not None:
         body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}

@@ -160,7 +160,7 @@ class Display:
     """A progress bar on a terminal, plain lines elsewhere (logs, notebooks, pipes). Of several processes one shows it."""
 
     def __init__(self, num_steps: int, start_step: int, title: str):
-        self.console = Console(soft_wrap=True)
+        self.console = Console(soft_wrap=True, markup=False)
         self.num_steps = num_steps
         self._began = (time.perf_counter(), start_step)
         columns = (
@@ -205,7 +205,7 @@ class Display:
     def line(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._bar is not None:
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(text, highlight=False)
         else:
             distributed.say(text)
 

@@ -160,7 +160,7 @@ def values_of(path: Path) -> dict[str, set]:
     rows, texts = [], set()
     for file in path.glob("data/*/*.parquet"):
         with contextlib.suppress(pa.ArrowException, OSError):
-            rows += pq.read_table(file).to_pylist()
+            rows += pq.ParquetFile(file).read().to_pylist()
 
     def strings(value: Any) -> None:
         if isinstance(value, str):

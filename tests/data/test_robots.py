@@ -304,7 +304,7 @@ def test_robot_that_does_not_fit_the_model_is_refused():
 def test_unknown_robots_get_the_names_nearest_first(tmp_path):
     with pytest.raises(UserError, match="unknown robot 'driod': choose one of droid, "):
         robots.get_robot("driod")
-    with pytest.raises(UserError, match=r"nowhere.json cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere.json is missing"):
         robots.get_robot("nowhere.json")
     body = dataclasses.asdict(robots.ROBOTS["droid"])
     for change, words in (

@@ -136,7 +136,7 @@ def _open(path: Path, where: str) -> InputContainer:
     if not path.is_file():
         raise UserError(f"{path} is missing ({where}): download or copy the dataset again")
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="replace")  # a title in another encoding does no harm
     except (av.error.FFmpegError, OSError) as e:
         raise UserError(
             f"{path} ({where}, frame 0) cannot be opened as a video: {e.strerror}; truncated? Copy it again"
