@@ -174,7 +174,7 @@ def values_of(path: Path) -> dict[str, set]:
                 strings(json.loads(line)) if line.strip() else None
     for file in path.glob("meta/*.parquet"):
         with contextlib.suppress(pa.ArrowException, OSError):
-            strings(pq.read_table(file).to_pylist())
+            strings(pq.ParquetFile(file).read().to_pylist())
     strings([row.get("language_persistent") for row in rows])
     numbers = {
         key: {np.ravel(np.float32(row[key])).tobytes() for row in rows} for key in ("observation.state", "action")
