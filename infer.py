@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from openpi_ar.config import TabletopData
 from openpi_ar.errors import UserError, command_line
 
 if TYPE_CHECKING:
@@ -174,17 +173,15 @@ def _sends_its_own(args: Args) -> bool:
 
 
 def _make_world(policy: Policy) -> Tabletop:
-    from openpi_ar.worlds.tabletop.world import CAMERAS, STATE_DIM, Tabletop
+    from openpi_ar.worlds.tabletop.world import CAMERAS, STATES, Tabletop
 
     dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
-    if not set(policy.cameras) <= set(CAMERAS) or dims != (STATE_DIM, len(_TABLETOP_ACTIONS)):
+    if not set(policy.cameras) <= set(CAMERAS) or dims != (len(STATES), len(_TABLETOP_ACTIONS)):
         raise UserError(
             f"this checkpoint is for another robot than the tabletop's (cameras {', '.join(policy.cameras)}; {dims[0]} "
             f"state and {dims[1]} action dimensions): give an observation with --images, --state and --prompt"
         )
-    data = policy.cfg.data
-    size = data.image_size if isinstance(data, TabletopData) else policy.cfg.model.siglip.image_size
-    return Tabletop(size, policy.cameras)
+    return Tabletop(policy.cfg.model.siglip.image_size, policy.cameras)
 
 
 def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
@@ -208,7 +205,7 @@ def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
 
 
 def _action_names(policy: Policy) -> tuple[str, ...]:
-    if isinstance(policy.cfg.data, TabletopData):
+    if policy.cfg.world == "tabletop":
         return _TABLETOP_ACTIONS
     return tuple(f"action {i}" for i in range(policy.transform.action_stats.dims))
 

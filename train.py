@@ -11,7 +11,7 @@ import time
 from typing import NoReturn
 
 from configs import HELP, PRESETS, get_preset
-from openpi_ar.config import LeRobotData, TrainConfig
+from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError, command_line, replace_unwritable
 from openpi_ar.training import cli
 
@@ -36,13 +36,14 @@ from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 from openpi_ar.training import distributed, experiment, memory
 from openpi_ar.training.best import KeepBest
 from openpi_ar.training.evaluate import Evaluator
-from openpi_ar.training.initial import initial_model
+from openpi_ar.training.initial import load_initial
 from openpi_ar.training.metrics import Display, MetricsLog, Window
 from openpi_ar.training.optimizer import check_schedule, make_optimizer, make_schedule
 from openpi_ar.training.sharding import Placement, make_placement, shardings
 from openpi_ar.training.state import TrainState, init_state, state_of, train_key
 from openpi_ar.training.step import StepFn, make_train_step
 from openpi_ar.training.store import CheckpointStore, restore_train_state
+from openpi_ar.worlds import datasets
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data
@@ -72,12 +73,11 @@ def check_tokenizer(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
 def dry_run(cfg: TrainConfig, plot: Path | None) -> None:
     """Shows what would be trained on, and trains nothing."""
     experiment.check_data(cfg)
-    if isinstance(cfg.data, LeRobotData):
-        # Some frames are looked at: no need to decode all.
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, frames="decode"))
+    # Some frames are looked at: no need to decode all.
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, frames="decode"))
     tokenizer = load_tokenizer(cfg.text.tokenizer)
     check_tokenizer(cfg, tokenizer)
-    source, held_out, remarks = load_sources(cfg)
+    source, held_out, remarks = load_sources(cfg, datasets.local)
     stats = source.norm_stats(needed_mode(cfg.model.pi05))
     check.dry_run(cfg, source, held_out, InputTransform(cfg, tokenizer, stats), remarks, plot)
 
@@ -89,7 +89,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     tokenizer = load_tokenizer(cfg.text.tokenizer) if saved is None else saved.tokenizer
     check_tokenizer(cfg, tokenizer)
     with distributed.primary_first("data"):
-        train, held_out, remarks = load_sources(cfg)
+        train, held_out, remarks = load_sources(cfg, datasets.local)
     stats = train.norm_stats(needed_mode(cfg.model.pi05)) if saved is None else saved.stats
     transform = InputTransform(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
@@ -119,23 +119,19 @@ def placed_state(cfg: TrainConfig, placement: Placement) -> TrainState:
     )
 
 
-def make_state(
-    cfg: TrainConfig,
-    placement: Placement,
-    source: TrainingSource,
-    transform: InputTransform,
-    resume_from: Path | None,
-) -> tuple[TrainState, int]:
-    """(state, data position): restored, started from `init_from`, or random (towers perhaps pre-trained)."""
+def make_state(cfg: TrainConfig, placement: Placement, resume_from: Path | None) -> tuple[TrainState, int]:
+    """(state, data position): restored, started from `init_from`, or random."""
     tx = make_optimizer(cfg.optimizer, cfg.num_steps)
     abstract = placed_state(cfg, placement)
     if resume_from is not None:
         return restore_train_state(resume_from, abstract, placement.replicated)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    if not (cfg.init_from or cfg.data.vision_steps or cfg.data.naming_steps):
+    if not cfg.init_from:
         # One program, kept by the compilation cache; eagerly it is a hundred small ones.
         return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
-    model = distributed.spread(initial_model(cfg, source, transform), where.model)
+    model, notes = load_initial(cfg)
+    distributed.say(f"starting from {cfg.init_from}", *notes)
+    model = distributed.spread(model, where.model)
     return jax.jit(lambda model: state_of(cfg, tx, model), out_shardings=where)(model), 0
 
 
@@ -259,7 +255,7 @@ def run(argv: Sequence[str]) -> None:
     distributed.say(memory.describe(need, have))
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
-    state, data.loader.position = make_state(cfg, placement, data.train, data.transform, resume_from)
+    state, data.loader.position = make_state(cfg, placement, resume_from)
     if int(state.step) >= cfg.num_steps:
         distributed.say(
             f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to go on"

@@ -34,6 +34,7 @@ from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.sharding import make_placement, shardings
 from openpi_ar.training.state import init_state, train_key
 from openpi_ar.training.step import make_train_step
+from openpi_ar.worlds import datasets
 
 T = TypeVar("T")
 
@@ -82,8 +83,7 @@ def bench(cfg: TrainConfig, *, step: bool, workers: Sequence[int] = WORKERS) -> 
     table = new_table("stage", "a second", "", title=f"{cfg.name}: batches of {cfg.batch_size}")
     with tempfile.TemporaryDirectory() as folder:
         cfg = _some_frames(cfg, folder)
-        if isinstance(cfg.data, LeRobotData):
-            rates |= _decoding(cfg, cfg.data)
+        rates |= _decoding(cfg, cfg.data)
         train, _, _ = load_sources(cfg)
         stats, seconds = _timed(lambda: train.norm_stats(needed_mode(cfg.model.pi05)))
         rates["statistics (rows)"] = len(train) / seconds
@@ -143,9 +143,8 @@ def _notes(cfg: TrainConfig) -> dict[str, str]:
 
 def _some_frames(cfg: TrainConfig, folder: str) -> TrainConfig:
     """The first episodes of a LeRobot dataset, to be cached in a folder of their own."""
-    if not isinstance(cfg.data, LeRobotData):
-        return cfg
-    meta = read_meta(cfg.data.path)
+    path = datasets.local(cfg.data.path, cfg.data.cache_dir)
+    meta = read_meta(path)
     episodes, frames = [], 0
     for episode in choose_episodes(meta, cfg.data.episodes):
         if frames >= _FRAMES:
@@ -153,7 +152,7 @@ def _some_frames(cfg: TrainConfig, folder: str) -> TrainConfig:
         episodes.append(episode.index)
         frames += episode.length
     # Nothing is learnt, so no frame is held out and none needs a label.
-    data = dataclasses.replace(cfg.data, episodes=tuple(episodes), cache_dir=folder, held_out=0.0)
+    data = dataclasses.replace(cfg.data, path=path, episodes=tuple(episodes), cache_dir=folder, held_out=0.0)
     if TEMPLATES[cfg.text.template].target is None:
         data = dataclasses.replace(data, subtasks="none")
     return dataclasses.replace(cfg, data=data)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from configs.pi05_subtask import PI05_SUBTASK_TABLETOP as TABLETOP
-from openpi_ar.config import OptimizerConfig, TabletopData, TowerConfig, VitConfig
+from openpi_ar.config import LeRobotData, OptimizerConfig, TowerConfig, VitConfig
 
 DEBUG = dataclasses.replace(
     TABLETOP,
@@ -16,7 +16,7 @@ DEBUG = dataclasses.replace(
         action_horizon=4,
     ),
     loss=dataclasses.replace(TABLETOP.loss, flow_draws=2),
-    data=TabletopData(episodes=3, image_size=(32, 32)),
+    data=LeRobotData("world://tabletop?episodes=3&image_size=32x32"),
     optimizer=OptimizerConfig(peak_lr=1e-2, final_lr=1e-3, warmup_steps=2, b2=0.99, ema_decay=0.99),
     batch_size=4,
     num_steps=6,

@@ -3,6 +3,12 @@
 import dataclasses
 
 from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_TABLETOP, actions_only
+from openpi_ar.config import LeRobotData
 
 PI05 = dataclasses.replace(actions_only(PI05_SUBTASK), name="pi05")
-PI05_TABLETOP = dataclasses.replace(actions_only(PI05_SUBTASK_TABLETOP), name="pi05_tabletop")
+# No commanded episodes: without a subtask, only the prompt says what to do.
+PI05_TABLETOP = dataclasses.replace(
+    actions_only(PI05_SUBTASK_TABLETOP),
+    name="pi05_tabletop",
+    data=LeRobotData("world://tabletop?episodes=1000&pairs=0.45"),
+)

@@ -3,11 +3,11 @@
 import dataclasses
 
 from openpi_ar.config import (
+    AugmentConfig,
     LeRobotData,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    TabletopData,
     TextConfig,
     TowerConfig,
     TrainConfig,
@@ -24,6 +24,8 @@ PI05_SUBTASK = TrainConfig(
     data=LeRobotData(),
     # openpi's fine-tuning values.
     optimizer=OptimizerConfig(peak_lr=2.5e-5, final_lr=2.5e-6, warmup_steps=1_000, ema_decay=0.999),
+    # As in openpi: what a gripper's camera sees is tied to the gripper's place in its image.
+    augment=AugmentConfig(uncropped=("left_wrist_0_rgb", "right_wrist_0_rgb")),
     batch_size=32,
 )
 
@@ -66,14 +68,8 @@ PI05_SUBTASK_TABLETOP = TrainConfig(
     model=TABLETOP_MODEL,
     text=TextConfig(tokenizer="embedded", template="subtask", max_prompt_tokens=32, max_target_tokens=10),
     loss=LossConfig(flow_draws=4),
-    data=TabletopData(
-        episodes=1_000,
-        image_size=TABLETOP_MODEL.siglip.image_size,
-        vision_steps=1_000,
-        commanded=0.25,
-        pairs=0.45,
-        prompt_swap=0.1,
-    ),
+    data=LeRobotData("world://tabletop?episodes=1000&commanded=0.25&pairs=0.45", prompt_swap=0.1),
+    world="tabletop",
     optimizer=OptimizerConfig(
         peak_lr=1e-3, final_lr=1e-5, warmup_steps=200, b2=0.99, weight_decay=1e-4, ema_decay=0.999
     ),
@@ -87,13 +83,8 @@ PI05_SUBTASK_TABLETOP = TrainConfig(
 
 def actions_only(cfg: TrainConfig) -> TrainConfig:
     """The same preset without text: openpi's prompt, flow loss alone."""
-    data = cfg.data
-    if isinstance(data, TabletopData):
-        data = dataclasses.replace(
-            data, commanded=0.0, prompt_swap=0.0
-        )  # without a subtask, the prompt alone decides what to do
     return dataclasses.replace(
         cfg,
-        data=data,
+        data=dataclasses.replace(cfg.data, prompt_swap=0.0),
         text=dataclasses.replace(cfg.text, template="openpi", max_target_tokens=1),
     )

@@ -215,34 +215,6 @@ class DecodeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TabletopData:
-    """Demonstrations of the embedded tabletop, generated on first use and cached."""
-
-    episodes: int = 600
-    seed: int = 0
-    image_size: tuple[int, int] = (64, 64)
-    noise: float = 1.0
-    """Scale of the disturbances that the scripted expert recovers from."""
-    cache_dir: str | None = None
-    """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
-    vision_steps: int = 0
-    """Steps in which the vision tower first learns where everything is (`training/vision.py`); only a fresh start."""
-    naming_steps: int = 0
-    """Steps in which tower 1 then learns where the block is that a text names (`training/grounding.py`); also of a model that
-    `init_from` names."""
-    commanded: float = 0.0
-    """Fraction of the episodes in which the expert follows a random plan that the prompt does not tell, and whose text is
-    not supervised: the actions can then follow only the subtask, which is what makes the conditioning on it real."""
-    asked: tuple[str, ...] = ()
-    """Colours of the blocks that tasks ask for, others only stand by; empty: all."""
-    pairs: float = 1 / 3
-    """Fraction of the tasks that name two blocks and their order, the hardest kind."""
-    prompt_swap: float = 0.0
-    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: as `commanded`,
-    of frames that the prompt's own plan leads to."""
-
-
-@dataclasses.dataclass(frozen=True)
 class RobotConfig:
     """What lies between a robot's numbers and what a model learns, besides normalisation. `--robot` fills it (docs/robots.md)."""
 
@@ -261,10 +233,11 @@ class RobotConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LeRobotData:
-    """A LeRobot dataset on disk, version 2.1 or 3.0."""
+    """A LeRobot dataset, version 2.1 or 3.0."""
 
     path: str = ""
-    """Directory of the dataset (the one that holds `meta/`), or its name on the Hugging Face hub."""
+    """Directory of the dataset (the one that holds `meta/`), its name on the Hugging Face hub, or the address of one that a
+    simulated world writes into the cache on first use: `world://tabletop?episodes=1000` (docs/data.md)."""
     cameras: tuple[str, ...] = ()
     """`model_camera=feature` pairs; `model_camera=none` masks it, `top|none` does where there is no `top`. A camera that is
     not named takes the feature of its own name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
@@ -280,8 +253,8 @@ class LeRobotData:
     prompt: str = ""
     """Said in place of every episode's task."""
     mix: tuple[str, ...] = ()
-    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. `tabletop=WEIGHT` is the embedded one.
-    The other fields hold for all of them, `episodes` for `path` alone."""
+    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. The other fields hold for all of them,
+    `episodes` for `path` alone."""
     episodes: tuple[int, ...] = ()
     """Episodes to use; empty: all."""
     held_out: float = 0.05
@@ -290,12 +263,9 @@ class LeRobotData:
     """`cache`: decode every frame once and keep it on disk at the model's image size. `decode`: at every read."""
     cache_dir: str | None = None
     """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
-    vision_steps: int = 0
-    """As for the tabletop; needs the feature `observation.environment_state` that its export writes."""
-    naming_steps: int = 0
-    """As for the tabletop; needs the same feature."""
     prompt_swap: float = 0.0
-    """Fraction of training rows whose task is replaced by another one and whose text is not supervised."""
+    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: their actions can
+    only be predicted from the subtask, which makes the conditioning on it real."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +292,9 @@ class AugmentConfig:
     """Random changes of training images, made on the device; all off by default. openpi's values in parentheses."""
 
     crop: float = 0.0
-    """Most of the width and height that a random window leaves out (0.05); cameras with `wrist` in their name keep all."""
+    """Most of the width and height that a random window leaves out (0.05)."""
+    uncropped: tuple[str, ...] = ()
+    """Model cameras that are not cropped: on a gripper, say, where the gripper's place in the image tells something."""
     brightness: float = 0.0
     """Factor on the pixels, drawn from 1 +- this (0.3)."""
     contrast: float = 0.0
@@ -347,7 +319,7 @@ class TrainConfig:
     text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     decode: DecodeConfig = DecodeConfig()
-    data: TabletopData | LeRobotData = TabletopData()
+    data: LeRobotData = LeRobotData()
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
     frozen: tuple[str, ...] = ()
@@ -357,8 +329,10 @@ class TrainConfig:
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """How frozen weights are kept in memory and in checkpoints; norms and biases stay float32."""
     init_from: str = ""
-    """Checkpoint to start from: ours, openpi's, a PyTorch port's or LeRobot's; a directory, file, address or hub id.
-    Empty: random initialisation."""
+    """Checkpoint to start from: ours, openpi's, a PyTorch port's or LeRobot's; a directory, file, address or hub id, or
+    `tabletop`: the one that comes with the package. Empty: random initialisation."""
+    world: str = ""
+    """Simulated world that the model's robot lives in: `infer.py --rollout` plays there. Empty: none."""
     fsdp_devices: int = 1
     """Devices among which parameters, moments and average are divided; the rest of the devices hold copies."""
     seed: int = 0

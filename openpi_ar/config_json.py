@@ -13,10 +13,14 @@ from openpi_ar.textfile import read_text
 
 # Written for fields that may hold one of several dataclasses, so that reading knows which.
 _TYPE = "type"
-# Fields of earlier versions, by class and name: the fields that have taken their place.
+# Fields of earlier versions, by class and name: the fields that have taken their place, if any.
 _RENAMED: dict[tuple[str, str], tuple[str, ...]] = {
     ("LossConfig", "text_weight"): ("subtask_weight", "answer_weight"),
+    ("LeRobotData", "vision_steps"): (),
+    ("LeRobotData", "naming_steps"): (),
 }
+# Parameters of the tabletop's demonstrations, which were a kind of data of their own.
+_TABLETOP = ("episodes", "seed", "image_size", "noise", "commanded", "asked", "pairs")
 
 
 def dumps(cfg: TrainConfig) -> str:
@@ -69,10 +73,24 @@ def _encode(value: Any, *, tagged: bool) -> Any:
     return body | {f.name: _encode(getattr(value, f.name), tagged=len(o) > 1) for f, o in _fields(type(value))}
 
 
+def _upgraded(cls: type, body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` as this version names them, from those of any earlier version."""
+    body = {new: value for name, value in body.items() for new in _RENAMED.get((cls.__name__, name), (name,))}
+    data = body.get("data")
+    if cls is not TrainConfig or not isinstance(data, dict) or data.get(_TYPE) != "TabletopData":
+        return body
+    values = {name: data[name] for name in _TABLETOP if data.get(name) not in (None, [])}
+    joined = {"image_size": "x", "asked": ","}
+    texts = {k: joined[k].join(map(str, v)) if k in joined else str(v) for k, v in values.items()}
+    path = "world://tabletop?" + "&".join(f"{name}={text}" for name, text in texts.items())
+    kept = {name: data[name] for name in ("cache_dir", "prompt_swap") if name in data}
+    return {**body, "data": {"path": path, **kept}, "world": "tabletop"}
+
+
 def decode(cls: type, body: Any, where: str) -> Any:
     if not isinstance(body, dict):
         raise UserError(f"{where}: expected the fields of {cls.__name__}, found {body!r}")
-    body = {new: value for name, value in body.items() for new in _RENAMED.get((cls.__name__, name), (name,))}
+    body = _upgraded(cls, body)
     values, fields = {}, {f.name: (f, options) for f, options in _fields(cls)}
     if unknown := sorted(set(body) - set(fields) - {_TYPE}):
         raise UserError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}; written by another version?")

@@ -1,51 +1,67 @@
 """Small demonstrations with recognisable values, and the transform that reads them."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
 from configs.debug import DEBUG
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import LeRobotData, TrainConfig
+from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
+from openpi_ar.data.layout import Layout
+from openpi_ar.data.lerobot.columns import Frames
+from openpi_ar.data.lerobot.frame_cache import CachedReader
+from openpi_ar.data.lerobot.meta import Episode, Meta
+from openpi_ar.data.lerobot.source import LeRobotSource, Table
 from openpi_ar.text.tokenizer import load_tokenizer
-from openpi_ar.worlds.tabletop.demos import Demos
-from openpi_ar.worlds.tabletop.source import TabletopSource, split_sources
 
 LENGTHS = (7, 5, 9, 6)
 PROMPTS = ("put the red block in the left bin", "put the blue block in the right bin", "put all blocks in the left bin")
 SUBTASKS = ("pick up the red block", "place the red block in the left bin", "done")
 HORIZON = DEBUG.model.action_horizon
+PLAIN = dataclasses.replace(DEBUG, data=LeRobotData())
+"""Without a dataset there is no robot of its own: observations are in the model's form."""
 
 
-def demos(lengths: tuple[int, ...] = LENGTHS) -> Demos:
-    """Frame i of all has action [i, 0, 0, +-1] and pixels that spell i; episode e has prompt e mod 3."""
-    n = sum(lengths)
+def table(shift: int = 0) -> Table:
+    """Frame i of all has action [i, 0, 0, +-1] and pixels that spell i; episode e has prompt e mod 3. `shift`: 10 times this is
+    added to the actions, and itself to the pixels."""
+    n = sum(LENGTHS)
     rng = np.random.default_rng(0)
     index = np.arange(n)
-    images = np.broadcast_to(index[:, None, None, None, None].astype(np.uint8), (n, 2, 32, 32, 3)).copy()
-    images[:, 1] += 100
+    front = np.broadcast_to((index + shift)[:, None, None, None].astype(np.uint8), (n, 32, 32, 3)).copy()
     action = np.stack([index, rng.normal(size=n), rng.normal(size=n), np.where(index % 2, 1, -1)], -1)
-    episode = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
-    return Demos(
-        images=images,
+    episode = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    starts = np.concatenate([[0], np.cumsum(LENGTHS)])
+    episodes = tuple(Episode(e, length, Path("file"), (), {}) for e, length in enumerate(LENGTHS))
+    meta = Meta(Path("/data/demos"), "v3.0", 10.0, "toy", {}, episodes)
+    return Table(
+        frames=Frames(meta, episodes, {}, starts, np.zeros(n, np.float32), ()),
+        images={"front": CachedReader(front), "wrist": CachedReader(front + np.uint8(100))},
+        masked=(),
         state=rng.normal(size=(n, 4)).astype(np.float32),
-        action=action.astype(np.float32),
-        prompt_id=(episode % len(PROMPTS)).astype(np.int32),
-        subtask_id=(index % len(SUBTASKS)).astype(np.int32),
-        episode_index=episode,
-        blocks=np.full((n, 5, 3), np.nan, np.float32),
-        commanded=np.zeros(n, bool),
+        actions=(action + 10 * shift).astype(np.float32),
         prompts=PROMPTS,
+        prompt_id=episode % len(PROMPTS),
         subtasks=SUBTASKS,
-        camera_names=("front", "wrist"),
+        subtask_id=index % len(SUBTASKS),
+        supervise=np.ones(n, bool),
+        last=np.repeat(starts[1:] - 1, LENGTHS),
+        layout=Layout({"front": "front", "wrist": "wrist"}, "xyzo", "xyzg"),
     )
 
 
-def sources() -> tuple[TabletopSource, TabletopSource]:
+def sources(data: Table | None = None) -> tuple[LeRobotSource, LeRobotSource]:
     """(training, held-out): three episodes and one."""
-    return split_sources(demos(), HORIZON, DEBUG.model.cameras)
+    data = data or table()
+    robot = robots.of_data(DEBUG.data, DEBUG.model.cameras, 4, 4)
+    split = sum(LENGTHS[:-1])
+    parts = np.arange(split), np.arange(split, sum(LENGTHS))
+    train, held_out = (LeRobotSource(data, rows, HORIZON, robot) for rows in parts)
+    return train, held_out
 
 
-def transform(cfg: TrainConfig = DEBUG, **model: object) -> InputTransform:
+def transform(cfg: TrainConfig = PLAIN, **model: object) -> InputTransform:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model))
     return InputTransform(cfg, load_tokenizer("embedded"), sources()[0].norm_stats())

@@ -9,7 +9,7 @@ import pytest
 
 from configs import HELP, PRESETS, get_preset
 from openpi_ar import config_json
-from openpi_ar.config import LeRobotData, TabletopData
+from openpi_ar.config import LeRobotData
 from openpi_ar.errors import UserError
 from openpi_ar.text.segments import pack
 from openpi_ar.text.templates import TEMPLATES
@@ -17,6 +17,8 @@ from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.training import cli, experiment
 from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import init_state
+from openpi_ar.worlds import datasets
+from openpi_ar.worlds.tabletop.dataset import Demonstrations
 
 
 def parse(line: str) -> cli.Arguments:
@@ -32,7 +34,7 @@ def test_every_preset_initialises_abstractly_at_full_size(name):
     average = sum(x.size for x in jax.tree.leaves(state.ema))
     assert average == (0 if cfg.optimizer.ema_decay is None else parameters)
     assert cfg.text.template in TEMPLATES
-    if isinstance(cfg.data, LeRobotData):
+    if not cfg.world:
         # PaliGemma 3B, Gemma 300M and their joints.
         adapters = 0.1e9 if "lora" in name else 0
         assert 3.2e9 < parameters < 3.4e9 + adapters
@@ -65,10 +67,29 @@ def test_json_round_trip(name):
 def test_json_is_complete_and_flat_names_are_the_flags():
     cfg = PRESETS["debug"]
     body = json.loads(config_json.dumps(cfg))
-    assert body["data"]["type"] == "TabletopData"
+    assert body["data"]["path"] == "world://tabletop?episodes=3&image_size=32x32" and body["world"] == "tabletop"
     assert body["model"]["siglip"]["image_size"] == [32, 32]
     flat = config_json.flatten(cfg)
-    assert flat["model.vlm.width"] == 16 and flat["data.type"] == "TabletopData" and flat["data.episodes"] == 3
+    assert flat["model.vlm.width"] == 16 and flat["data.path"] == cfg.data.path
+
+
+def test_a_run_on_the_tabletops_own_kind_of_data_reads_its_dataset():
+    """Earlier versions had a dataclass for it, and pre-training steps among its fields."""
+    body = json.loads(config_json.dumps(PRESETS["debug"]))
+    old = {"type": "TabletopData", "episodes": 2200, "seed": 1, "image_size": [64, 48], "noise": 1.0, "cache_dir": None}
+    old |= {"vision_steps": 5, "naming_steps": 6, "commanded": 0.5, "asked": [], "pairs": 0.6, "prompt_swap": 0.1}
+    del body["world"]
+    cfg = config_json.loads(json.dumps(body | {"data": old}))
+    path = "world://tabletop?episodes=2200&seed=1&image_size=64x48&noise=1.0&commanded=0.5&pairs=0.6"
+    assert (cfg.data, cfg.world) == (LeRobotData(path, prompt_swap=0.1), "tabletop")
+    asked = config_json.loads(json.dumps(body | {"data": old | {"asked": ["red", "blue"]}})).data.path
+    demos = datasets.parse(Demonstrations, asked.partition("?")[2], asked)
+    assert (demos.episodes, demos.image_size, demos.asked, demos.pairs) == (2200, (64, 48), ("red", "blue"), 0.6)
+    recorded = {"type": "LeRobotData", "path": "demos", "vision_steps": 1000, "naming_steps": 0}
+    cfg = config_json.loads(json.dumps(body | {"data": recorded}))
+    assert (cfg.data, cfg.world) == (LeRobotData("demos"), "")
+    with pytest.raises(UserError, match="LeRobotData has no field dream_steps"):  # control: not every field is let go
+        config_json.loads(json.dumps(body | {"data": recorded | {"dream_steps": 1}}))
 
 
 def test_json_of_an_older_version_takes_defaults():
@@ -88,7 +109,7 @@ def test_json_of_an_older_version_may_use_older_names():
     ("change", "words"),
     [
         ({"modle": 1}, "no field modle"),
-        ({"data": {"type": "RLDS"}}, "TabletopData, LeRobotData, found 'RLDS'"),
+        ({"data": {"type": "RLDS"}}, "data must be one of LeRobotData, found 'RLDS'"),
         ({"model": 3}, "model"),
         ({"model": {"siglip": {"image_size": [3, 33]}}}, "patch_size"),
         ({"optimizer": {"lr": 1}}, "optimizer: OptimizerConfig has no field lr"),
@@ -105,7 +126,7 @@ def test_json_that_does_not_fit_is_refused(change, words):
 def test_flags_reach_every_depth():
     args = parse(
         "--config debug --exp-name x --model.vlm.width 24 --model.siglip.image-size 32 64 --optimizer.ema-decay None "
-        "--loss.knowledge-insulation --data.episodes 5 --model.dtype bfloat16 --resume"
+        "--loss.knowledge-insulation --data.episodes 5 6 --model.dtype bfloat16 --resume"
     )
     cfg = args.config
     assert (args.resume, args.overwrite) == (True, False)
@@ -113,7 +134,7 @@ def test_flags_reach_every_depth():
         "debug",
         "x",
         24,
-        dataclasses.replace(PRESETS["debug"].data, episodes=5),
+        dataclasses.replace(PRESETS["debug"].data, episodes=(5, 6)),
     )
     assert cfg.model.siglip.image_size == (32, 64)
     assert cfg.optimizer.ema_decay is None and cfg.loss.knowledge_insulation and cfg.model.dtype == "bfloat16"
@@ -121,9 +142,9 @@ def test_flags_reach_every_depth():
     assert cfg.model.expert == PRESETS["debug"].model.expert
 
 
-def test_full_size_preset_takes_tabletop_data_through_flags():
-    cfg = parse("--config pi05 --data tabletop --data.episodes 9 --model.cameras front wrist").config
-    assert cfg.data == TabletopData(episodes=9)
+def test_full_size_preset_takes_a_worlds_data_through_flags():
+    cfg = parse("--config pi05 --data.path world://tabletop?episodes=9 --model.cameras front wrist").config
+    assert cfg.data == LeRobotData("world://tabletop?episodes=9")
     assert cfg.model.cameras == ("front", "wrist")
 
 
@@ -139,7 +160,7 @@ def test_help_lists_the_presets_and_a_presets_fields(capsys):
         assert all(word in out for word in words)
 
 
-@pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if isinstance(c.data, TabletopData)])
+@pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if c.world == "tabletop"])
 def test_text_budgets_hold_everything_the_tabletop_says(name):
     from openpi_ar.worlds.tabletop.tasks import known_prompts, known_subtasks
 

@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_with_cause_and_remedy(warm, tmp_path, capsys, cha
         ({}, ["prompt is missing"]),
         ({"front": np.zeros((4, 4, 3), np.uint8)}, ["prompt is missing"]),
         ({"front": np.zeros((4, 4, 3), np.uint8), "prompt": "x"}, ["state is missing", "4 numbers"]),
-        ({"state": np.zeros(4), "prompt": "x"}, ["'front' is missing", "has none"]),
+        ({"state": np.zeros(4), "prompt": "x"}, ["'front' is missing", "no image"]),
         ({"front": np.zeros((4, 4)), "wrist": np.zeros((4, 4)), "prompt": "x", "state": np.zeros(4)}, ["uint8 RGB"]),
         ({"state": np.array([{}])}, ["plain arrays"]),
         (b"hello", ["obs.npz", "plain arrays"]),

@@ -26,7 +26,7 @@ OTHERS = [command for command in COMMANDS if command not in (*TRAINING, *QUICK)]
 # to a command that holds the text on the left.
 (TRIAL,) = re.findall(r"For a quick trial of a training command add `(.*?)`", README)
 SMALLER = {
-    "--config pi05_subtask_tabletop": f"{TRIAL} --data.episodes 3 --data.vision-steps 2",
+    "--config pi05_subtask_tabletop": f"{TRIAL} --data.path 'world://tabletop?episodes=3'",
     "--resume": "--num-steps 3",
     "--dry-run": "--text.tokenizer embedded",  # PaliGemma's would be downloaded
     "--rollout": "--rollout 1",

@@ -1,17 +1,16 @@
-"""`python -m openpi_ar.data inspect|stats|subtasks PATH` and `export OUT`: LeRobot datasets from the command line."""
+"""`python -m openpi_ar.data inspect|stats|subtasks PATH`: LeRobot datasets from the command line."""
 
 from typing import Annotated
 
 import tyro
 
-from openpi_ar.data.commands import Export, Inspect, Stats, Subtasks
+from openpi_ar.data.commands import Inspect, Stats, Subtasks
 from openpi_ar.errors import command_line
 
 Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Stats, tyro.conf.subcommand("stats")]
     | Annotated[Subtasks, tyro.conf.subcommand("subtasks")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 

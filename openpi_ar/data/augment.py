@@ -20,17 +20,16 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[str]) -> Observation:
     """The observation with its images changed, every image on its own. Returned unchanged if augmentation is off.
 
-    Images come back float32 in [-1, 1]. Cameras with `wrist` in their name are not cropped, as in openpi: what a gripper
-    camera sees is tied to the gripper's place in its image.
+    Images come back float32 in [-1, 1]. `cameras` are the names of the observation's, those in `cfg.uncropped` keep all.
     """
-    if dataclasses.replace(cfg, mistakes=0.0) == AugmentConfig():
+    if not (cfg.crop or cfg.brightness or cfg.contrast or cfg.saturation):
         return obs
     images = jnp.asarray(obs.images)
     images = images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else (images + 1.0) / 2.0
     batch = images.shape[0]
     window_key, colour_key = jax.random.split(key)
     if cfg.crop:
-        moved = [i for i, name in enumerate(cameras) if "wrist" not in name]
+        moved = [i for i, name in enumerate(cameras) if name not in cfg.uncropped]
         flat = images[:, moved].reshape(-1, *images.shape[2:])
         cropped = jax.vmap(_random_window, in_axes=(0, 0, None))(
             flat, jax.random.split(window_key, flat.shape[0]), cfg.crop

@@ -17,8 +17,6 @@ from openpi_ar.data.lerobot.video import probe
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats, compute_stats, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.tables import console, new_table
-from openpi_ar.worlds.tabletop.demos import DemoConfig
-from openpi_ar.worlds.tabletop.export import export_tabletop
 
 Directory = Annotated[str, tyro.conf.Positional]
 
@@ -133,31 +131,6 @@ class Subtasks:
             table.add_row(text, *map(str, counts), _place(frames, int(rows[0])))
         console().print(table)
         _flag_missing(frames, labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """Demonstrations of the embedded tabletop as a LeRobot v3.0 dataset."""
-
-    out: Directory
-    """Directory to write; must not exist."""
-    demos: Annotated[DemoConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=lambda: DemoConfig(episodes=100)
-    )
-    images: Literal["png", "h264", "av1"] = "h264"
-    """png: in the parquet files, lossless; else the video codec."""
-    subtasks: Literal["both", "index", "language"] = "both"
-    """index: LeRobot 0.4.4 to 0.5; language: 0.6 and newer (older versions refuse such columns)."""
-
-    def run(self) -> None:
-        began = time.perf_counter()
-        try:
-            root = export_tabletop(self.out, self.demos, images=self.images, subtasks=self.subtasks)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-        frames = sum(e.length for e in read_meta(root).episodes)
-        rate = frames / (time.perf_counter() - began)
-        console().print(f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True)
 
 
 def _cameras(meta: Meta) -> tuple[Table, list[str]]:

@@ -69,15 +69,6 @@ class TrainingSource(Protocol):
         """Statistics of `state` and `actions`, without reading an image."""
         ...
 
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """The colours of `poses`' objects, in its order."""
-        ...
-
-    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(images uint8 [B C h w 3], objects [B O 3], NaN where absent, tool [B 3]): for `training/vision.py`."""
-        ...
-
 
 class SingleSource(TrainingSource, Protocol):
     """A source that is no mixture of others."""

@@ -1,6 +1,5 @@
 """Several sources as one: rows drawn by weight, one set of statistics for all."""
 
-from collections.abc import Sequence
 import dataclasses
 
 import grain
@@ -84,19 +83,6 @@ class Mixture:
                 weights.append(np.concatenate(counts))
             stats[name] = column_stats(columns, mode, weights)
         return stats
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """As of the parts; none if they differ."""
-        found = {part.objects for part in self.parts}
-        return found.pop() if len(found) == 1 else ()
-
-    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As of the parts; raises UserError as they do."""
-        places = [self._at(int(i)) for i in index]
-        rows = [part.poses(np.array([row]), cameras) for part, row in places]
-        images, objects, tools = (np.concatenate(x) for x in zip(*rows, strict=True))
-        return images, objects, tools
 
     def _at(self, index: int) -> tuple[SingleSource, int]:
         """Part and row of an index."""

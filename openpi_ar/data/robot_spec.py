@@ -134,13 +134,15 @@ class RobotSpec:
             if not present:
                 others = [k for k in flat if k not in (PROMPT, STATE, *map(_path, self.state))]
                 raise UserError(
-                    f"image {key!r} is missing: robot {self.name} sends {', '.join(self.cameras)}; found "
+                    f"image {_first(key)!r} is missing: robot {self.name} sends {', '.join(map(_first, self.cameras))}; found "
                     f"{', '.join(others) or 'no image'}"
                 )
             found[camera] = transforms.to_uint8_image(flat[present[0]], key)
         strange = [k for k in flat if k.startswith(f"{IMAGES}/") and k not in known]
         if strange and ANY not in self.unused:
-            raise UserError(f"robot {self.name} has no image {strange[0]!r}: it sends {', '.join(self.cameras)}")
+            raise UserError(
+                f"robot {self.name} has no image {strange[0]!r}: it sends {', '.join(map(_first, self.cameras))}"
+            )
         return found
 
     def state_vector(self, raw: Mapping[str, Any]) -> np.ndarray | None:
@@ -222,6 +224,11 @@ def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _path(key: str) -> str:
     """A key of the state as `_flatten` has it."""
     return split_key(key)[0].replace(".", "/")
+
+
+def _first(key: str) -> str:
+    """The first of the names that an image may have, for messages."""
+    return key.split("|")[0]
 
 
 def _places(key: str, camera: str) -> list[str]:

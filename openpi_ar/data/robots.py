@@ -229,8 +229,9 @@ def of_data(data: LeRobotData, cameras: Sequence[str], state_dims: int, action_d
 
 
 def of_config(cfg: TrainConfig, state_dims: int, action_dims: int) -> RobotSpec | None:
-    """The robot of a run on a LeRobot dataset, by its config alone; None for other data. Raises UserError as `of_data`."""
-    if isinstance(cfg.data, LeRobotData) and cfg.data.path:
+    """The robot whose dataset a run was trained on, by its config alone; None if it names no dataset. Raises UserError as
+    `of_data`."""
+    if cfg.data.path:
         return of_data(cfg.data, cfg.model.cameras, state_dims, action_dims)
     return None
 

@@ -137,7 +137,7 @@ def _is_ours(path: str | Path) -> bool:
 
 def _unless_its_own(cfg: TrainConfig, spec: RobotSpec, path: str | Path) -> RobotSpec | None:
     """None: the checkpoint's own robot, which its statistics belong to."""
-    if not isinstance(cfg.data, LeRobotData) or not cfg.data.robot.name:
+    if not cfg.data.robot.name:
         return spec
     if cfg.data.robot.name != spec.name:
         raise UserError(f"{path} was trained for robot {cfg.data.robot.name!r}, not {spec.name!r}: leave out --robot")

@@ -11,18 +11,15 @@ import io
 from pathlib import Path
 import re
 import sys
-from typing import Any
 
 import tyro
 
-from openpi_ar.config import Distributed, LeRobotData, TabletopData, TrainConfig
+from openpi_ar.config import Distributed, TrainConfig
 from openpi_ar.errors import UserError
 
-_DATA = {"tabletop": TabletopData, "lerobot": LeRobotData}
-
 USAGE = """\
-usage: python train.py --config NAME [--exp-name NAME] [--resume | --auto-resume | --overwrite] [--data tabletop|lerobot]
-                       [--data.path DIR] [--robot NAME|FILE] [--dry-run] [--any.field value ...]
+usage: python train.py --config NAME [--exp-name NAME] [--resume | --auto-resume | --overwrite] [--data.path DATASET]
+                       [--robot NAME|FILE] [--dry-run] [--any.field value ...]
 
 Trains a preset. Every field of its config is a flag:
     python train.py --config pi05_subtask_tabletop --exp-name wide --model.vlm.mlp-dim 768 --optimizer.peak-lr 5e-4
@@ -34,8 +31,8 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
     --auto-resume       continue if there is a complete checkpoint, start (anew) if there is none: one command for a
                         scheduler that starts jobs again
     --overwrite         delete what the experiment's directory holds and start anew
-    --data KIND         train on another kind of data than the preset's
-    --data.path DIR     train on the LeRobot dataset in DIR (implies --data lerobot)
+    --data.path DATASET train on this LeRobot dataset: a directory, a name on the Hugging Face hub, or what a simulated world
+                        writes on first use: 'world://tabletop?episodes=200' (docs/data.md)
     --robot NAME|FILE   how its cameras, states and actions are read: a robot's name, or a .yaml or .json file of yours
                         (docs/robots.md); the checkpoint keeps it. Single fields are flags too: --data.robot.delta-mask 6 -1
     --dry-run           show what the model would be fed (mapping, ranges, prompts), check all labels, and train nothing
@@ -67,7 +64,6 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--auto-resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--data", choices=sorted(_DATA))
     parser.add_argument("--robot")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--plot", type=Path)
@@ -83,9 +79,6 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
         raise UserError(f"--config NAME is needed; presets: {', '.join(presets)}; see python train.py --help")
     processes, rest = _parse_processes(rest)
     preset = get_preset(own.config)
-    kind = own.data or ("lerobot" if any(_is_path(arg) for arg in rest) else None)
-    if kind is not None and not isinstance(preset.data, _DATA[kind]):
-        preset = dataclasses.replace(preset, data=_DATA[kind](**_carried_over(preset.data)))
     cfg = _parse_fields(preset, rest)
     if own.robot is not None:
         # Twice: the cameras that the robot feeds may be given as flags, and flags go before the robot's own values.
@@ -98,20 +91,8 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
 def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfig:
     from openpi_ar.data.robots import as_data, get_robot
 
-    if not isinstance(preset.data, LeRobotData):
-        raise UserError("--robot describes how a LeRobot dataset is read: add --data.path DIR")
     data = as_data(get_robot(robot), preset.data, cfg.model.cameras, pi05=cfg.model.pi05)
     return dataclasses.replace(preset, data=data)
-
-
-def _is_path(arg: str) -> bool:
-    """Only datasets on disk have a path, so naming one tells which kind is meant."""
-    return arg.partition("=")[0] == "--data.path"
-
-
-def _carried_over(data: TabletopData | LeRobotData) -> dict[str, Any]:
-    """Fields of a preset that hold for any data."""
-    return {name: getattr(data, name) for name in ("prompt_swap", "vision_steps", "naming_steps", "cache_dir")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,29 +11,19 @@ import jax
 
 from openpi_ar import config_json
 from openpi_ar.checkpoints import remote, store
-from openpi_ar.config import LeRobotData, TabletopData, TrainConfig
+from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.text.templates import get_template
 from openpi_ar.training import distributed
 from openpi_ar.training.cli import Arguments
-from openpi_ar.worlds.tabletop.source import asked_colors
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
-_FREE = (
-    "data.cache_dir",
-    "data.vision_steps",
-    "data.naming_steps",
-    "data.frames",
-    "text.tokenizer",
-    "model.remat",
-    "model.dtype",
-)
-_FREE += ("model.remat_policy",)
+_FREE = ("data.cache_dir", "data.frames", "text.tokenizer", "model.remat", "model.remat_policy", "model.dtype")
 
 
 def check_config(cfg: TrainConfig) -> None:
-    """Raises UserError for values that no machine or data could mend."""
+    """Raises UserError for values that are invalid on any machine and with any data."""
     positive = ("batch_size", "num_steps", "log_every", "eval_batches", "save_every")
     wrong = [f"{name} is {getattr(cfg, name)}" for name in positive if getattr(cfg, name) < 1]
     wrong += [f"{name} is {v}" for name, v in config_json.flatten(cfg).items() if name.endswith("_lr") and not v > 0]
@@ -47,23 +37,19 @@ def check_config(cfg: TrainConfig) -> None:
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"optimizer.ema_decay must lie in [0, 1) or be None, found {decay}")
     _check_optimizer(cfg)
-    unsupervised = ("prompt_swap", "commanded") if isinstance(cfg.data, TabletopData) else ("prompt_swap",)
-    fractions = (*unsupervised, "pairs") if isinstance(cfg.data, TabletopData) else unsupervised
-    for name in fractions:
-        if not 0 <= getattr(cfg.data, name) <= 1:
-            raise UserError(f"data.{name} must lie in [0, 1], found {getattr(cfg.data, name)}")
-    for name in ("vision_steps", "naming_steps"):
-        if getattr(cfg.data, name) < 0:
-            raise UserError(f"data.{name} must be 0 or more, found {getattr(cfg.data, name)}")
     template = get_template(cfg.text.template)
-    if isinstance(cfg.data, TabletopData):
-        asked_colors(cfg.data)
-    for name in unsupervised:
-        if getattr(cfg.data, name) and template.target is None:
-            raise UserError(
-                f"data.{name} is {getattr(cfg.data, name)}, but template {cfg.text.template!r} writes no subtask, so nothing "
-                f"would tell the actions what to do: set --data.{name.replace('_', '-')} 0"
-            )
+    if not 0 <= cfg.data.prompt_swap <= 1:
+        raise UserError(f"data.prompt_swap must lie in [0, 1], found {cfg.data.prompt_swap}")
+    if cfg.data.prompt_swap and template.target is None:
+        raise UserError(
+            f"data.prompt_swap is {cfg.data.prompt_swap}, but template {cfg.text.template!r} writes no subtask, so nothing would "
+            f"tell the actions what to do: set --data.prompt-swap 0"
+        )
+    strange = [name for name in cfg.augment.uncropped if name not in cfg.model.cameras]
+    if cfg.augment.crop and strange:
+        raise UserError(
+            f"augment.uncropped names {', '.join(strange)}, but the model's cameras are {', '.join(cfg.model.cameras)}"
+        )
     for name in ("keep_last", "keep_every", "eval_every", "workers"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} must be 0 or more, found {getattr(cfg, name)}")
@@ -184,10 +170,10 @@ def _check_continues(cfg: TrainConfig, step_dir: Path) -> None:
 
 def check_data(cfg: TrainConfig) -> None:
     """Raises UserError if the configured data cannot be read."""
-    if isinstance(cfg.data, LeRobotData) and not cfg.data.path:
+    if not cfg.data.path:
         raise UserError(
-            f"config {cfg.name} trains on a LeRobot dataset: data.path must name its directory (--data.path DIR); or train on "
-            f"the embedded tabletop with --data tabletop or --config pi05_subtask_tabletop"
+            f"config {cfg.name} trains on your data: data.path must name a LeRobot dataset (--data.path DIR); to see a training "
+            f"run without one, use --config pi05_subtask_tabletop"
         )
 
 

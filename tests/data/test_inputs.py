@@ -5,14 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from configs.debug import DEBUG
 from openpi_ar.data.inputs import collate
 from openpi_ar.errors import UserError
 from openpi_ar.text.segments import pack
 from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.types import Batch, Kind, Observation
-from tests.data_fixtures import HORIZON, sources, transform
+from tests.data_fixtures import HORIZON, PLAIN, sources, transform
 
 
 def raw(**changes) -> dict:
@@ -28,7 +27,7 @@ def test_observation_has_every_part_in_its_place():
     normalised = t.state_stats.normalize(raw()["state"])
     np.testing.assert_array_equal(arrays["state"], [*normalised, 0, 0])
     segments = TEMPLATES["subtask"].prompt_segments(raw()["prompt"], normalised)
-    expected = pack(load_tokenizer("embedded"), segments, DEBUG.text.max_prompt_tokens)
+    expected = pack(load_tokenizer("embedded"), segments, PLAIN.text.max_prompt_tokens)
     np.testing.assert_array_equal(arrays["prompt"]["ids"], expected["ids"])
 
 
@@ -74,7 +73,7 @@ def test_target_is_supervised_only_when_asked():
 
 
 def test_action_only_template_writes_nothing():
-    t = transform(dataclasses.replace(DEBUG, text=dataclasses.replace(DEBUG.text, template="openpi")))
+    t = transform(dataclasses.replace(PLAIN, text=dataclasses.replace(PLAIN.text, template="openpi")))
     sample = raw()
     del sample["subtask"]
     assert not t.writes_text

@@ -3,26 +3,19 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from configs.debug import DEBUG
 from openpi_ar.config import LeRobotData
-from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.lerobot.load import load_lerobot
 from openpi_ar.data.lerobot.meta import read_meta
-from openpi_ar.data.lerobot.source import POSES
 from openpi_ar.data.lerobot.stats import pixel_counts, pixel_stats, vector_stats
 from openpi_ar.data.lerobot.write import LeRobotWriter, Spec
-from openpi_ar.data.loader import Loader
-from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
-from openpi_ar.text.tokenizer import load_tokenizer
-from openpi_ar.worlds.tabletop.demos import Demos
-from openpi_ar.worlds.tabletop.export import write_demos
-from openpi_ar.worlds.tabletop.source import TabletopSource, load_tabletop
+from openpi_ar.worlds.tabletop.dataset import write_dataset
+from openpi_ar.worlds.tabletop.record import Episode, record_episode
+from openpi_ar.worlds.tabletop.world import Tabletop
 from tests.lerobot_fixtures import GOLDEN
 
 CAMERAS = ("front", "wrist")
@@ -30,11 +23,14 @@ HORIZON = 5
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory) -> Demos:
-    """Three episodes of the tabletop, one or two of them commanded."""
-    cache = str(tmp_path_factory.mktemp("demos"))
-    data = dataclasses.replace(DEBUG.data, episodes=4, image_size=(64, 64), commanded=0.5, cache_dir=cache)
-    return load_tabletop(data, HORIZON, CAMERAS)[0].demos
+def episodes() -> list[Episode]:
+    """Four episodes of the tabletop, some of them commanded."""
+    world = Tabletop((64, 64))
+    return [record_episode(world, (0, i), 1.0, commanded=0.5) for i in range(4)]
+
+
+def write(out, episodes, images="png", subtasks="both"):
+    return write_dataset(out, episodes, (64, 64), images=images, subtasks=subtasks)
 
 
 def read_back(path, **fields):
@@ -42,71 +38,33 @@ def read_back(path, **fields):
     return load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), says_text=True)[0]
 
 
-def expected(demos: Demos) -> TabletopSource:
-    ends = np.flatnonzero(np.r_[np.diff(demos.episode_index) != 0, True])
-    return TabletopSource(demos, np.arange(len(demos.state)), HORIZON, ends[demos.episode_index])
-
-
 @pytest.mark.parametrize("subtasks", ["both", "index", "language"])
 @pytest.mark.parametrize(("images", "loss"), [("png", 0.0), ("h264", 5.0), ("av1", 6.5)])
-def test_the_reader_gives_back_the_same_samples(tmp_path, demos, images, loss, subtasks):
-    data = read_back(write_demos(tmp_path / "out", demos, images, subtasks))
-    truth = expected(demos)
-    assert len(data) == len(truth)
-    step = 1 if images == "png" else 7
-    for i in range(0, len(truth), step):
-        a, b = data[i], truth[i]
-        for key in ("state", "actions", "action_valid"):
-            np.testing.assert_array_equal(a[key], b[key])
-        assert [a[k] for k in ("prompt", "subtask", "supervise_text")] == [
-            b[k] for k in ("prompt", "subtask", "supervise_text")
-        ]
-        for camera in CAMERAS:
-            error = np.abs(a["images"][camera].astype(int) - b["images"][camera]).mean()
-            assert error <= loss
+def test_the_reader_gives_back_the_same_samples(tmp_path, episodes, images, loss, subtasks):
+    data, row = read_back(write(tmp_path / "out", episodes, images, subtasks)), 0
+    for episode in episodes:
+        last = len(episode.state) - 1
+        for t in range(last + 1):
+            if images == "png" or row % 7 == 0:
+                raw, steps = data[row], np.arange(t, t + HORIZON)
+                np.testing.assert_array_equal(raw["state"], episode.state[t])
+                np.testing.assert_array_equal(raw["actions"], episode.action[np.minimum(steps, last)])
+                np.testing.assert_array_equal(raw["action_valid"], steps <= last)
+                assert (raw["prompt"], raw["subtask"]) == (episode.prompt, episode.subtasks[t])
+                assert raw["supervise_text"] is not episode.commanded
+                for c, camera in enumerate(CAMERAS):
+                    error = np.abs(raw["images"][camera].astype(int) - episode.images[t, c]).mean()
+                    assert error <= loss
+            row += 1
+    assert row == len(data)
     if subtasks == "both":
         other = read_back(tmp_path / "out", subtasks="language")
         assert [other[i]["subtask"] for i in range(len(other))] == [data[i]["subtask"] for i in range(len(data))]
 
 
-def test_training_on_the_exported_dataset_is_training_on_the_embedded_one(tmp_path, demos):
-    """The same rows in the same order: the same statistics and, pixel for pixel, the same batches; so the same losses."""
-    cfg = dataclasses.replace(DEBUG, model=dataclasses.replace(DEBUG.model, action_horizon=HORIZON))
-    path = str(write_demos(tmp_path / "out", demos, "png"))
-    lerobot = dataclasses.replace(cfg, data=LeRobotData(path))
-    sources = {"embedded": (cfg, expected(demos)), "exported": (lerobot, read_back(path))}
-    stats = {name: source.norm_stats() for name, (_, source) in sources.items()}
-    for what in ("state", "actions"):
-        for field in ("mean", "std", "q01", "q99"):
-            a, b = (getattr(s[what], field) for s in stats.values())
-            np.testing.assert_array_equal(a, b)
-    loaders = [
-        Loader(
-            source,
-            InputTransform(c, load_tokenizer("embedded"), stats[name]),
-            batch_size=8,
-            seed=5,
-            augment=PromptSwap(sorted(source.prompts), 0.3),
-        )
-        for name, (c, source) in sources.items()
-    ]
-    for _ in range(8):
-        a, b = (next(loader) for loader in loaders)
-        jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def test_block_positions_come_back_for_the_vision_tower(tmp_path, demos):
-    data, index = read_back(write_demos(tmp_path / "out", demos, "png")), np.arange(0, len(demos.state), 9)
-    for a, b in zip(data.poses(index, CAMERAS), expected(demos).poses(index, CAMERAS), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert data.objects == expected(demos).objects
-    meta = read_meta(tmp_path / "out")
-    assert meta.features[POSES].names[3] == "red.present"
-
-
-def test_files_are_laid_out_as_lerobots_own(tmp_path, demos):
+def test_files_are_laid_out_as_lerobots_own(tmp_path, episodes):
     """Same files, same info fields, same columns of the same types as what LeRobot's library wrote."""
-    out, theirs = write_demos(tmp_path / "out", demos, "av1", "index"), GOLDEN / "v30_video"
+    out, theirs = write(tmp_path / "out", episodes, "av1", "index"), GOLDEN / "v30_video"
 
     def names(root) -> set[str]:
         files = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
@@ -131,20 +89,19 @@ def test_files_are_laid_out_as_lerobots_own(tmp_path, demos):
         name = field.name.replace("base_0_rgb", "front").replace("left_wrist_0_rgb", "wrist")
         assert a.field(name).type == field.type, name
     assert pq.ParquetFile(out / "data/chunk-000/file-000.parquet").num_row_groups == 4
-    language = pq.read_schema(
-        write_demos(tmp_path / "lang", demos, "png", "language") / "data/chunk-000/file-000.parquet"
-    )
+    language = pq.read_schema(write(tmp_path / "lang", episodes, "png", "language") / "data/chunk-000/file-000.parquet")
     their_language = pq.read_schema(GOLDEN / "v30_images_lang/data/chunk-000/file-000.parquet")
     for name in ("language_persistent", "language_events"):
         assert str(language.field(name).type) == str(their_language.field(name).type)
 
 
-def test_statistics_are_those_of_the_data(tmp_path, demos):
-    stats = json.loads((write_demos(tmp_path / "out", demos, "png") / "meta/stats.json").read_text())
-    np.testing.assert_allclose(stats["action"]["mean"], np.float64(demos.action).mean(0), rtol=1e-9)
-    np.testing.assert_allclose(stats["action"]["q10"], np.quantile(np.float64(demos.action), 0.1, axis=0), rtol=1e-9)
-    assert stats["action"]["count"] == [len(demos.state)]
-    front = demos.images[:, 0] / 255.0
+def test_statistics_are_those_of_the_data(tmp_path, episodes):
+    stats = json.loads((write(tmp_path / "out", episodes, "png") / "meta/stats.json").read_text())
+    action = np.concatenate([e.action for e in episodes]).astype(np.float64)
+    np.testing.assert_allclose(stats["action"]["mean"], action.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(stats["action"]["q10"], np.quantile(action, 0.1, axis=0), rtol=1e-9)
+    assert stats["action"]["count"] == [len(action)]
+    front = np.concatenate([e.images[:, 0] for e in episodes]) / 255.0
     entry = stats["observation.images.front"]
     for name, value in (("mean", front.mean((0, 1, 2))), ("std", front.std((0, 1, 2))), ("max", front.max((0, 1, 2)))):
         np.testing.assert_allclose(np.ravel(entry[name]), value, atol=1e-9)
@@ -226,11 +183,11 @@ def test_what_cannot_be_written_is_refused_first(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_commanded_episodes_are_never_held_out(tmp_path, demos):
+def test_commanded_episodes_are_never_held_out(tmp_path, episodes):
     """Their text does not follow from the prompt, so nobody could be judged by it."""
-    commanded = np.isin(demos.episode_index, (0, 1, 3))
-    path = write_demos(tmp_path / "out", dataclasses.replace(demos, commanded=commanded), "png")
-    cfg = LeRobotData(str(path), held_out=0.2, frames="decode")
+    marked = [dataclasses.replace(e, commanded=i in (0, 1, 3)) for i, e in enumerate(episodes)]
+    cfg = LeRobotData(str(write(tmp_path / "out", marked)), held_out=0.2, frames="decode")
     train, held_out, _ = load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), says_text=True)
-    np.testing.assert_array_equal(held_out.rows, np.flatnonzero(demos.episode_index == 2))
-    np.testing.assert_array_equal(train.rows, np.flatnonzero(demos.episode_index != 2))
+    of = np.repeat(np.arange(4), [len(e.state) for e in episodes])
+    np.testing.assert_array_equal(held_out.rows, np.flatnonzero(of == 2))
+    np.testing.assert_array_equal(train.rows, np.flatnonzero(of != 2))

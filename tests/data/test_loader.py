@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from openpi_ar.config import TabletopData
 from openpi_ar.data.layout import Layout
+from openpi_ar.data.lerobot.frame_cache import CachedReader
+from openpi_ar.data.lerobot.source import LeRobotSource
 from openpi_ar.data.loader import Loader, evaluation_batches
 from openpi_ar.data.mixture import Mixture
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
-from openpi_ar.worlds.tabletop.source import TabletopSource, load_tabletop, split_sources
-from tests.data_fixtures import HORIZON, LENGTHS, PROMPTS, demos, sources, transform
+from tests.data_fixtures import HORIZON, LENGTHS, PROMPTS, sources, table, transform
 
 
 def loader(seed: int = 0, batch_size: int = 4, fraction: float = 0.0) -> Loader:
@@ -29,25 +29,6 @@ def same(a, b) -> bool:
 def frames(batch) -> np.ndarray:
     """Frame numbers of a batch: the front camera's pixels spell them."""
     return np.asarray(batch.observation.images)[:, 0, 0, 0, 0]
-
-
-def test_the_last_episodes_are_held_out():
-    train, held_out = sources()
-    np.testing.assert_array_equal(train.frames, np.arange(sum(LENGTHS[:-1])))
-    np.testing.assert_array_equal(held_out.frames, np.arange(sum(LENGTHS[:-1]), sum(LENGTHS)))
-    # 5 % of 100 episodes.
-    many, few = split_sources(demos((2,) * 100), HORIZON, ("front",))
-    assert (len(many), len(few)) == (190, 10)
-
-
-def test_commanded_episodes_train_no_text_and_are_not_for_evaluation():
-    d = demos()
-    marked = np.isin(d.episode_index, [0, 3])  # one to train on and the last one
-    with pytest.raises(UserError, match="all held-out episodes are commanded"):
-        split_sources(dataclasses.replace(d, commanded=marked), HORIZON, ())
-    train, held_out = split_sources(dataclasses.replace(d, commanded=d.episode_index == 0), HORIZON, ())
-    assert [train[i]["supervise_text"] for i in range(len(train))] == [False] * 7 + [True] * (len(train) - 7)
-    assert len(held_out) == LENGTHS[-1]
 
 
 def test_chunks_stop_at_the_end_of_their_episode():
@@ -65,9 +46,9 @@ def test_chunks_stop_at_the_end_of_their_episode():
 
 def test_statistics_are_those_of_the_training_frames_only():
     train, _ = sources()
-    d, rows = demos(), sum(LENGTHS[:-1])
+    d, rows = table(), sum(LENGTHS[:-1])
     stats = train.norm_stats("z_score")
-    np.testing.assert_allclose(stats["actions"].mean, d.action[:rows].mean(0), atol=1e-6)
+    np.testing.assert_allclose(stats["actions"].mean, d.actions[:rows].mean(0), atol=1e-6)
     np.testing.assert_allclose(stats["state"].std, d.state[:rows].std(0), rtol=1e-5)
     assert stats["actions"].mode == "z_score"
 
@@ -141,34 +122,29 @@ def test_evaluation_batches_are_fixed_and_fill_up():
     np.testing.assert_array_equal([r["images"]["front"][0, 0, 0] for r in raw], frames(batch))
 
 
-def test_impossible_data_is_refused():
-    with pytest.raises(UserError, match="at least 2"):
-        load_tabletop(TabletopData(episodes=1), HORIZON, ("front",))
-    with pytest.raises(UserError, match=r"names base_0_rgb, but the tabletop has front, wrist"):
-        load_tabletop(TabletopData(), HORIZON, ("front", "base_0_rgb"))
+def test_a_swap_without_another_task_is_refused():
     with pytest.raises(UserError, match="two tasks"):
         PromptSwap(PROMPTS[:1], 0.5)
-    shuffled = dataclasses.replace(demos(), episode_index=np.tile(np.arange(3), 9).astype(np.int32))
-    with pytest.raises(UserError, match="not grouped"):
-        split_sources(shuffled, HORIZON, ("front",))
 
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory):
-    """The training source with its images in a memory-mapped file, as caches are."""
+    """The training source with its images in memory-mapped files, as caches are."""
     train, _ = sources()
-    path = tmp_path_factory.mktemp("cache") / "images.npy"
-    np.save(path, train.demos.images)
-    return dataclasses.replace(train, demos=dataclasses.replace(train.demos, images=np.load(path, mmap_mode="r")))
+    folder, images = tmp_path_factory.mktemp("cache"), {}
+    for name, reader in train.table.images.items():
+        np.save(folder / f"{name}.npy", reader.pixels)
+        images[name] = CachedReader(np.load(folder / f"{name}.npy", mmap_mode="r"))
+    return dataclasses.replace(train, table=dataclasses.replace(train.table, images=images))
 
 
 def test_what_goes_to_a_worker_names_its_files(on_disk):
-    sent = pickle.dumps(on_disk)
-    assert len(sent) < 10_000 < on_disk.demos.images.nbytes  # the images stay in theirs
+    sent, front = pickle.dumps(on_disk), on_disk.table.images["front"]
+    assert len(sent) < 12_000 < front.pixels.nbytes  # the images stay in theirs
     np.testing.assert_array_equal(pickle.loads(sent)[5]["images"]["wrist"], on_disk[5]["images"]["wrist"])
     # A part of a memory map has the name of the whole file, and must not be sent as that.
-    part = dataclasses.replace(on_disk.demos, images=on_disk.demos.images[7:])
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(part)).images, on_disk.demos.images[7:])
+    part = CachedReader(front.pixels[7:])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(part)).pixels, front.pixels[7:])
 
 
 @pytest.mark.slow
@@ -199,9 +175,7 @@ def test_an_error_in_a_worker_is_the_same_error(on_disk):
 
 def mixture(weights: tuple[float, ...] = (1.0, 0.5)) -> Mixture:
     """Two unequal parts: the fixture's three episodes and one more, 100 frames further on."""
-    a, b = sources()
-    moved = dataclasses.replace(b.demos, images=b.demos.images + np.uint8(100), action=b.demos.action + 1000)
-    return Mixture((a, dataclasses.replace(b, demos=moved)), weights)
+    return Mixture((sources()[0], sources(table(100))[1]), weights)
 
 
 def test_a_mixture_keeps_its_proportions_and_goes_on_where_it_was():
@@ -219,7 +193,7 @@ def test_a_mixture_keeps_its_proportions_and_goes_on_where_it_was():
 
 def test_statistics_of_a_mixture_are_of_what_is_drawn():
     mixed, copies = mixture((1.0, 3.5)), np.repeat
-    a, b = (part.demos.action[part.frames].astype(np.float64) for part in mixed.parts)
+    a, b = (part.table.actions[part.rows].astype(np.float64) for part in mixed.parts)
     # 21 rows at weight 1 and 6 at 3.5: each of the 6 is drawn 12.25 times as often.
     drawn = np.concatenate([copies(a, 4, axis=0), copies(b, 49, axis=0)])
     stats = mixed.norm_stats()["actions"]
@@ -234,18 +208,16 @@ def test_evaluation_of_a_mixture_shows_every_part():
     mixed = mixture((1.0, 1.0))
     seen = [f for _, batch in evaluation_batches(mixed, transform(), batch_size=4, batches=2) for f in frames(batch)]
     assert sum(int(f) >= 100 for f in seen) == 4
-    assert mixed.where(len(mixed) - 1) == "episode 3, frame 5" and set(mixed.prompts) == set(PROMPTS)
+    assert mixed.where(len(mixed) - 1) == "file: episode 3, frame 5" and set(mixed.prompts) == set(PROMPTS)
 
 
 def test_parts_that_do_not_fit_name_both():
     a, _ = sources()
 
-    class Other(TabletopSource):
+    class Other(LeRobotSource):
         name = "/data/other"
         layout = Layout({}, "xyz", "xyz")
 
-    other = Other(a.demos, a.frames, a.horizon, a.last)
-    with pytest.raises(
-        UserError, match="the embedded tabletop and /data/other cannot be mixed: their state have 4 and 3"
-    ):
+    other = Other(a.table, a.rows, a.horizon, a.robot)
+    with pytest.raises(UserError, match="/data/demos and /data/other cannot be mixed: their state have 4 and 3"):
         Mixture((a, other), (1.0, 1.0))

@@ -81,7 +81,6 @@ def test_a_file_stands_for_flags_and_flags_go_first(mine, tmp_path):
         cfg.data, robot=dataclasses.replace(cfg.data.robot, flips=(1, -1))
     )
     for flags, words in (
-        (("--robot", mine), "add --data.path"),
         (
             ("--data.path", DATASET, "--robot", mine),
             r"robot mine feeds camera base_0_rgb, but the model reads front, wrist",

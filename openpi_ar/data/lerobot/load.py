@@ -17,7 +17,7 @@ from openpi_ar.data.lerobot.columns import (
 )
 from openpi_ar.data.lerobot.frame_cache import CachedReader, DecodingReader, cached_frames
 from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
-from openpi_ar.data.lerobot.source import POSES, LeRobotSource, Table
+from openpi_ar.data.lerobot.source import LeRobotSource, Table
 from openpi_ar.data.robot_spec import split_key
 from openpi_ar.data.robots import MASKED, of_data
 from openpi_ar.errors import UserError
@@ -50,7 +50,7 @@ def load_lerobot(
         raise UserError(
             'data.subtasks is "task": the tasks are what is said, so --data.prompt must give the task of the whole episode'
         )
-    optional = [key for key in (SUPERVISE, POSES) if key in meta.features]
+    optional = [SUPERVISE] if SUPERVISE in meta.features else []
     keys = [*cfg.state, *cfg.actions, "task_index", *label_columns(source), *optional]
     frames = read_columns(meta, choose_episodes(meta, cfg.episodes), keys)
     table = _table(cfg, frames, mapping, source, size)

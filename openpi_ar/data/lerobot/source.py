@@ -1,6 +1,6 @@
-"""Frames of a LeRobot dataset as raw samples: what `data/tabletop.py` is for the simulator. `data/lerobot.py` makes one."""
+"""Frames of a LeRobot dataset as raw samples; `load.py` makes such a source."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 
 import numpy as np
@@ -9,10 +9,6 @@ from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
 from openpi_ar.data.lerobot.columns import Frames, runs
 from openpi_ar.data.normalize import Mode, NormStats
 from openpi_ar.data.robot_spec import RobotSpec
-from openpi_ar.errors import UserError
-
-POSES = "observation.environment_state"
-"""Optional feature: positions x, y, z and presence (0 or 1) of each object, for `training/vision.py`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,30 +125,3 @@ class LeRobotSource:
     def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
         """Statistics of `numbers`."""
         return stats_of(self.numbers(), mode)
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """Colours of the objects of `poses`, from the names of its dimensions ("red.x", ...); none without poses."""
-        columns = self.table.frames
-        names = columns.meta.features[POSES].names if POSES in columns.columns else ()
-        return tuple(dict.fromkeys(str(name).partition(".")[0] for name in names))
-
-    def poses(self, index: np.ndarray, cameras: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(images uint8 [B C h w 3], objects [B O 3] in metres, NaN where absent, tool [B 3]) of these rows.
-
-        Raises UserError if the dataset does not say where its objects are.
-        """
-        table, rows = self.table, self.rows[index]
-        objects = self._positions()[rows].reshape(len(rows), -1, 4)
-        at = np.where(objects[..., 3:] > 0.5, objects[..., :3], np.nan)
-        images = np.stack([np.stack([table.images[name](int(row)) for name in cameras]) for row in rows])
-        return images, at.astype(np.float32), table.state[rows, :3]
-
-    def _positions(self) -> np.ndarray:
-        frames = self.table.frames
-        if POSES not in frames.columns:
-            raise UserError(
-                f"{frames.meta.root} has no feature {POSES!r} (where the objects are), which the towers learn from before "
-                f"training: set --data.vision-steps 0 and --data.naming-steps 0"
-            )
-        return frames.columns[POSES]

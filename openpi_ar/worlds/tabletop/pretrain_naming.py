@@ -2,7 +2,7 @@
 
 Imitation alone binds words to places slowly: of the blocks on the table the actions go to one or another, from frame to frame,
 and the loss hardly tells. Here the place of the named block is read from the values that the text's last token writes to the
-cache, which is where the action tower will look. The readout is then thrown away, as that of `training/vision.py` is.
+cache, which is where the action tower will look. The readout is then thrown away, as that of `pretrain_vision.py` is.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ import numpy as np
 
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.data.inputs import InputTransform, collate, stack_rows
-from openpi_ar.data.layout import TrainingSource
-from openpi_ar.errors import UserError
 from openpi_ar.models.cache import action_mask
 from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Array, Observation, Tokens
+from openpi_ar.worlds.tabletop.poses import PosedFrames
 from openpi_ar.worlds.tabletop.pretrain_vision import POSITION_SCALE, fit
+from openpi_ar.worlds.tabletop.scene import COLORS
 from openpi_ar.worlds.tabletop.tasks import pick_up
 
 
@@ -65,18 +65,16 @@ def naming_loss(
     return error, error * (100 * POSITION_SCALE)
 
 
-def naming_texts(source: TrainingSource, transform: InputTransform) -> Tokens:
-    """A text that names each object of the source, cut to the longest one. Raises UserError if the source names none."""
-    if not source.objects:
-        raise UserError(f"{source.name} does not name its objects: set --data.naming-steps 0")
-    targets = [transform.target({"subtask": pick_up(color)}) for color in source.objects]
+def naming_texts(transform: InputTransform) -> Tokens:
+    """A text that names each block, cut to the longest one."""
+    targets = [transform.target({"subtask": pick_up(color)}) for color in COLORS]
     longest = max(int(t["valid"].sum()) for t in targets)
     return Tokens(**{name: x[:, :longest] for name, x in stack_rows(targets).items()})
 
 
 def pretrain_naming(
     model: VLA,
-    source: TrainingSource,
+    frames: PosedFrames,
     transform: InputTransform,
     *,
     steps: int,
@@ -92,25 +90,24 @@ def pretrain_naming(
     readout = PlaceReadout(cfg.depth - cfg.depth // 2, cfg.num_kv_heads * cfg.head_dim, rngs=nnx.Rngs(seed))
     trained: Any = nnx.clone(model)
     parts: Any = (*jax.tree.map(jnp.copy, (trained.img, trained.embedder, trained.vlm)), readout)
-    source.poses(np.zeros(1, int), transform.cfg.model.cameras)  # says what to do if there are none
-    texts = naming_texts(source, transform)
+    texts = naming_texts(transform)
 
     def loss(parts: Any, *batch: Any) -> tuple[Array, Array]:
         return naming_loss(parts, model, texts, *batch)
 
-    batches = _batches(source, transform, steps, batch_size, seed)
+    batches = _batches(frames, transform, steps, batch_size, seed)
     parts, error = fit(parts, loss, batches, steps, peak_lr, "tower 1: what a text names", quiet=quiet)
     trained.img, trained.embedder, trained.vlm, _ = parts
     return trained, error
 
 
 def _batches(
-    source: TrainingSource, transform: InputTransform, steps: int, batch_size: int, seed: int
+    frames: PosedFrames, transform: InputTransform, steps: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Observation, np.ndarray, np.ndarray]]:
     rng = np.random.default_rng([seed, 1])
     for _ in range(steps):
-        index = np.sort(rng.choice(len(source), batch_size, replace=len(source) < batch_size))
-        objects = source.poses(index, transform.cfg.model.cameras)[1]
-        obs = collate([transform.observation(source[int(i)]) for i in index])
+        index = np.sort(rng.choice(len(frames), batch_size, replace=len(frames) < batch_size))
+        blocks = frames.blocks[index]
+        obs = collate([transform.observation(frames.source[int(i)]) for i in index])
         assert isinstance(obs, Observation)
-        yield obs, np.nan_to_num(objects / POSITION_SCALE), np.asarray(np.isfinite(objects).all(-1))
+        yield obs, np.nan_to_num(blocks / POSITION_SCALE), np.asarray(np.isfinite(blocks).all(-1))

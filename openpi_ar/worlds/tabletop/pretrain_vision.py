@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from openpi_ar.data.layout import TrainingSource
 from openpi_ar.models.vit import VisionTransformer
 from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Array
+from openpi_ar.worlds.tabletop.poses import PosedFrames
 
 POSITION_SCALE = 0.1
 """Metres that count as one in the loss: the spread of positions on the table."""
@@ -77,7 +77,7 @@ def pose_loss(
 
 def pretrain_vision(
     model: VLA,
-    source: TrainingSource,
+    frames: PosedFrames,
     *,
     steps: int,
     batch_size: int = 64,
@@ -89,12 +89,12 @@ def pretrain_vision(
 
     `quiet`: without a progress bar.
     """
-    objects = source.poses(np.zeros(1, int), model.cfg.cameras)[1].shape[1] + 1
+    objects = frames.blocks.shape[1] + 1  # the blocks and the tool
     rngs = nnx.Rngs(seed)
     head = PoseHead(len(model.cfg.cameras), objects, model.cfg.vlm.width, rngs=rngs)
     trained: Any = nnx.clone(model)
     tower: Any = (jax.tree.map(jnp.copy, trained.img), head)  # a copy: the fit takes it over
-    batches = _batches(model, source, steps, batch_size, seed)
+    batches = _batches(model, frames, steps, batch_size, seed)
     tower, error = fit(tower, pose_loss, batches, steps, peak_lr, "vision tower: poses", quiet=quiet)
     trained.img = tower[0]
     return trained, error
@@ -131,11 +131,11 @@ def fit(
 
 
 def _batches(
-    model: VLA, source: TrainingSource, steps: int, batch_size: int, seed: int
+    model: VLA, frames: PosedFrames, steps: int, batch_size: int, seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        index = np.sort(rng.choice(len(source), batch_size, replace=len(source) < batch_size))
-        images, objects, tool = source.poses(index, model.cfg.cameras)
-        positions, seen = pose_targets(objects, tool, model.cfg.cameras)
+        index = np.sort(rng.choice(len(frames), batch_size, replace=len(frames) < batch_size))
+        images, blocks, tool = frames.poses(index, model.cfg.cameras)
+        positions, seen = pose_targets(blocks, tool, model.cfg.cameras)
         yield images, positions, seen

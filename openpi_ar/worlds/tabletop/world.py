@@ -28,8 +28,10 @@ Observation = dict[str, Any]
 Info = dict[str, Any]
 
 CAMERAS = ("front", "wrist")
-STATE_DIM = 4
-ACTION_DIM = 4
+STATES = ("x", "y", "z", "opening")
+"""Dimensions of the state: the tool's place and the finger opening, metres."""
+ACTIONS = ("x", "y", "z", "grip")
+"""Dimensions of an action: the tool's target in metres, and whether to close (above 0)."""
 
 MAX_SPEED = 0.05
 """Furthest that the servo's set-point moves in one control step, along the table and along z each, metres."""
@@ -112,7 +114,7 @@ class Tabletop:
         """
         task = self.task
         action = np.asarray(action, dtype=np.float64)
-        if action.shape != (ACTION_DIM,):
+        if action.shape != (len(ACTIONS),):
             raise ValueError(f"action must have shape (4,): x, y, z, grip; got {action.shape}")
         if not np.isfinite(action).all():
             raise ValueError(f"action must be finite, got {action}")

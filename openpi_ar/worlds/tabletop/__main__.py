@@ -1,0 +1,91 @@
+"""`python -m openpi_ar.worlds.tabletop record OUT` and `pretrain OUT`: demonstrations on the tabletop, and a model that knows where
+things are before it imitates them."""
+
+import dataclasses
+from pathlib import Path
+import time
+from typing import Annotated, Literal
+
+import tyro
+
+from openpi_ar.data.lerobot.meta import read_meta
+from openpi_ar.errors import UserError, command_line
+from openpi_ar.tables import console
+from openpi_ar.worlds.tabletop.dataset import Demonstrations, record_dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Demonstrations of the scripted expert as a LeRobot v3.0 dataset."""
+
+    out: Annotated[str, tyro.conf.Positional]
+    """Directory to write; must not exist."""
+    demos: Annotated[Demonstrations, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: Demonstrations(episodes=100)
+    )
+    images: Literal["png", "h264", "av1"] = "h264"
+    """png: in the parquet files, lossless; else the video codec."""
+    subtasks: Literal["both", "index", "language"] = "both"
+    """index: LeRobot 0.4.4 to 0.5; language: 0.6 and newer (older versions refuse such columns)."""
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        root = record_dataset(self.out, self.demos, images=self.images, subtasks=self.subtasks)
+        frames = sum(e.length for e in read_meta(root).episodes)
+        rate = frames / (time.perf_counter() - began)
+        console().print(f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """A checkpoint for `train.py --init-from`: a vision tower that has learned where everything is, and a tower 1 that has learned
+    what a text names, both from the positions that the simulator knows."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """Directory to write; must not exist."""
+    like: str = "tabletop"
+    """Checkpoint whose model sizes and texts it gets; `tabletop`, which comes with the package, has those of the tabletop's
+    presets."""
+    vision_steps: int = 1_000
+    """Steps of the vision tower, 64 frames each; 0: none."""
+    naming_steps: int = 600
+    """Then, steps of tower 1, 32 frames each; 0: none."""
+    init_from: str = ""
+    """Checkpoint to start from; empty: random parameters."""
+    data: str = "world://tabletop?episodes=1000&commanded=0.25&pairs=0.45"
+    """Dataset with block positions: an address or what `record` wrote."""
+    seed: int = 0
+    """Of the random parameters and of which frames are seen."""
+
+    def run(self) -> None:
+        if self.out.exists():
+            raise UserError(f"{self.out} exists: name a new directory, or delete this one first")
+        # Here, because recording needs no JAX.
+        from openpi_ar.checkpoints import remote, store
+        from openpi_ar.compilation import keep_compiled_programs
+        from openpi_ar.worlds.tabletop import pretrain
+
+        keep_compiled_programs()
+        found = store.load_assets(store.resolve_step_dir(remote.shipped(self.like))).config
+        data = dataclasses.replace(found.data, path=self.data)
+        cfg = dataclasses.replace(found, data=data, init_from=self.init_from, seed=self.seed)
+        found = pretrain.pretrain(cfg, vision_steps=self.vision_steps, naming_steps=self.naming_steps)
+        for what, error in found.errors.items():
+            console().print(f"{what}: blocks placed to {error:.2f} cm")
+        step = pretrain.save(found, self.out, self.vision_steps + self.naming_steps)
+        console().print(
+            f"{step}: start with python train.py --config {cfg.name} --init-from {self.out}", soft_wrap=True
+        )
+
+
+Command = Annotated[Record, tyro.conf.subcommand("record")] | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2."""
+    with command_line():
+        tyro.cli(Command, args=argv, prog="python -m openpi_ar.worlds.tabletop", description=__doc__).run()
+
+
+if __name__ == "__main__":
+    main()
