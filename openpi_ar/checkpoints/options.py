@@ -1,4 +1,4 @@
-"""What may be said about a checkpoint when it is loaded."""
+"""Options of loading a checkpoint."""
 
 import dataclasses
 from typing import Literal

@@ -122,7 +122,7 @@ def _open_safetensors(path: Path, files: list[Path]) -> Source:
                 where[name], names[name] = file, name
                 specs[name] = Spec(tuple(view.get_shape()), np.dtype(_DTYPES[stored]))
             ties |= {k: v for k, v in (f.metadata() or {}).items() if isinstance(v, str)}
-    # A dropped name of a tie stands for the kept one (safetensors.torch.save_model records the pair in the header).
+    # Of two tied tensors safetensors.torch.save_model writes one, and the pair of names into the header.
     for dropped, kept in ties.items():
         if kept in specs and dropped not in specs:
             where[dropped], names[dropped], specs[dropped] = where[kept], kept, specs[kept]

@@ -18,7 +18,7 @@ def load_initial(cfg: TrainConfig) -> tuple[VLA, tuple[str, ...]]:
 
     Adapters that the checkpoint lacks keep their init, so training starts at exactly what was loaded. Anything else that is
     missing, left over or of another shape is an error that lists it all. Each array is converted to the dtype that training
-    keeps and its source let go before the next.
+    stores, and its source freed, before the next.
 
     Raises UserError, also for whatever `checkpoints.load.load_model` refuses.
     """

@@ -12,8 +12,7 @@ from openpi_ar.checkpoints import store
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.training.state import TrainState
-from tests.checkpoint_fixtures import CFG, assert_same, save
-from tests.conftest import tabletop_stats
+from tests.checkpoint_fixtures import CFG, assert_same, save, tabletop_stats
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from openpi_ar.policy import Policy, programs
 from openpi_ar.text.templates import TEMPLATES, text_status
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.types import Observation
-from tests.conftest import tabletop_stats
+from tests.checkpoint_fixtures import tabletop_stats
 
 
 def raw_observation(seed: int, prompt: str = "put the red block in the left bin") -> dict:
