@@ -22,6 +22,7 @@ _LONG = (
     "test_load.py",
     "test_commands.py",
     "test_step.py",
+    "test_decode.py",
     "test_memory.py",
     "test_freeze.py",
     "test_lerobot_commands.py",
