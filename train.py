@@ -29,7 +29,6 @@ from openpi_ar.data import check
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
 from openpi_ar.data.loader import Loader
-from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.data.sources import load_sources
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
@@ -78,7 +77,7 @@ def dry_run(cfg: TrainConfig, plot: Path | None) -> None:
     tokenizer = load_tokenizer(cfg.text.tokenizer)
     check_tokenizer(cfg, tokenizer)
     source, held_out, remarks = load_sources(cfg, datasets.local)
-    stats = source.norm_stats(needed_mode(cfg.model.pi05))
+    stats = source.norm_stats(cfg.model.norm_mode)
     check.dry_run(cfg, source, held_out, InputTransform(cfg, tokenizer, stats), remarks, plot)
 
 
@@ -90,7 +89,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     check_tokenizer(cfg, tokenizer)
     with distributed.primary_first("data"):
         train, held_out, remarks = load_sources(cfg, datasets.local)
-    stats = train.norm_stats(needed_mode(cfg.model.pi05)) if saved is None else saved.stats
+    stats = train.norm_stats(cfg.model.norm_mode) if saved is None else saved.stats
     transform = InputTransform(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
     loader = Loader(

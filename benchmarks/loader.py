@@ -22,7 +22,6 @@ from openpi_ar.data.lerobot.load import map_cameras
 from openpi_ar.data.lerobot.meta import choose_episodes, read_meta
 from openpi_ar.data.lerobot.video import read_frames
 from openpi_ar.data.loader import Loader
-from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.sources import load_sources
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.images import resize_with_pad
@@ -85,7 +84,7 @@ def bench(cfg: TrainConfig, *, step: bool, workers: Sequence[int] = WORKERS) -> 
         cfg = _some_frames(cfg, folder)
         rates |= _decoding(cfg, cfg.data)
         train, _, _ = load_sources(cfg)
-        stats, seconds = _timed(lambda: train.norm_stats(needed_mode(cfg.model.pi05)))
+        stats, seconds = _timed(lambda: train.norm_stats(cfg.model.norm_mode))
         rates["statistics (rows)"] = len(train) / seconds
         transform = InputTransform(cfg, load_tokenizer(cfg.text.tokenizer), stats)
         rates |= _stages(cfg, train, transform)

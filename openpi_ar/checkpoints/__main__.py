@@ -65,7 +65,9 @@ def inspect(source: Where) -> None:
     rows = {
         "path": str(opened.path),
         "format": _FORMATS[looked.kind],
-        "model": ("pi0.5" if cfg.pi05 else "pi0") if looked.kind != "paligemma" else "PaliGemma (no action tower)",
+        "model": {"pi0": "pi0", "pi05": "pi0.5"}[cfg.kind]
+        if looked.kind != "paligemma"
+        else "PaliGemma (no action tower)",
         "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} GB",
         "types": ", ".join(f"{name} {n:,}" for name, n in sorted(dtypes.items())),
         "images": f"{cfg.siglip.image_size[0]} x {cfg.siglip.image_size[1]}, patch {cfg.siglip.patch_size}, "

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from openpi_ar import config_json
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
-from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, needed_mode, save_norm_stats
+from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.models import family
 from openpi_ar.models.vlm import VLA
@@ -82,7 +82,7 @@ def load_assets(step_dir: Path) -> Assets:
     return Assets(
         config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
-        stats=load_norm_stats(step_dir / "assets", default_mode=needed_mode(config.model.pi05)),
+        stats=load_norm_stats(step_dir / "assets", default_mode=config.model.norm_mode),
     )
 
 
@@ -109,7 +109,7 @@ def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, VLA, Tokenize
     assets = load_assets(step_dir)
     abstract = family.abstract(assets.config.model)
     model = load_params(step_dir, abstract)
-    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, needed_mode(assets.config.model.pi05))
+    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, assets.config.model.norm_mode)
     return assets.config, model, assets.tokenizer, assets.stats
 
 

@@ -97,7 +97,7 @@ def _done(transform: InputTransform, what: str, i: int) -> str:
         done += ["sign turned"] if i < len(robot.flips) and robot.flips[i] < 0 else []
         done += ["ALOHA gripper"] if i in robot.aloha_grippers else []
         done += ["1 - x"] if i in robot.inverted_grippers else []
-        delta = robot.variant(transform.cfg.model.pi05).delta
+        delta = robot.variant(transform.cfg.model.kind).delta
         if what == "action":
             done.append("less the chunk's first state" if i < len(delta) and delta[i] else "absolute")
     return ", ".join(done)

@@ -116,7 +116,7 @@ class InputTransform:
                     f"dimensions of the statistics), found {actions.dtype} {list(actions.shape)}"
                 )
             if self.robot is not None:
-                actions = self.robot.actions_to_model(actions, self.state(raw), self.cfg.model.pi05)
+                actions = self.robot.actions_to_model(actions, self.state(raw), self.cfg.model.kind)
             arrays["actions"] = pad_dims(self.action_stats.normalize(actions), dims)
             counted = dims if self.cfg.loss.average_padded_dims else self.action_stats.dims
             valid = np.asarray(raw["action_valid"], bool)
@@ -160,7 +160,7 @@ class InputTransform:
         if self.robot is None:
             return real
         states = np.stack([self.state(raw) for raw in raws])
-        return self.robot.actions_from_model(real, states, self.cfg.model.pi05).astype(np.float32)
+        return self.robot.actions_from_model(real, states, self.cfg.model.kind).astype(np.float32)
 
     def normalised_state(self, raw: Mapping[str, Any]) -> np.ndarray | None:
         """The normalised state [P_real]; None if there is none and the row does without: no actions, and a template that

@@ -129,11 +129,6 @@ def column_stats(
     return NormStats(*np.array(rows).T, mode=mode).floored()
 
 
-def needed_mode(pi05: bool) -> Mode:
-    """How openpi normalises for a model: z-score for pi0, quantiles for all others (`DataConfigFactory`)."""
-    return "quantile" if pi05 else "z_score"
-
-
 def check_mode(path: Path, mode: Mode, required: Mode | None) -> None:
     """Raises UserError if the file's mode is not the one that the model was trained with."""
     if required is not None and mode != required:
@@ -167,7 +162,7 @@ def load_norm_stats(
     Args:
         directory: that holds the file.
         default_mode: of a file that does not say its mode, as openpi's.
-        required_mode: what the model needs (`needed_mode`); also the default then.
+        required_mode: what the model needs (`ModelConfig.norm_mode`); also the default then.
 
     Raises:
         UserError: the file, a quantity or an array is missing or does not fit, or the stored mode is not the required one.

@@ -113,9 +113,9 @@ class RobotSpec:
                 problems.append(f"{kind}: delta no longer than {dims}, found {len(v.delta)}")
         return problems
 
-    def variant(self, pi05: bool) -> Variant:
-        """What a model of that kind is fed."""
-        return self.pi05 if pi05 else self.pi0
+    def variant(self, kind: str) -> Variant:
+        """What a model of this kind is fed (`ModelConfig.kind`)."""
+        return {"pi0": self.pi0, "pi05": self.pi05}[kind]
 
     def images(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Images [h w 3] by the model's camera names; those in raw["masked"] are left out.
@@ -169,12 +169,12 @@ class RobotSpec:
         x[..., inverted] = transforms.invert(x[..., inverted])
         return x
 
-    def actions_to_model(self, actions: np.ndarray, state: np.ndarray, pi05: bool) -> np.ndarray:
+    def actions_to_model(self, actions: np.ndarray, state: np.ndarray, kind: str) -> np.ndarray:
         """The robot's actions [... A X_real] as a model predicts them before normalisation.
 
         `state` [... P_real] as `state_vector` gives it.
         """
-        return transforms.to_delta(self.absolute_to_model(actions), state, self.variant(pi05).delta)
+        return transforms.to_delta(self.absolute_to_model(actions), state, self.variant(kind).delta)
 
     def absolute_to_model(self, actions: np.ndarray) -> np.ndarray:
         """`actions_to_model` [... X_real] without its last part, which makes them relative to the state."""
@@ -184,9 +184,9 @@ class RobotSpec:
         x[..., inverted] = transforms.invert(x[..., inverted])
         return x
 
-    def actions_from_model(self, actions: np.ndarray, state: np.ndarray, pi05: bool) -> np.ndarray:
+    def actions_from_model(self, actions: np.ndarray, state: np.ndarray, kind: str) -> np.ndarray:
         """Inverse of `actions_to_model`."""
-        x = transforms.to_absolute(np.asarray(actions, np.float64), state, self.variant(pi05).delta)
+        x = transforms.to_absolute(np.asarray(actions, np.float64), state, self.variant(kind).delta)
         grippers, inverted = list(self.aloha_grippers), list(self.inverted_grippers)
         x[..., inverted] = transforms.invert(x[..., inverted])
         x[..., grippers] = transforms.aloha_gripper_action_from_pi(x[..., grippers])

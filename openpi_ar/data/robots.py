@@ -163,7 +163,7 @@ def _mask(runs: Any, source: str) -> tuple[bool, ...]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def as_data(spec: RobotSpec, data: LeRobotData, cameras: Sequence[str], *, pi05: bool) -> LeRobotData:
+def as_data(spec: RobotSpec, data: LeRobotData, cameras: Sequence[str], *, kind: str) -> LeRobotData:
     """How to read a dataset of this robot: what `--robot` stands for.
 
     Features go by the last part of the robot's raw keys. Raises UserError if the robot feeds cameras that the model lacks.
@@ -182,7 +182,7 @@ def as_data(spec: RobotSpec, data: LeRobotData, cameras: Sequence[str], *, pi05:
         prompt=data.prompt or spec.prompt or "",
         robot=RobotConfig(
             name=spec.name,
-            delta_mask=_runs(spec.variant(pi05).delta),
+            delta_mask=_runs(spec.variant(kind).delta),
             flips=spec.flips,
             aloha_grippers=spec.aloha_grippers,
             inverted_grippers=spec.inverted_grippers,

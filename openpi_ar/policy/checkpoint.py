@@ -14,7 +14,7 @@ from openpi_ar.checkpoints import remote, store
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
-from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats, needed_mode
+from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats
 from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
@@ -88,7 +88,7 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
     if loaded.kind == "ours" and not store.missing_parts(loaded.path.parent):
         assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
         mode = assets.stats["state"].mode
-        check_mode(step / "assets" / store.NORM_STATS, mode, needed_mode(assets.config.model.pi05))
+        check_mode(step / "assets" / store.NORM_STATS, mode, assets.config.model.norm_mode)
         return PolicyParts(assets.config, loaded.model, assets.tokenizer, assets.stats, spec)
     if loaded.kind == "paligemma":
         raise UserError(
@@ -96,8 +96,8 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
         )
     root = _root(loaded.path)
     folder = find_norm_stats(root, asset_id=asset_id, known=spec.asset_ids)
-    stats = load_norm_stats(folder, required_mode=needed_mode(loaded.config.pi05))
-    variant = spec.variant(loaded.config.pi05)
+    stats = load_norm_stats(folder, required_mode=loaded.config.norm_mode)
+    variant = spec.variant(loaded.config.kind)
     if horizon is None:
         horizon = loaded.config.action_horizon if loaded.tells_horizon else variant.horizon
     model_cfg = dataclasses.replace(loaded.config, action_horizon=horizon)
@@ -106,13 +106,13 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
 
 def _train_config(model: ModelConfig, spec: RobotSpec) -> TrainConfig:
     """The run that would have made this checkpoint, as far as inference can tell."""
-    kind = "pi05" if model.pi05 else "pi0"
+    kind = model.kind
     return TrainConfig(
         name=f"{kind}_{spec.name}",
         model=model,
         text=TextConfig(
             tokenizer="paligemma",
-            template=spec.variant(model.pi05).template,
+            template=spec.variant(model.kind).template,
             max_prompt_tokens=_PROMPT_TOKENS[kind],
         ),
         loss=LossConfig(average_padded_dims=True),

@@ -91,7 +91,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
 def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfig:
     from openpi_ar.data.robots import as_data, get_robot
 
-    data = as_data(get_robot(robot), preset.data, cfg.model.cameras, pi05=cfg.model.pi05)
+    data = as_data(get_robot(robot), preset.data, cfg.model.cameras, kind=cfg.model.kind)
     return dataclasses.replace(preset, data=data)
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from openpi_ar.config import ModelConfig
 from openpi_ar.data import normalize
 from openpi_ar.errors import UserError
 
@@ -109,7 +110,7 @@ def test_openpis_file_is_written_back_digit_for_digit(tmp_path):
 
 @pytest.mark.parametrize(("stored", "needed", "model"), [("z_score", True, "pi0.5"), ("quantile", False, "pi0 ")])
 def test_a_stored_mode_that_the_model_was_not_trained_with_is_refused(tmp_path, stored, needed, model):
-    required = normalize.needed_mode(needed)
+    required = ModelConfig(pi05=needed).norm_mode
     stats = {name: normalize.compute_stats(ROWS, stored) for name in ("state", "actions")}
     normalize.save_norm_stats(tmp_path, stats)
     with pytest.raises(UserError, match=rf'norm_stats.json.* mode {stored}, but {model}.*{required}.*write "mode"'):

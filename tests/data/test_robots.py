@@ -28,7 +28,9 @@ def config(robot: str, pi05: bool, horizon: int = 5) -> TrainConfig:
             DEBUG.model, pi05=pi05, cameras=CAMERAS, state_dim=32, action_dim=32, action_horizon=horizon
         ),
         text=dataclasses.replace(
-            DEBUG.text, template=robots.get_robot(robot).variant(pi05).template, max_prompt_tokens=200
+            DEBUG.text,
+            template=robots.get_robot(robot).variant("pi05" if pi05 else "pi0").template,
+            max_prompt_tokens=200,
         ),
     )
 

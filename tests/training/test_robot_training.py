@@ -144,10 +144,10 @@ def test_training_and_the_robots_own_observation_agree_and_actions_come_back_abs
 
 
 @pytest.mark.parametrize("name", list(RAWS))
-@pytest.mark.parametrize("pi05", [True, False])
-def test_a_robot_of_the_table_can_be_trained_and_is_the_same_after(name, pi05):
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+def test_a_robot_of_the_table_can_be_trained_and_is_the_same_after(name, kind):
     spec, cameras = robots.get_robot(name), ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-    data = robots.as_data(spec, LeRobotData(path="x"), cameras, pi05=pi05)
+    data = robots.as_data(spec, LeRobotData(path="x"), cameras, kind=kind)
     back = robots.of_data(data, cameras, spec.state_dims, spec.action_dims)
     raw, rng = RAWS[name](), np.random.default_rng(0)
     state = spec.state_vector(raw)
@@ -155,7 +155,7 @@ def test_a_robot_of_the_table_can_be_trained_and_is_the_same_after(name, pi05):
     assert {k: v.tolist() for k, v in back.images(raw).items()} == {k: v.tolist() for k, v in spec.images(raw).items()}
     actions = rng.uniform(0.1, 0.9, (3, spec.action_dims))
     np.testing.assert_array_equal(
-        back.actions_to_model(actions, state, True), spec.actions_to_model(actions, state, pi05)
+        back.actions_to_model(actions, state, "pi05"), spec.actions_to_model(actions, state, kind)
     )
     # Features of a dataset go by the last part of the robot's keys.
     assert set(spec.optional) == {key for key in spec.optional if f"{key}|none" in " ".join(data.cameras)}

@@ -70,9 +70,9 @@ def _lerobot(cfg: ModelConfig) -> dict[str, Any]:
     """What LeRobot's `PI0Config` and `PI05Config` need to build the same model."""
     height, width = cfg.siglip.image_size
     images = {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, height, width]} for c in cfg.cameras}
-    norm = "QUANTILES" if cfg.pi05 else "MEAN_STD"
+    norm = "QUANTILES" if cfg.norm_mode == "quantile" else "MEAN_STD"
     return {
-        "type": "pi05" if cfg.pi05 else "pi0",
+        "type": cfg.kind,
         "input_features": images | {"observation.state": {"type": "STATE", "shape": [cfg.state_dim]}},
         "output_features": {"action": {"type": "ACTION", "shape": [cfg.action_dim]}},
         "chunk_size": cfg.action_horizon,

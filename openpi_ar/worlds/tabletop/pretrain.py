@@ -11,7 +11,6 @@ import jax
 from openpi_ar.checkpoints import store
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
-from openpi_ar.data.normalize import needed_mode
 from openpi_ar.data.sources import load_sources
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
@@ -46,7 +45,7 @@ def pretrain(cfg: TrainConfig, *, vision_steps: int, naming_steps: int, quiet: b
         )
     source, _, _ = load_sources(cfg, datasets.local)
     frames = posed(source)
-    stats = source.norm_stats(needed_mode(cfg.model.pi05))
+    stats = source.norm_stats(cfg.model.norm_mode)
     tokenizer = load_tokenizer(cfg.text.tokenizer)
     transform = InputTransform(cfg, tokenizer, stats)
     if naming_steps and not transform.writes_text:
