@@ -144,17 +144,19 @@ def _cameras(meta: Meta) -> tuple[Table, list[str]]:
             table.add_row(key, "images in parquet", "", "", "", " x ".join(map(str, f.shape)), str(len(files)))
             continue
         files = {e.videos[key].path: e for e in reversed(meta.episodes) if key in e.videos}
-        lost = _lost(files)
-        shown, first = [""] * 4, min(set(files) - set(lost), default=None)
+        absent = _absent(files)
+        shown, first = [""] * 4, min(set(files) - set(absent), default=None)
         if first is not None:
             try:
                 info = probe(first)
                 shown = [info.codec, info.pixels, f"{info.fps:g}", f"{info.height} x {info.width}"]
             except UserError as e:
                 faults.append(str(e))
-        table.add_row(key, "video", *shown, f"{len(files) - len(lost)} of {len(files)}" if lost else str(len(files)))
-        if lost:
-            faults.append(f"camera {key}: {_missing(lost, files, 'video')}")
+        table.add_row(
+            key, "video", *shown, f"{len(files) - len(absent)} of {len(files)}" if absent else str(len(files))
+        )
+        if absent:
+            faults.append(f"camera {key}: {_missing(absent, files, 'video')}")
         if placeless := [e.index for e in meta.episodes if key not in e.videos]:
             faults.append(
                 f"camera {key}: meta/ does not say where the video of {len(placeless)} of {len(meta.episodes)} episodes is, "
@@ -166,18 +168,18 @@ def _cameras(meta: Meta) -> tuple[Table, list[str]]:
 def _faults(meta: Meta) -> list[str]:
     """A line for each feature that cannot be used, and for the data files that are missing."""
     files = {e.data: e for e in reversed(meta.episodes)}
-    lost = _lost(files)
+    absent = _absent(files)
     lines = [f"feature {key} {f.fault}: it cannot be used" for key, f in meta.features.items() if f.fault]
-    return lines + ([_missing(lost, files, "data")] if lost else [])
+    return lines + ([_missing(absent, files, "data")] if absent else [])
 
 
-def _lost(files: Mapping[Path, Episode]) -> list[Path]:
-    """Those that are not there, by their first episode."""
+def _absent(files: Mapping[Path, Episode]) -> list[Path]:
+    """The files that do not exist, ordered by their first episode."""
     return sorted((path for path in files if not os.path.isfile(path)), key=lambda path: files[path].index)
 
 
-def _missing(lost: Sequence[Path], files: Mapping[Path, Episode], what: str) -> str:
-    return f"{len(lost)} of {len(files)} {what} files missing, the first is {lost[0]} (episode {files[lost[0]].index})"
+def _missing(absent: Sequence[Path], files: Mapping[Path, Episode], what: str) -> str:
+    return f"{len(absent)} of {len(files)} {what} files missing, the first is {absent[0]} (episode {files[absent[0]].index})"
 
 
 def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Table:

@@ -126,6 +126,20 @@ def test_a_feature_that_is_not_used_does_no_harm(capsys, tmp_path, entry, words)
     assert words in refused(capsys, "stats", path, "--state", "extra")
 
 
+def test_files_and_columns_of_what_is_not_asked_for_are_not_needed(tmp_path):
+    path = broken(tmp_path, "v21_video")
+    for file in path.rglob("*episode_000001.*"):
+        file.unlink()
+    data = source(path, episodes=(0, 2))
+    assert len(data) == 42 and data[30]["images"].keys() == set(CAMERAS)
+    with pytest.raises(UserError, match=r"episode_000001.parquet is missing \(episode 1\)"):
+        source(path)
+    edit_json(path / "meta/info.json", lambda info: info["features"].pop("task_index"))
+    assert source(path, episodes=(0,), prompt="tidy up")[0]["prompt"] == "tidy up"
+    with pytest.raises(UserError, match="no feature 'task_index'"):
+        source(path, episodes=(0,))
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_work(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "bad").mkdir()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import copy
 import io
 import json
 from pathlib import Path
@@ -68,7 +69,17 @@ def mutate_text(rng: np.random.Generator, file: Path) -> None:
 def column_of(rng: np.random.Generator, values: list) -> pa.Array:
     """Another column of as many rows: of another type, with other values, or with some lost."""
     n, i = len(values), int(rng.integers(max(1, len(values))))
+
+    def inside() -> list:
+        """Some values within values: a coordinate, a row of language, the bytes of a picture."""
+        changed = copy.deepcopy(values)
+        for _ in range(3):
+            change_json(rng, changed[i:] or changed)
+        return changed[:n] + [None] * (n - len(changed))
+
     kinds: list[Callable[[], list]] = [
+        inside,
+        inside,
         lambda: [None] * n,
         lambda: ["text"] * n,
         lambda: [b"\xff\xfe"] * n,

@@ -1,9 +1,9 @@
 """The numbers and texts of LeRobot episodes as arrays, read straight from parquet columns: no video is opened.
 
-Who says which subtask a frame belongs to (`subtask_labels`):
+Which subtask a frame belongs to is recorded in one of these ways (`subtask_labels`):
 
     index       column `subtask_index`, texts in meta/subtasks.parquet         LeRobot 0.4.4 to 0.5
-    language    column `language_persistent`: what is said from when on        LeRobot 0.6 and newer
+    language    column `language_persistent`: subtasks and when they begin     LeRobot 0.6 and newer
     task        the task of each frame, which then changes within the episode
     <column>    any other column of texts
 """
@@ -140,8 +140,8 @@ def read_columns(meta: Meta, episodes: Sequence[Episode], keys: Sequence[str]) -
             parts[episode.index] = part = {k: v[rows] for k, v in columns.items()}
             _check(meta, episode, part)
             # The timeline is the same on every frame of an episode.
-            said = table[LANGUAGE][rows.start].as_py() if LANGUAGE in wanted else None
-            timelines[episode.index] = _subtasks(said, f"{path}: episode {episode.index}")
+            language = table[LANGUAGE][rows.start].as_py() if LANGUAGE in wanted else None
+            timelines[episode.index] = _subtasks(language, f"{path}: episode {episode.index}")
     order = [e.index for e in episodes]
     starts = np.concatenate([[0], np.cumsum([len(parts[i]["frame_index"]) for i in order])])
     columns = {k: np.concatenate([parts[i][k] for i in order]) for k in wanted if k != LANGUAGE}
@@ -242,10 +242,10 @@ def _index_labels(
 ) -> tuple[list[str], np.ndarray]:
     index = frames.index(key)
     used = np.unique(index)
-    lost = [int(i) for i in used if (i >= 0 and i not in texts) or (required and not texts.get(int(i)))]
-    if lost:
-        frame = int(np.flatnonzero(index == lost[0])[0])
-        raise UserError(f"{frames.where(frame)}: {key} is {lost[0]}, which has no text in {file}: add it there")
+    textless = [int(i) for i in used if (i >= 0 and i not in texts) or (required and not texts.get(int(i)))]
+    if textless:
+        frame = int(np.flatnonzero(index == textless[0])[0])
+        raise UserError(f"{frames.where(frame)}: {key} is {textless[0]}, which has no text in {file}: add it there")
     names, place = [], np.full(len(used), -1)
     for i, value in enumerate(used):
         if value >= 0 and texts[int(value)]:
@@ -255,14 +255,14 @@ def _index_labels(
 
 
 def _language_labels(frames: Frames) -> tuple[list[str], np.ndarray]:
-    said = [""] * len(frames)
+    labels = [""] * len(frames)
     for e, timeline in enumerate(frames.timelines):
         start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
         begin, texts = timeline
         # Both sides float32: LeRobot's writer widens the frames' float32 timestamps.
         active = np.searchsorted(begin, frames.timestamps[start:stop], side="right") - 1
-        said[start:stop] = [texts[i] if i >= 0 else "" for i in active]
-    return _text_labels(said)
+        labels[start:stop] = [texts[i] if i >= 0 else "" for i in active]
+    return _text_labels(labels)
 
 
 def _subtasks(timeline: Any, where: str) -> Timeline:
@@ -280,9 +280,9 @@ def _subtasks(timeline: Any, where: str) -> Timeline:
     return begin[order], [text_of(rows[i].get("content"), f"{where}: {LANGUAGE}") for i in order]
 
 
-def _text_labels(said: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def _text_labels(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     names: dict[str, int] = {}
-    labels = [names.setdefault(text, len(names)) if text else -1 for text in said]
+    labels = [names.setdefault(text, len(names)) if text else -1 for text in texts]
     return list(names), np.asarray(labels, np.int64)
 
 

@@ -48,10 +48,11 @@ def load_lerobot(
     source = subtask_source(meta, cfg.subtasks)
     if source == "task" and not cfg.prompt:
         raise UserError(
-            'data.subtasks is "task": the tasks are what is said, so --data.prompt must give the task of the whole episode'
+            'data.subtasks is "task": the tasks are the subtasks then, so --data.prompt must give the task of the whole episode'
         )
     optional = [SUPERVISE] if SUPERVISE in meta.features else []
-    keys = [*cfg.state, *cfg.actions, "task_index", *label_columns(source), *optional]
+    tasks = () if cfg.prompt else ("task_index",)
+    keys = [*cfg.state, *cfg.actions, *tasks, *label_columns(source), *optional]
     frames = read_columns(meta, choose_episodes(meta, cfg.episodes), keys)
     table = _table(cfg, frames, mapping, source, size)
     remarks = _completed(meta, cfg, mapping)

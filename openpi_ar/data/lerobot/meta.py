@@ -1,4 +1,4 @@
-"""What a LeRobot dataset says about itself: `meta/` of versions 2.0, 2.1 and 3.0, read with pyarrow alone.
+"""The description of a LeRobot dataset: `meta/` of versions 2.0, 2.1 and 3.0, read with pyarrow alone.
 
 v2.x   meta/{info.json, episodes.jsonl, tasks.jsonl}          one parquet and, per camera, one video file per episode
 v3.0   meta/{info.json, tasks.parquet, episodes/*/*.parquet}  files shared by episodes, which know their place in them
@@ -31,7 +31,7 @@ _LAYOUT = {"v2.0": 2, "v2.1": 2, "v3.0": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One entry of `features` in info.json. `fault` says why it cannot be read; one that is not used does no harm."""
+    """One entry of `features` in info.json. `fault` says why it cannot be read; features that are not used may have one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -205,7 +205,7 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         index, length = whole_number(row, "episode_index", where), whole_number(row, "length", where, least=1)
         place = {"episode_chunk": index // per_chunk, "episode_index": index}
         spans = {}
-        with contextlib.suppress(UserError):  # said when a camera is used: `Meta.span`
+        with contextlib.suppress(UserError):  # reported when a camera is used: `Meta.span`
             spans = {key: VideoSpan(_path(root, info, "video_path", video_key=key, **place), 0.0) for key in videos}
         data = _path(root, info, "data_path", **place)
         episodes.append(Episode(index, length, data, _strings(row.get("tasks")), spans))
@@ -233,7 +233,7 @@ def _episode_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str], row:
     spans = {}
     for key in videos:
         start = row.get(f"videos/{key}/from_timestamp")
-        with contextlib.suppress(UserError):  # said when the camera is used: `Meta.span`
+        with contextlib.suppress(UserError):  # reported when the camera is used: `Meta.span`
             path = _path(root, info, "video_path", video_key=key, **place(f"videos/{key}"))
             if is_number(start) and start >= 0:
                 spans[key] = VideoSpan(path, float(start))
