@@ -1,12 +1,13 @@
 """Talk and act with a checkpoint: `python infer.py --ckpt tabletop`. See `python infer.py --help`.
 
-Without an observation of yours it takes one from the embedded tabletop; with `--rollout N` it plays closed-loop episodes there.
+Without an observation of yours it takes one from the simulated world that the checkpoint names; with `--rollout N` it plays
+closed-loop episodes there.
 """
 
 # Help and wrong flags are answered before what takes seconds is imported: JAX, the policy and the world in the functions.
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 from pathlib import Path
@@ -17,12 +18,11 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.errors import UserError, command_line
+from openpi_ar.worlds import NAMES, open_world
 
 if TYPE_CHECKING:
     from openpi_ar.policy import Policy
-    from openpi_ar.worlds.tabletop.world import Tabletop
-
-_TABLETOP_ACTIONS = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")
+    from openpi_ar.worlds.protocol import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Args:
     """Which statistics under the checkpoint's `assets/`, if there are several."""
     horizon: int | None = None
     """Actions in a chunk of a checkpoint that does not say it; default: openpi's for the robot."""
+    world: str | None = None
+    """Simulated world to take observations from and to play in: tabletop or libero; default: the checkpoint's own."""
     seed: int = 0
-    """Tabletop scene, first episode's seed, and seed of the action noise."""
+    """Of the world's scene, of the first episode, and of the action noise."""
     images: tuple[str, ...] = ()
     """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`, by the robot's or the model's names."""
     state: tuple[float, ...] | None = None
@@ -56,7 +58,7 @@ class Args:
     repeats: int = 0
     """Time each stage too, as medians of this many calls: compiles a program for each."""
     rollout: int = 0
-    """Play this many closed-loop episodes on the tabletop."""
+    """Play this many closed-loop episodes in the world."""
     split: Literal["train", "held_out"] = "train"
     """Tasks of the episodes: those of training (new layouts), or combinations never trained on."""
     execute: int = 2
@@ -124,7 +126,7 @@ def _check(args: Args) -> None:
         raise UserError("--seed, --rollout and --repeats must be 0 or more")
     own = [flag for flag in ("images", "state", "prompt", "observation", "question", "plot") if getattr(args, flag)]
     if args.rollout and own:
-        raise UserError(f"--rollout plays the tabletop's own episodes: leave out {', '.join('--' + f for f in own)}")
+        raise UserError(f"--rollout plays the world's own episodes: leave out {', '.join('--' + f for f in own)}")
     only = [
         f for f in ("video", "shuffle_prompts", "blank_images", "expert_drives", "wrong_subtask") if getattr(args, f)
     ]
@@ -151,14 +153,15 @@ def _check(args: Args) -> None:
 
 
 def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
-    """The observation that the arguments give, else the tabletop's of this seed with what they do give in its place."""
-    if _sends_its_own(args) or any(key.startswith("observation") for key in given):
+    """The observation that the arguments give, else the world's of this seed with what they do give in its place."""
+    if (_sends_its_own(args) and args.world is None) or any(key.startswith("observation") for key in given):
         return given  # the transform says what is missing, by the robot's names
     for name in given.get("images", {}):
         if name not in policy.cameras:
             raise UserError(f"the model has no camera {name!r}: it reads {', '.join(policy.cameras)}")
     if "images" not in given:
-        obs, _ = _make_world(policy).reset(args.seed, split=args.split)
+        make = _open_world(args, policy)
+        obs, _ = make().begin(0)
         return {**obs, **given}
     if "prompt" not in given and args.question is None:
         raise UserError("the prompt is missing: say what to do with --prompt")
@@ -168,35 +171,33 @@ def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str,
 
 
 def _sends_its_own(args: Args) -> bool:
-    """The observation goes by a robot's keys, and there is no embedded world to take it from."""
+    """The observation goes by a robot's keys; the tabletop's are the model's own."""
     return args.robot not in (None, "tabletop")
 
 
-def _make_world(policy: Policy) -> Tabletop:
-    from openpi_ar.worlds.tabletop.world import CAMERAS, STATES, Tabletop
+def _open_world(args: Args, policy: Policy) -> Callable[[], World]:
+    from openpi_ar.worlds.protocol import Play
 
-    dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
-    if not set(policy.cameras) <= set(CAMERAS) or dims != (len(STATES), len(_TABLETOP_ACTIONS)):
+    name = args.world or policy.cfg.world or (args.robot if args.robot in NAMES else None)
+    if not name:
         raise UserError(
-            f"this checkpoint is for another robot than the tabletop's (cameras {', '.join(policy.cameras)}; {dims[0]} "
-            f"state and {dims[1]} action dimensions): give an observation with --images, --state and --prompt"
+            f"this checkpoint names no simulated world: name one with --world ({', '.join(NAMES)}), or give an observation with "
+            f"--images, --state and --prompt"
         )
-    return Tabletop(policy.cfg.model.siglip.image_size, policy.cameras)
+    forced = {"subtask": args.subtask, "wrong_subtask": args.wrong_subtask} if args.rollout else {}
+    play = Play.of(policy, episodes=max(args.rollout, 1), seed=args.seed, split=args.split, **forced)
+    return open_world(name).open_episodes(play)
 
 
 def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
-    from openpi_ar.worlds.tabletop import rollout
+    from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 
-    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(rollout.RolloutConfig) if hasattr(args, f.name)}
-    cfg = rollout.RolloutConfig(**{**same, "episodes": args.rollout})
-    result = rollout.run_rollouts(policy, cfg, lambda: _make_world(policy), video=args.video)
+    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(RolloutConfig) if f.name != "episodes"}
+    cfg = RolloutConfig(args.rollout, **same)
+    result = run_rollouts(policy, cfg, _open_world(args, policy), video=args.video)
     console.print(f"{args.rollout} {args.split} episodes, seeds from {args.seed}", highlight=False)
-    table = Table("mean over episodes", "")
-    for name, value in result.means.items():
-        if value is not None:
-            table.add_row(name.replace("_", " "), f"{value:.3f}")
-    console.print(table)
-    return {**result.means, "episodes": [dataclasses.asdict(e) for e in result.episodes]}
+    console.print(result.table())
+    return result.as_dict()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,8 +206,8 @@ def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
 
 
 def _action_names(policy: Policy) -> tuple[str, ...]:
-    if policy.cfg.world == "tabletop":
-        return _TABLETOP_ACTIONS
+    if policy.cfg.world in NAMES:
+        return open_world(policy.cfg.world).ACTION_NAMES
     return tuple(f"action {i}" for i in range(policy.transform.action_stats.dims))
 
 

@@ -1,5 +1,6 @@
 """If this fails, `python infer.py` prints wrong numbers, or answers bad input with a traceback instead of a remedy."""
 
+import dataclasses
 import json
 from pathlib import Path
 import shutil
@@ -196,6 +197,16 @@ def test_bad_checkpoint_directories(tiny_checkpoint, tmp_path, capsys):
     for path in data:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "params" in message(broken)
+
+
+def test_a_checkpoint_without_a_world_says_how_to_name_one(warm, tiny_policy, capsys, monkeypatch):
+    monkeypatch.setattr(tiny_policy, "cfg", dataclasses.replace(tiny_policy.cfg, world=""))
+    for argv in ([], ["--rollout", "1"]):
+        message = fails([*warm, *argv], capsys)
+        assert "--world (tabletop, libero)" in message and "--images" in message
+    assert "no world 'moon': there are" in fails([*warm, "--world", "moon"], capsys)
+    infer.main([*warm, "--world", "tabletop", "--rollout", "1", "--wrong-subtask"])
+    assert "approached named" in capsys.readouterr().out
 
 
 def test_another_robots_checkpoint_cannot_play_on_the_tabletop(warm, tiny_policy, capsys, monkeypatch):

@@ -246,7 +246,9 @@ def test_infer_on_the_tabletop_by_its_robot_is_the_same(tiny_checkpoint, tmp_pat
         (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST", "--state", "1"], ["8 numbers", "[1]"]),
         (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST"], ["joint_position", "8 numbers"]),
         ([], ["'observation/exterior_image_1_left' is missing"]),
-        (["--rollout", "1"], ["another robot than the tabletop"]),
+        (["--rollout", "1"], ["names no simulated world", "--world (tabletop, libero)"]),
+        (["--rollout", "1", "--world", "tabletop"], ["another robot than the tabletop"]),
+        (["--rollout", "1", "--world", "moon"], ["no world 'moon'", "tabletop"]),
     ],
 )
 def test_infer_says_in_one_line_what_a_robot_lacks(loader, tmp_path, capsys, change, parts):

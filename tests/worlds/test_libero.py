@@ -12,11 +12,13 @@ from openpi_ar.data.lerobot.load import load_lerobot
 from openpi_ar.data.robots import ROBOTS, as_data
 from openpi_ar.errors import UserError
 from openpi_ar.worlds.libero import expert, tasks
+from openpi_ar.worlds.libero.episodes import LiberoEpisodes, open_episodes, plan_episodes, spread
 from openpi_ar.worlds.libero.export import write_libero
 from openpi_ar.worlds.libero.record import Disturbance, Episode
-from openpi_ar.worlds.libero.rollout import EvalConfig, ExpertPolicy, run_episodes
 from openpi_ar.worlds.libero.tasks import BASKET, TASKS, Box, Facts, next_subtask
 from openpi_ar.worlds.libero.world import ACTION_DIM, CAMERAS, STATE_DIM, LiberoWorld
+from openpi_ar.worlds.protocol import Play
+from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 
 SOUP, CHEESE = TASKS[7].objects
 CAN, PACK, CARTON, WALLS = (0.031, 0.031, 0.038), (0.041, 0.021, 0.009), (0.026, 0.026, 0.065), (0.078, 0.085, 0.07)
@@ -156,11 +158,18 @@ def crowded() -> Numbers:
 
 def test_the_expert_does_the_task_and_the_evaluation_says_so():
     world = crowded()
-    result = run_episodes(ExpertPolicy(world), EvalConfig((7,), 1, 2, execute=1), world, progress=False)
+    result = play(None, world, first=2, execute=1)
     assert world.resets == [(7, 2)]
-    means = result.means(7)
+    means = result.only(task=7).means
+    assert result.episodes[0].as_dict()["state"] == 2 and not result.only(task=0).episodes
     assert means["success"] == means["objects_placed"] == means["subtask_accuracy"] == 1
     assert 60 < means["steps"] < 200
+
+
+def play(policy, world, *, first=0, execute=4, expert_drives=False):
+    """One episode of task 7."""
+    cfg = RolloutConfig(1, execute, batch=1, expert_drives=expert_drives)
+    return run_rollouts(policy, cfg, lambda: LiberoEpisodes([(7, first)], world), progress=False)
 
 
 class Talker:
@@ -169,39 +178,45 @@ class Talker:
     def __init__(self, said: str):
         self.said, self.seen = said, []
 
-    def infer(self, raw, *, session=None):
-        self.seen.append(raw["images"])
-        return {"subtask": self.said, "text_status": "loop", "actions": np.zeros((4, 7))}
+    def infer_batch(self, raws, *, subtasks=None, sessions=None, batch_size=None):
+        assert subtasks is None and len(raws) == len(sessions) == batch_size == 1
+        self.seen.append(raws[0]["images"])
+        return [{"subtask": self.said, "text_status": "loop", "actions": np.zeros((4, 7))}]
 
 
 def test_the_evaluation_judges_what_is_said_apart_from_what_is_done():
     world = crowded()
-    wait = run_episodes(Talker(f"pick up the {SOUP}"), EvalConfig((7,), 1, execute=4), world, progress=False)
-    assert wait.means() | {"task": 0} == {
-        "success": 0, "objects_placed": 0, "subtask_accuracy": 1, "text_trouble": 1, "steps": 300, "task": 0
+    wait = play(Talker(f"pick up the {SOUP}"), world)
+    assert wait.means == {
+        "success": 0, "objects_placed": 0, "subtask_accuracy": 1, "text_trouble": 1, "steps": 300
     }  # fmt: skip
     talker = Talker("done")
-    cfg = EvalConfig((7,), 1, execute=4, expert_drives=True)
-    driven = run_episodes(talker, cfg, world, progress=False)
-    assert (
-        driven.means()["success"] == 1 and driven.means()["subtask_accuracy"] < 0.05
-    )  # right while the last object falls
+    driven = play(talker, world, expert_drives=True)
+    assert driven.means["success"] == 1 and (driven.means["subtask_accuracy"] or 0) < 0.05  # right while the last falls
     # The policy is shown the step it answers to; the steps between are not drawn.
     assert all(images == {"image": True} for images in talker.seen[1:])
 
 
-@pytest.mark.parametrize(
-    ("cfg", "said"),
-    [
-        (EvalConfig((7,), 4), "initial states 0 to 2, asked for 0 to 3"),
-        (EvalConfig((3,), 1), "choose some of 0, 1, 7"),
-        (EvalConfig((7,), 1, execute=5), "execute is 5 but the policy plans 4"),
-        (EvalConfig((7,), 0), "episodes is 0"),
-    ],
-)
-def test_options_out_of_range_are_named(cfg, said):
-    with pytest.raises(UserError, match=said):
-        run_episodes(Talker(""), cfg, crowded(), progress=False)
+def test_options_out_of_range_are_named():
+    world = crowded()
+    for counts, first, words in (
+        ({7: 4}, 0, "initial states 0 to 2, asked for 0 to 3"),
+        ({3: 1}, 0, "choose some of 0, 1, 7"),
+        ({7: 0}, 0, "episodes is 0"),
+        ({7: 1}, -1, "asked for -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_episodes(world, counts, first)
+    with pytest.raises(UserError, match="execute is 5 but the policy plans 4"):
+        play(Talker(""), world, execute=5)
+    assert plan_episodes(world, {7: 2, 0: 1}) == [(7, 0), (7, 1), (0, 0)]
+    assert spread(5, (0, 1, 7)) == {0: 2, 1: 2, 7: 1} and spread(2, (0, 1, 7)) == {0: 1, 1: 1}
+    for asked, words in (
+        ({"split": "held_out"}, "no held-out tasks"),
+        ({"dims": (4, 4)}, "another robot than LIBERO's"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_episodes(Play(**asked))
 
 
 def test_noise_disturbs_what_is_executed_only_if_asked_for():

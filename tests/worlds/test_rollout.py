@@ -1,6 +1,7 @@
-"""If this fails, the closed-loop figures (success, blocks placed, subtask accuracy, ablations) are not what they say."""
+"""Broken if this fails: closed-loop figures (success, blocks placed, subtask accuracy, ablations) are not what they say."""
 
 import dataclasses
+import json
 
 import av
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 from openpi_ar.errors import UserError
 from openpi_ar.worlds import video
+from openpi_ar.worlds.protocol import World
+from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
+from openpi_ar.worlds.tabletop.__main__ import main
+from openpi_ar.worlds.tabletop.episodes import EpisodeConfig, TabletopEpisodes
 from openpi_ar.worlds.tabletop.expert import expert_action
-from openpi_ar.worlds.tabletop.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.tasks import next_subtask, parse_prompt
 from openpi_ar.worlds.tabletop.world import Tabletop
 
@@ -22,8 +26,8 @@ class OpenTabletop(Tabletop):
         return {**super()._observe(render), "world": self}
 
 
-def small_world() -> OpenTabletop:
-    return OpenTabletop((24, 24))
+def small_world(**which) -> TabletopEpisodes:
+    return TabletopEpisodes(EpisodeConfig(**which), OpenTabletop((24, 24)))
 
 
 class Scripted:
@@ -52,8 +56,11 @@ class Scripted:
 
 
 def run(policy, **options):
-    cfg = RolloutConfig(**{"episodes": 3, "execute": 2, "batch": 2, **options})
-    return run_rollouts(policy, cfg, small_world, progress=False)
+    """`options` of the episodes and of how they are run."""
+    names = {f.name for f in dataclasses.fields(EpisodeConfig)}
+    which = {k: v for k, v in options.items() if k in names}
+    how = {"episodes": 3, "execute": 2, "batch": 2} | {k: v for k, v in options.items() if k not in names}
+    return run_rollouts(policy, RolloutConfig(**how), lambda: small_world(**which), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,8 @@ def test_an_expert_that_says_what_it_does_is_perfect(expert_result):
     m = expert_result.means
     assert (m["success"], m["blocks_placed"], m["subtask_accuracy"], m["text_trouble"]) == (1.0, 1.0, 1.0, 0.0)
     assert m["approached_named"] is None
-    assert [e.seed for e in expert_result.episodes] == [0, 1, 2]
+    assert [e.as_dict()["seed"] for e in expert_result.episodes] == [0, 1, 2]
+    assert isinstance(small_world(), World)
     assert all(10 < e.steps < 180 for e in expert_result.episodes)
 
 
@@ -85,6 +93,18 @@ def test_when_the_expert_drives_only_words_count(expert_result):
         run(Lazy(), expert_drives=True, wrong_subtask=True)
 
 
+def test_without_a_policy_the_expert_plays(expert_result):
+    played, scripted = run(None).means, expert_result.means
+    assert played | {"steps": 0} == scripted | {"steps": 0}
+    assert 10 < (played["steps"] or 0) < (scripted["steps"] or 0)  # it acts anew at every step
+    # Nothing is drawn for nobody to look at.
+    seen = []
+    world = small_world()
+    world.world._observe = lambda render, real=world.world._observe: seen.append(render) or real(render)
+    run_rollouts(None, RolloutConfig(1), lambda: world, progress=False)
+    assert set(seen) == {False}
+
+
 def test_words_and_deeds_are_scored_apart(expert_result):
     liar = run(Scripted(say="dance"))
     assert (liar.means["success"], liar.means["subtask_accuracy"], liar.means["text_trouble"]) == (1.0, 0.0, 1.0)
@@ -98,7 +118,7 @@ def test_words_and_deeds_are_scored_apart(expert_result):
             return {**super().infer(raw, forced), "actions": np.tile([0, 0, 0.2, -1.0], (2, 1))}
 
     idle = run(Idle(), episodes=1).episodes[0]
-    assert (idle.success, idle.blocks_placed, idle.subtask_accuracy) == (False, 0.0, 1.0)
+    assert (idle.success, idle.figures["blocks_placed"], idle.subtask_accuracy) == (False, 0.0, 1.0)
     assert idle.steps == 40 + 35 * len(parse_prompt(idle.prompt, tuple(_colors(0))).targets)
 
 
@@ -154,10 +174,11 @@ def test_a_wrong_subtask_shows_whether_words_lead_to_deeds():
 def test_a_given_subtask_is_forced_in_every_episode():
     colors = list(_colors(0))
     result = run(Scripted(), episodes=1, subtask=f"pick up the {colors[-1]} block")
-    assert result.episodes[0].approached_named is True
+    assert result.episodes[0].figures["approached_named"] is True
     absent = next(c for c in ("red", "yellow", "green", "blue", "purple") if c not in colors)
     policy = Scripted(obey=False)
-    assert run(policy, episodes=1, subtask=f"pick up the {absent} block").episodes[0].approached_named is None
+    ignored = run(policy, episodes=1, subtask=f"pick up the {absent} block").episodes[0]
+    assert ignored.figures["approached_named"] is None and ignored.steps <= 60
 
 
 @pytest.mark.parametrize(
@@ -214,7 +235,7 @@ def test_a_video_that_cannot_be_written_is_refused_first(tmp_path):
     for path, message in ((tmp_path / "a.avi", r"\.mp4 or \.gif"), (tmp_path / "no" / "a.mp4", "does not exist")):
         policy = Scripted()
         with pytest.raises(UserError, match=message):
-            run_rollouts(policy, RolloutConfig(episodes=1), small_world, video=path, progress=False)
+            run_rollouts(policy, RolloutConfig(1), small_world, video=path, progress=False)
         assert policy.batches == []
 
 
@@ -223,3 +244,19 @@ def test_means_leave_out_episodes_without_the_figure(expert_result):
     mixed = dataclasses.replace(expert_result, episodes=(one, *expert_result.episodes[1:]))
     assert mixed.mean("subtask_accuracy") == 1.0
     assert dataclasses.replace(expert_result, episodes=(one,)).mean("subtask_accuracy") is None
+
+
+def test_the_command_plays_the_expert_and_writes_what_it_prints(tmp_path, capsys):
+    flags = ["--episodes", "2", "--seed", "3", "--split", "held_out", "--json", str(tmp_path / "r.json")]
+    main(["rollout", *flags])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["success"] == 1.0 and [e["seed"] for e in report["episodes"]] == [3, 4]
+    assert set(report["episodes"][0]) == {
+        "seed", "prompt", "success", "blocks_placed", "subtask_accuracy", "text_trouble", "steps", "approached_named",
+        "approached_true",
+    }  # fmt: skip
+    assert f"{report['steps']:.3f}" in capsys.readouterr().out
+    for argv, words in ((["--subtask", "fly"], "no subtask 'fly'"), (["--json", "nowhere/a.json"], "'nowhere'")):
+        with pytest.raises(SystemExit):
+            main(["rollout", *argv])
+        assert words in capsys.readouterr().err

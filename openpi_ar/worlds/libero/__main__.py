@@ -12,11 +12,12 @@ import tyro
 from openpi_ar.data.lerobot.encode import CODECS
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console, new_table
+from openpi_ar.worlds.libero.episodes import LiberoEpisodes, check_dims, plan_episodes, spread
 from openpi_ar.worlds.libero.export import write_libero
 from openpi_ar.worlds.libero.record import record_episodes
-from openpi_ar.worlds.libero.rollout import EvalConfig, EvalResult, ExpertPolicy, run_episodes
 from openpi_ar.worlds.libero.tasks import TASKS
-from openpi_ar.worlds.libero.world import ACTION_DIM, STATE_DIM, LiberoWorld
+from openpi_ar.worlds.libero.world import LiberoWorld
+from openpi_ar.worlds.rollout import RolloutConfig, RolloutResult, run_rollouts
 from openpi_ar.worlds.video import check_path
 
 EXPERT = "expert"
@@ -50,7 +51,7 @@ class Record:
         self._check()
         began = time.perf_counter()
         LiberoWorld(self.image_size)  # not installed: said now, and without a worker's traceback
-        jobs = [(task, (self.seed, i)) for k, task in enumerate(self.tasks) for i in range(self._share(k))]
+        jobs = [(task, (self.seed, i)) for task, n in spread(self.episodes, self.tasks).items() for i in range(n)]
         source = record_episodes(jobs, self.image_size, self.noise, self.workers)
         lengths: list[int] = []
 
@@ -62,10 +63,6 @@ class Record:
         root = write_libero(self.out, counted(), self.image_size, images=self.images, subtasks=self.subtasks)
         rate = sum(lengths) / (time.perf_counter() - began)
         console().print(f"{root}: {len(jobs)} episodes, {sum(lengths)} frames, {rate:.1f} frames/s", soft_wrap=True)
-
-    def _share(self, k: int) -> int:
-        """Episodes of the k-th task."""
-        return self.episodes // len(self.tasks) + (k < self.episodes % len(self.tasks))
 
     def _check(self) -> None:
         if Path(self.out).expanduser().exists():
@@ -115,17 +112,17 @@ class Eval:
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"the folder {str(self.json.parent)!r} does not exist: create it first")
         world = LiberoWorld(self.image_size)
-        policy, execute = (ExpertPolicy(world), 1) if self.ckpt == EXPERT else (self._policy(), self.execute)
-        cfg = EvalConfig(self.tasks, self.episodes, self.first, execute, self.expert_drives, self.seed)
+        plan = plan_episodes(world, dict.fromkeys(self.tasks, self.episodes), self.first)
+        policy = None if self.ckpt == EXPERT else self._policy()
+        cfg = RolloutConfig(len(plan), self.execute, batch=1, expert_drives=self.expert_drives)
         began = time.perf_counter()
-        result = run_episodes(policy, cfg, world, video=self.video)
+        result = run_rollouts(policy, cfg, lambda: LiberoEpisodes(plan, world, self.seed), video=self.video)
         steps = sum(e.steps for e in result.episodes)
         _print(result, self.tasks)
         console().print(f"{steps} control steps, {steps / (time.perf_counter() - began):.1f} a second, scenes included")
         if self.json is not None:
-            by_task = {str(task): result.means(task) for task in self.tasks}
-            report = {**result.means(), "tasks": by_task, "episodes": [dataclasses.asdict(e) for e in result.episodes]}
-            self.json.write_text(json.dumps(report, indent=2) + "\n")
+            by_task = {str(task): result.only(task=task).means for task in self.tasks}
+            self.json.write_text(json.dumps({**result.as_dict(), "tasks": by_task}, indent=2) + "\n")
 
     def _policy(self) -> Any:
         # Here, because only a checkpoint needs jax.
@@ -135,22 +132,16 @@ class Eval:
         foreign = {key: value for key in keys if (value := getattr(self, key)) is not None}
         with console().status(f"loading {self.ckpt}"):
             policy = Policy.from_checkpoint(self.ckpt, **foreign)
-        dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
-        if dims != (STATE_DIM, ACTION_DIM):
-            raise UserError(
-                f"this checkpoint is for another robot than LIBERO's ({STATE_DIM} state and {ACTION_DIM} action dimensions): "
-                f"it has {dims[0]} and {dims[1]}. Train one on what `python -m openpi_ar.worlds.libero record` writes"
-            )
+        check_dims((policy.transform.state_stats.dims, policy.transform.action_stats.dims))
         return policy
 
 
-def _print(result: EvalResult, tasks: tuple[int, ...]) -> None:
-    rows = [*((str(task), TASKS[task].prompt, result.means(task)) for task in tasks), ("all", "", result.means())]
-    names = [name for name, value in rows[-1][2].items() if value is not None]
+def _print(result: RolloutResult, tasks: tuple[int, ...]) -> None:
+    rows = [*((str(task), TASKS[task].prompt, result.only(task=task)) for task in tasks), ("all", "", result)]
+    names = [name for name, value in result.means.items() if value is not None]
     table = new_table("task", "prompt", "episodes", *(name.replace("_", " ") for name in names))
-    for task, prompt, means in rows:
-        count = sum(task in (str(e.task), "all") for e in result.episodes)
-        table.add_row(task, prompt, str(count), *(f"{means[name]:.3f}" for name in names))
+    for task, prompt, part in rows:
+        table.add_row(task, prompt, str(len(part.episodes)), *(f"{part.means[name]:.3f}" for name in names))
     console().print(table)
 
 

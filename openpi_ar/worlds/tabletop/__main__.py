@@ -1,7 +1,8 @@
-"""`python -m openpi_ar.worlds.tabletop record OUT` and `pretrain OUT`: demonstrations on the tabletop, and a model that knows where
-things are before it imitates them."""
+"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout`: demonstrations, a model that knows where things are before it
+imitates, and closed-loop episodes."""
 
 import dataclasses
+import json
 from pathlib import Path
 import time
 from typing import Annotated, Literal
@@ -11,7 +12,10 @@ import tyro
 from openpi_ar.data.lerobot.meta import read_meta
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console
+from openpi_ar.worlds.protocol import Play
+from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.dataset import Demonstrations, record_dataset
+from openpi_ar.worlds.tabletop.episodes import EpisodeConfig, open_episodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,39 @@ class Pretrain:
         )
 
 
-Command = Annotated[Record, tyro.conf.subcommand("record")] | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Closed-loop episodes: what `infer.py --rollout` plays, and the scripted expert."""
+
+    ckpt: str = "expert"
+    """Checkpoint, as for infer.py; `expert`: the scripted expert, which checks the world itself."""
+    which: Annotated[EpisodeConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EpisodeConfig)
+    how: Annotated[RolloutConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RolloutConfig)
+    video: Path | None = None
+    """Film the episodes: .mp4 or .gif."""
+    json: Path | None = None
+    """Write the results to this file."""
+
+    def run(self) -> None:
+        if self.json is not None and not self.json.parent.is_dir():
+            raise UserError(f"the folder {str(self.json.parent)!r} does not exist: create it first")
+        policy = None
+        if self.ckpt != "expert":
+            from openpi_ar.policy import Policy
+
+            policy = Policy.from_checkpoint(self.ckpt)
+        make = open_episodes(Play.of(policy, **dataclasses.asdict(self.which)))
+        result = run_rollouts(policy, self.how, make, video=self.video)
+        console().print(result.table())
+        if self.json is not None:
+            self.json.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+
+
+Command = (
+    Annotated[Record, tyro.conf.subcommand("record")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,102 @@
+"""What a rollout needs of a policy and of a simulated world, and what is asked of the world."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from openpi_ar.policy.session import Session
+
+Observation = Mapping[str, Any]
+Info = Mapping[str, Any]
+
+
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """What a rollout needs of a policy; see `openpi_ar.policy.Policy`."""
+
+    def infer_batch(
+        self,
+        raws: Sequence[Any],
+        *,
+        subtasks: Sequence[str | None] | None = None,
+        sessions: Sequence[Session] | None = None,
+        batch_size: int | None = None,
+    ) -> list[dict[str, Any]]: ...
+
+
+@runtime_checkable
+class World(Protocol):
+    """A simulated world with its episodes, which go by number from 0 on.
+
+    fps      control steps a second.
+    forced   the subtask that the policy is made to output in this episode; None: its own.
+
+    Observations are {"images", "state", "prompt"}, as policies read them. Info holds at least `subtask`, the true one now, and
+    `success`. Actions are the world's own.
+    """
+
+    @property
+    def fps(self) -> int: ...
+
+    @property
+    def forced(self) -> str | None: ...
+
+    def label(self, episode: int) -> dict[str, Any]:
+        """What names an episode in the results."""
+        ...
+
+    def seed(self, episode: int) -> int:
+        """Of the policy's session in an episode."""
+        ...
+
+    def prompt(self, episode: int) -> str:
+        """What an episode asks for."""
+        ...
+
+    def begin(self, episode: int, *, render: bool = True) -> tuple[Observation, Info]:
+        """Starts an episode. `render` False leaves `images` empty."""
+        ...
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
+        """(observation, reward, terminated, truncated, info), as gymnasium has it."""
+        ...
+
+    def expert_action(self) -> np.ndarray:
+        """What the scripted expert does now."""
+        ...
+
+    def figures(self) -> dict[str, float | bool | None]:
+        """The world's own figures of the episode that ends now; None: not applicable."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Play:
+    """Which episodes of a world are asked for, and for which model. A world refuses what it does not have.
+
+    cameras, image_size, dims   of the model: camera names, height and width of its images, dimensions of the robot's state
+                                and actions. None: the world's own.
+    episodes, seed              how many, and of the first.
+    split                       tasks: those of training, or combinations never trained on.
+    subtask                     the policy is made to output this, always.
+    wrong_subtask               it is made to output one that is not next.
+    """
+
+    cameras: tuple[str, ...] | None = None
+    image_size: tuple[int, int] | None = None
+    dims: tuple[int, int] | None = None
+    episodes: int = 1
+    seed: int = 0
+    split: Literal["train", "held_out"] = "train"
+    subtask: str | None = None
+    wrong_subtask: bool = False
+
+    @classmethod
+    def of(cls, policy: Any, **asked: Any) -> "Play":
+        """For the model of an `openpi_ar.policy.Policy`, or with None for the scripted expert."""
+        if policy is None:
+            return cls(**asked)
+        dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
+        return cls(policy.cameras, policy.cfg.model.siglip.image_size, dims, **asked)

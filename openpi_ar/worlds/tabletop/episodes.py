@@ -1,0 +1,124 @@
+"""The tabletop's episodes as a rollout plays them: whose task, from which layout, and with which subtask forced."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from openpi_ar.errors import UserError
+from openpi_ar.worlds.protocol import Info, Observation, Play
+from openpi_ar.worlds.tabletop.expert import Expert, approached, parse_subtask
+from openpi_ar.worlds.tabletop.tasks import Split, pick_up, sample_task
+from openpi_ar.worlds.tabletop.world import ACTIONS, CAMERAS, STATES, Tabletop
+from openpi_ar.worlds.video import FPS
+
+ACTION_NAMES = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")
+APPROACH_STEPS = 60
+"""Control steps within which a hand that was told to pick up a block must have gone to one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeConfig:
+    """Which episodes. With a forced subtask one ends when the hand is down at a block, or after `APPROACH_STEPS`.
+
+    Raises UserError for values out of range, or a subtask that the tabletop does not have.
+    """
+
+    seed: int = 0
+    """Of the first episode's task and layout and of the policy's session; `seed + 1` of the second, ..."""
+    split: Split = "train"
+    """Tasks asked for: those of training, or combinations never trained on."""
+    subtask: str | None = None
+    """The policy is made to output this, always."""
+    wrong_subtask: bool = False
+    """It is made to output "pick up the X block" where X is on the table but not what comes next."""
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, found {self.seed}")
+        if self.subtask is not None and self.wrong_subtask:
+            raise UserError("a given subtask and a wrong one exclude each other: ask for one of them")
+        if self.subtask is not None:
+            try:
+                parse_subtask(self.subtask)
+            except ValueError:
+                raise UserError(
+                    f"the tabletop has no subtask {self.subtask!r}: there are e.g. 'pick up the red block', "
+                    "'place the red block in the left bin' or 'done'"
+                ) from None
+
+
+def open_episodes(play: Play) -> Callable[[], "TabletopEpisodes"]:
+    """Makes the worlds in which these episodes are played. Raises UserError if the model is for another robot."""
+    own = len(STATES), len(ACTIONS)
+    cameras, dims, size = play.cameras or CAMERAS, play.dims or own, play.image_size or (64, 64)
+    if not set(cameras) <= set(CAMERAS) or dims != own:
+        raise UserError(
+            f"this checkpoint is for another robot than the tabletop's (cameras {', '.join(cameras)}; {dims[0]} state and {dims[1]} "
+            f"action dimensions): give an observation with --images, --state and --prompt"
+        )
+    cfg = EpisodeConfig(play.seed, play.split, play.subtask, play.wrong_subtask)
+    return lambda: TabletopEpisodes(cfg, Tabletop(size, cameras))
+
+
+class TabletopEpisodes:
+    """A `protocol.World`. Figures: `blocks_placed`, the fraction of the task's blocks in their bins at the end;
+    `approached_named`, whether the first block that the hand went down to is the one that the forced subtask names, and
+    `approached_true`, whether it is the one that the task needed; None without a forced subtask for a block on the table.
+    """
+
+    fps = FPS
+
+    def __init__(self, cfg: EpisodeConfig, world: Tabletop) -> None:
+        self.world, self._cfg = world, cfg
+        self._expert = Expert(world)
+        self.forced: str | None = None
+
+    def label(self, episode: int) -> dict[str, Any]:
+        """Its seed."""
+        return {"seed": self.seed(episode)}
+
+    def seed(self, episode: int) -> int:
+        """Of the scene and of the policy's session."""
+        return self._cfg.seed + episode
+
+    def prompt(self, episode: int) -> str:
+        """See `protocol.World`."""
+        rng = np.random.default_rng(self.seed(episode))
+        return sample_task(rng, split=self._cfg.split)[0].prompt
+
+    def begin(self, episode: int, *, render: bool = True) -> tuple[Observation, Info]:
+        """See `protocol.World`."""
+        seed = self.seed(episode)
+        obs, self._info = self.world.reset(seed, split=self._cfg.split, render=render)
+        self._needed = parse_subtask(self._info["subtask"])[0]
+        self._first: str | None = None
+        self.forced = self._cfg.subtask
+        if self._cfg.wrong_subtask:
+            others = sorted(color for color in self._info["positions"] if color != self._needed)
+            self.forced = pick_up(others[seed % len(others)])
+        return obs, self._info
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
+        """See `protocol.World`."""
+        obs, reward, terminated, truncated, self._info = self.world.step(action, render=render)
+        if self.forced is not None:
+            self._first = self._first or approached(self.world.facts())
+            terminated |= self._first is not None
+            truncated |= self._info["steps"] >= APPROACH_STEPS
+        return obs, reward, terminated, truncated, self._info
+
+    def expert_action(self) -> np.ndarray:
+        """See `protocol.World`."""
+        return self._expert.act()
+
+    def figures(self) -> dict[str, float | bool | None]:
+        """See the class."""
+        named = None if self.forced is None else parse_subtask(self.forced)[0]
+        judged = named in self._info["positions"]
+        return {
+            "blocks_placed": self._info["blocks_placed"],
+            "approached_named": self._first == named if judged else None,
+            "approached_true": self._first == self._needed if judged else None,
+        }
