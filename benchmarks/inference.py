@@ -92,7 +92,7 @@ def programs(size: Size, dtype: str, *, batch: int = 1) -> tuple[Programs, dict[
         (lambda m, c, x: baseline.generate(m, c, x, n), model, cache0, logits0),
     )
     # In bfloat16 the two orders of summation may tie differently.
-    assert dtype != "float32" or jnp.array_equal(ids, ids0), f"said {ids} and {ids0}"
+    assert dtype != "float32" or jnp.array_equal(ids, ids0), f"generated {ids} and {ids0}"
     actions, actions0 = add(
         "denoise",
         (ours.denoise, fast, obs, cache, noise),

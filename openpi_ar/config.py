@@ -211,7 +211,7 @@ class DecodeConfig:
     """Where a policy resizes images, to the same pixels; auto: on the device, if that is not the CPU. On the device each
     size of images is a program of its own."""
     draft: bool = True
-    """Greedy text only: check what was said last time instead of decoding it again. The text stays the same."""
+    """Greedy text only: check the last text instead of decoding it again. The text stays the same."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from openpi_ar.config import ModelConfig
 from openpi_ar.errors import UserError
-from openpi_ar.types import Observation, Tokens
+from openpi_ar.types import Kind, Observation, Tokens
 
 Golden = Mapping[str, np.ndarray]
 
@@ -59,7 +59,9 @@ def input_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: ModelConfig) -> 
 
 
 def text_run(ids: np.ndarray, valid: np.ndarray, *, causal: bool, loss: np.ndarray | None = None) -> Tokens:
-    return Tokens.of(ids, valid, causal=causal, loss=False if loss is None else loss)
+    """Tokens of a prompt, or of a subtask if they are causal."""
+    kind = Kind.SUBTASK if causal else Kind.PROMPT
+    return Tokens.of(ids, valid, kind=kind, causal=causal, loss=False if loss is None else loss)
 
 
 def observation(a: Golden, prefix: str = "", *, causal: bool = False, rows: slice = slice(None)) -> Observation:

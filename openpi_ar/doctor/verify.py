@@ -213,7 +213,7 @@ def _flow(
 
 
 def _subtask(model: VLA, a: Golden, compare) -> Iterator[Difference]:
-    """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions on what was said."""
+    """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions conditioned on the generated text."""
     obs = observation(a, "train:", causal=True)
     out, cache = _prefill(model, obs)
     valid = np.asarray(cache.valid)
@@ -224,7 +224,7 @@ def _subtask(model: VLA, a: Golden, compare) -> Iterator[Difference]:
     yield from compare("train/logits", logits, 1e-4, seen[:, 1:])
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
     yield from compare("train/target_logp", logp, 1e-4, seen[:, 1:])
-    # The first token as the prompt, the others as the text to be said: the same sequence as training has it.
+    # The first token as the prompt, the others as the target: the same sequence as training has it.
     ce = []
     for i in range(len(ids)):
         row = slice(i, i + 1)

@@ -1,4 +1,4 @@
-"""If this fails, what the model says or does at inference is not what it was trained to say or do."""
+"""If this fails, the text and actions of inference are not those that the model was trained to give."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_teacher_forced_equals_decoded(pi05, form):
     predicts = jnp.concatenate([out.prompt_last[:, None], out.text[:, :-1]], axis=1)
     again = jnp.argmax(model.logits(predicts), axis=-1)
     assert jnp.array_equal(jnp.where(text.valid, again, 0), text.ids)
-    assert len({tuple(r) for r in np.asarray(text.ids).tolist()}) == 3  # the rows really say different things
+    assert len({tuple(r) for r in np.asarray(text.ids).tolist()}) == 3  # the rows' texts really differ
 
     x_t, t = jax.random.normal(jax.random.key(5), (3, 4, 5)), jnp.array([0.2, 0.6, 1.0])
     v = velocity(model, obs, cache, x_t, t)
@@ -86,7 +86,7 @@ def test_rows_stop_at_their_own_eos():
     """`done` accumulates: after a row's EOS come zeros, whatever the other rows still say."""
     _, model, obs = settings()
     free, _ = write(model, obs, max_new_tokens=5, allowed=np.arange(VOCAB) != EOS)
-    # Make EOS win where row 1 would say its third token: teach the head that this id is EOS.
+    # Make EOS win where row 1 would write its third token: teach the head that this id is EOS.
     third = int(free.ids[1, 2])
     model.embedder.table[...] = model.embedder.table[...].at[EOS].set(model.embedder.table[...][third] * 1.001)
     allowed = np.arange(VOCAB) != third
@@ -105,7 +105,7 @@ def test_rows_stop_at_their_own_eos():
     assert np.asarray(cache.valid).sum(-1)[ended].tolist() == (before + spoken.sum(-1))[ended].tolist()
 
 
-def test_max_tokens_and_allowed_are_obeyed():
+def test_the_budget_and_allowed_ids_are_obeyed():
     _, model, obs = settings()
     allowed = np.zeros(VOCAB, bool)
     allowed[[EOS, 7, 9]] = True

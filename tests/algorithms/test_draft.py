@@ -47,10 +47,10 @@ def many_observations(cfg) -> Observation:
 
 @pytest.fixture(scope="module")
 def plain():
-    """(model, observations, what greedy decoding says and does)."""
+    """(model, observations, what greedy decoding gives)."""
     cfg = tiny_config()
     model = tiny_model(cfg)
-    # EOS is said in some rows only: it takes the direction of a token that is said in many.
+    # EOS ends some rows only: it takes the direction of a token that is written in many.
     obs = many_observations(cfg)
     free = act(model, obs, noise_for(cfg, batch=ROWS), GREEDY, num_steps=2)
     common = np.bincount(np.asarray(free.text.ids)[:, 2:].ravel(), minlength=VOCAB).argmax()
@@ -94,10 +94,10 @@ def make_drafts(
     return ids, valid
 
 
-def agreed(draft, valid, ids, said) -> np.ndarray:
+def agreed(draft, valid, ids, written) -> np.ndarray:
     """How many tokens before EOS the draft has right, per row; by a loop."""
     counts = []
-    for g, v, i, s in zip(draft, valid, ids, said, strict=True):
+    for g, v, i, s in zip(draft, valid, ids, written, strict=True):
         n = 0
         while n < MOST and v[n] and s[n] and g[n] == i[n] != EOS:
             n += 1
@@ -131,7 +131,7 @@ def test_any_draft_gives_the_greedy_text(plain, kind):
         assert set(right.tolist()) >= set(range(4))  # every position had its turn
 
 
-def test_the_cache_holds_what_was_said_and_nothing_else(plain):
+def test_the_cache_holds_the_generated_text_and_nothing_else(plain):
     """After a wrong draft: as many positions, the same visible keys; a rejected token is a hole."""
     model, obs, out = plain
     few = rows(obs, slice(0, 16))
