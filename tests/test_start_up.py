@@ -61,6 +61,11 @@ def test_a_wrong_flag_is_refused_before_anything_heavy_is_imported(call, expecte
     assert not heavy
 
 
+def test_a_policy_imports_neither_loader_nor_simulator():
+    """With JAX, Flax, Orbax and what they import themselves, but not what training, datasets and worlds need."""
+    assert start("openpi_ar.policy.checkpoint")[2] == {"jax", "flax", "optax", "orbax", "sentencepiece"}
+
+
 def test_the_measurement_would_see_a_heavy_import():
     """Negative control: a module that needs JAX."""
     assert "jax" in start("openpi_ar.types")[2]

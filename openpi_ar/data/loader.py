@@ -32,6 +32,36 @@ Source = RandomAccessDataSource[dict]
 """Random access to raw samples: `len(source)` and `source[index]`."""
 
 
+class BatchRows(grain.MapDataset):
+    """Of every `batch_size` elements of `parent`, those at `rows`; batches of `len(rows)` of these are shares of batches.
+
+    Only they are computed. Random transformations before it draw what they would without it.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, [int(r) for r in rows]
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
+
+
+def share(
+    dataset: grain.MapDataset, batch_size: int, sharding: jax.sharding.Sharding | None
+) -> tuple[grain.MapDataset, int]:
+    """(elements of this process, how many of them are its share of a batch); all of them if it is alone."""
+    if sharding is None or sharding.is_fully_addressable:
+        return dataset, batch_size
+    rows = shards.local_rows(sharding, batch_size)
+    return BatchRows(dataset, batch_size, rows), len(rows)
+
+
 class Loader(Iterator[Batch]):
     """Endless batches. Every epoch is a fresh permutation of the source; batches run across epoch borders. Of several
     processes each makes the rows that lie on its devices (`data/shards.py`).
@@ -57,7 +87,7 @@ class Loader(Iterator[Batch]):
         dataset = endless(source, seed)
         if augment is not None:
             dataset = dataset.random_map(augment)
-        dataset, rows = shards.share(dataset, batch_size, sharding)
+        dataset, rows = share(dataset, batch_size, sharding)
         self.dataset = dataset.map(transform.sample).batch(rows, batch_fn=stack_rows)
         self._sharding, self._batch_size = sharding, batch_size
         self._workers, self._position = workers, 0

@@ -1,11 +1,10 @@
-"""Which rows of each batch a process makes, and how the processes' rows become one array.
+"""Arrays of several processes: which rows of a batch are this process's, and how all rows become one array.
 
 Batch i holds the same rows in the same order whatever the number of processes.
 """
 
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -14,36 +13,6 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """Rows of a batch that lie on devices of this process, ascending."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
-
-
-class BatchRows(grain.MapDataset):
-    """Of every `batch_size` elements of `parent`, those at `rows`; batches of `len(rows)` of these are shares of batches.
-
-    Only they are computed. Random transformations before it draw what they would without it.
-    """
-
-    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
-        super().__init__(parent)
-        self._batch_size, self._rows = batch_size, [int(r) for r in rows]
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[row]]
-
-
-def share(
-    dataset: grain.MapDataset, batch_size: int, sharding: jax.sharding.Sharding | None
-) -> tuple[grain.MapDataset, int]:
-    """(elements of this process, how many of them are its share of a batch); all of them if it is alone."""
-    if sharding is None or sharding.is_fully_addressable:
-        return dataset, batch_size
-    rows = local_rows(sharding, batch_size)
-    return BatchRows(dataset, batch_size, rows), len(rows)
 
 
 def joined(arrays: Any, sharding: jax.sharding.Sharding | None, batch_size: int) -> Any:

@@ -15,7 +15,7 @@ import pytest
 
 from openpi_ar.checkpoints import store
 from openpi_ar.config import Distributed
-from openpi_ar.data import shards
+from openpi_ar.data import loader
 from openpi_ar.data.inputs import stack_rows
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
@@ -103,7 +103,7 @@ def test_shares_of_a_batch_are_its_rows_whatever_is_drawn_at_random():
 
     def batches(sharding) -> list[dict]:
         data = grain.MapDataset.source(source).seed(3).shuffle().repeat()
-        data, count = shards.share(data.random_map(PromptSwap(PROMPTS, 0.5)), 8, sharding)
+        data, count = loader.share(data.random_map(PromptSwap(PROMPTS, 0.5)), 8, sharding)
         data = data.map(rows.sample).batch(count, batch_fn=stack_rows)
         return [data[i] for i in (0, 1, 5)]  # across the border of an epoch
 
