@@ -5,13 +5,12 @@ tower 2, so that pass factors exactly into: tower 1 writes keys and values; towe
 """
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.config import TowerConfig
 from openpi_ar.models.cache import Cache, StackedCache, action_mask, positions, prefix_lm_mask
-from openpi_ar.models.layers import AdaRMSNorm, Einsum, GatedMLP, RMSNorm, attend, rotary, rotate
+from openpi_ar.models.layers import AdaRMSNorm, Einsum, GatedMLP, RMSNorm, attend, normal_init, rotary, rotate
 from openpi_ar.models.stack import Stack, narrow
 from openpi_ar.models.vlm import CacheReader, Run
 from openpi_ar.types import Array
@@ -145,8 +144,8 @@ class Embedder(nnx.Module):
 
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs, scaled: bool = True, tied: bool = True):
         self.scaled = scaled
-        self.table = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)) * width**-0.5)
-        self.head = None if tied else nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)) * width**-0.5)
+        self.table = nnx.Param(normal_init(rngs.params(), (vocab_size, width)) * width**-0.5)
+        self.head = None if tied else nnx.Param(normal_init(rngs.params(), (vocab_size, width)) * width**-0.5)
 
     def encode(self, ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
         """Embeddings in the dtype of the table."""

@@ -22,8 +22,28 @@ from openpi_ar.types import Array
 MASKED = -2.3819763e38
 
 
-def fan_in_init(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> Array:
+class ShapesOnly(nnx.Rngs):
+    """In place of random keys where a model is built for its shapes alone: random numbers take long to trace."""
+
+    def __init__(self):
+        pass
+
+    def params(self) -> None:
+        """No key."""
+
+    def split(self, count: int) -> "ShapesOnly":
+        return self
+
+
+def normal_init(key: jax.Array | None, shape: tuple[int, ...]) -> Array:
+    """Standard normal; zeros without a key (`ShapesOnly`)."""
+    return jnp.zeros(shape) if key is None else jax.random.normal(key, shape)
+
+
+def fan_in_init(key: jax.Array | None, shape: tuple[int, ...], fan_in: int) -> Array:
     """Truncated normal of variance 1 / fan_in (LeCun), for weights whose input axes are not the leading ones."""
+    if key is None:
+        return jnp.zeros(shape)
     # 0.8796 is the standard deviation of a unit normal cut at two sigma.
     return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (1.0 / (math.sqrt(fan_in) * 0.87962566103423978))
 
@@ -49,7 +69,7 @@ def lora_init(rngs: nnx.Rngs, shape: tuple[int, ...], rank: int) -> tuple[nnx.Pa
     """The adapters of a weight of this shape (None for rank 0): small noise, and zero so that training starts at w."""
     if not rank:
         return None, None
-    a = 0.01 * jax.random.normal(rngs.params(), (*shape[:-1], rank))
+    a = 0.01 * normal_init(rngs.params(), (*shape[:-1], rank))
     return nnx.Param(a), nnx.Param(jnp.zeros((*shape[:-2], rank, shape[-1])))
 
 

@@ -39,7 +39,7 @@ class Stack(nnx.Module):
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs, remat: str | None = None):
         self.depth = depth
         self.remat = remat
-        self.layers = jax.vmap(make)(rngs.split(depth))
+        self.layers = jax.vmap(make, axis_size=depth)(rngs.split(depth))
 
     @property
     def is_stacked(self) -> bool:

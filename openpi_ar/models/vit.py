@@ -12,7 +12,7 @@ from jaxtyping import Float
 import numpy as np
 
 from openpi_ar.config import VitConfig
-from openpi_ar.models.layers import ACTIVATIONS, Einsum, LayerNorm, Linear, fan_in_init, matmul
+from openpi_ar.models.layers import ACTIVATIONS, Einsum, LayerNorm, Linear, fan_in_init, matmul, normal_init
 from openpi_ar.models.stack import Stack, narrow
 from openpi_ar.types import Array
 
@@ -90,13 +90,13 @@ class VisionTransformer(nnx.Module):
         p = cfg.patch_size
         self.patch_kernel = nnx.Param(fan_in_init(rngs.params(), (p, p, 3, cfg.width), 3 * p * p))
         self.patch_bias = nnx.Param(jnp.zeros((cfg.width,)))
-        pos = jax.random.normal(rngs.params(), (cfg.num_tokens, cfg.width))
+        pos = normal_init(rngs.params(), (cfg.num_tokens, cfg.width))
         self.pos_embedding = nnx.Param(pos * cfg.width**-0.5)
         self.blocks = Stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs, remat=remat)
         self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps) if cfg.final_norm else None
         self.head = None if out_dim is None else Linear(cfg.width, out_dim, rngs=rngs)
         lead = (cfg.lead_tokens, cfg.width)
-        self.lead = nnx.Param(0.02 * jax.random.normal(rngs.params(), lead)) if cfg.lead_tokens else None
+        self.lead = nnx.Param(0.02 * normal_init(rngs.params(), lead)) if cfg.lead_tokens else None
 
     def __call__(self, images: Float[Array, "B h w 3"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         p = self.patch

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import get_preset
 from openpi_ar.config import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
 from openpi_ar.models import family, layers
 from openpi_ar.models.cache import StackedCache, positions, prefix_lm_mask
@@ -38,6 +39,17 @@ def test_full_size_shapes_are_openpis(name):
     ours = [leaf.shape for leaf in jax.tree.leaves(model)]
     # The one difference in form: openpi keeps a leading 1 on the position embedding.
     assert sorted(ours) == sorted((256, 1152) if s == (1, 256, 1152) else s for s in theirs)
+
+
+@pytest.mark.parametrize("name", ["pi05_subtask_lora", "pi0"])
+def test_a_model_of_shapes_only_is_that_of_random_keys(name):
+    """It is built without keys, because random numbers take ten times as long to trace."""
+    cfg = get_preset(name).model
+    shapes, random = family.abstract(cfg), nnx.eval_shape(lambda: family.create(cfg, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(shapes) == jax.tree.structure(random)
+    described = [[(x.shape, x.dtype) for x in jax.tree.leaves(model)] for model in (shapes, random)]
+    assert described[0] == described[1]
+    assert np.std(layers.normal_init(jax.random.key(0), (99,))) > 0.5  # only without a key it is zeros
 
 
 def test_towers_must_share_heads():
