@@ -9,7 +9,6 @@
 say `nnx.data()` because flax does not recognise a tracer as data on Python 3.11.
 """
 
-import enum
 from typing import Any
 
 from flax import nnx
@@ -18,22 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Int8, UInt8
 import numpy as np
 
+from openpi_ar.kinds import Kind
+
 # Batches are built from numpy on the host and become jax arrays when they enter a jitted function.
 Array = jax.Array | np.ndarray
-
-
-class Kind(enum.IntEnum):
-    """What a token belongs to. Losses and metrics go by kind, with one weight each."""
-
-    PROMPT = 0
-    SUBTASK = 1
-    ANSWER = 2
-    ACTION = 3
-
-    @property
-    def label(self) -> str:
-        """Its name in metrics, loss weights and raw samples."""
-        return "action_token" if self is Kind.ACTION else self.name.lower()
 
 
 @nnx.dataclass

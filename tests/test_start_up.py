@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What takes long to import, together some five seconds of CPU time.
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "mujoco", "scipy", "matplotlib", "pyarrow", "av", "sentencepiece")
+# Tools that import a part of it to know their flags, but no JAX.
+TOOLS = ("data", "checkpoints", "doctor", "worlds.tabletop", "worlds.libero")
 # Runs a script or a module as `python` does; then says on stderr what was imported and how long it computed.
 CHILD = """
 import json, runpy, sys, time
@@ -45,6 +47,13 @@ def test_help_imports_nothing_heavy(call, expected):
     assert code == 0 and expected in printed
     assert not heavy
     assert seconds < 3  # some 0.5 s; several times that on a slow machine, and still less than JAX alone takes there
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_of_the_tools_imports_no_jax(tool):
+    code, _, heavy, printed = start(f"openpi_ar.{tool}", "--help")
+    assert code == 0 and f"python -m openpi_ar.{tool}" in printed
+    assert not heavy & {"jax", "flax", "optax", "orbax", "grain"}
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from openpi_ar.checkpoints import export, load
-from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
+from openpi_ar.checkpoints.options import AS_IT_IS, Format, LoadOptions
 from openpi_ar.config import TowerConfig
 from openpi_ar.errors import UserError, command_line
 
@@ -27,7 +26,7 @@ def convert(
     source: Where,
     target: Annotated[Path, tyro.conf.Positional],
     *,
-    to: export.Format,
+    to: Format,
     options: Annotated[LoadOptions, tyro.conf.OmitArgPrefixes] = AS_IT_IS,
 ) -> None:
     """Write a checkpoint in another format: parameters and assets, no optimizer state.
@@ -38,6 +37,8 @@ def convert(
         to: openpi (orbax), torch (openpi's model.safetensors), lerobot, or ours.
         options: what the source does not tell, and what is wanted.
     """
+    from openpi_ar.checkpoints import export, load
+
     if target.exists():
         raise UserError(f"{target} exists: name a new directory, or delete this one first")
     loaded = load.load_model(source, options)
@@ -53,6 +54,8 @@ def inspect(source: Where) -> None:
     Args:
         source: directory, file, address or hub id of the checkpoint.
     """
+    from openpi_ar.checkpoints import export, load
+
     looked = load.inspect(source)
     cfg, opened = looked.config, looked.matched.source
     specs = opened.specs

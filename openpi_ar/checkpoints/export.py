@@ -8,7 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
-from typing import Any, Literal
+from typing import Any
 
 from einops import rearrange
 import numpy as np
@@ -18,13 +18,12 @@ from openpi_ar import config_json
 from openpi_ar.checkpoints import store
 from openpi_ar.checkpoints.family import Family, expected_shape
 from openpi_ar.checkpoints.load import FAMILIES, Loaded
+from openpi_ar.checkpoints.options import Format
 from openpi_ar.config import ModelConfig, TextConfig, TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
 from openpi_ar.params import flatten, unflatten
 from openpi_ar.types import Array
-
-Format = Literal["openpi", "torch", "lerobot", "ours"]
 
 SAFETENSORS = "model.safetensors"
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -1,9 +1,11 @@
-"""Options of loading a checkpoint."""
+"""Options of loading and writing checkpoints."""
 
 import dataclasses
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
+Format = Literal["openpi", "torch", "lerobot", "ours"]
+"""Formats that a checkpoint can be written in."""
 
 
 @dataclasses.dataclass(frozen=True)

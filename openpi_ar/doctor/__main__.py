@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from openpi_ar.doctor.verify import verify as compare
 from openpi_ar.errors import command_line
 
 _out = Console(soft_wrap=True, markup=False)
@@ -34,6 +33,8 @@ def verify(
         siglip_heads: where neither the checkpoint nor the golden tells it; found by trying if not given.
         json_path: write the table there too.
     """
+    from openpi_ar.doctor.verify import verify as compare
+
     differences, notes = compare(path, golden, compute_dtype=dtype, siglip_heads=siglip_heads)
     table = Table("quantity", "max abs difference", "mean", "bound", "")
     for d in differences:

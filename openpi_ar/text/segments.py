@@ -12,8 +12,8 @@ import enum
 import numpy as np
 
 from openpi_ar.errors import UserError
+from openpi_ar.kinds import Kind
 from openpi_ar.text.tokenizer import Tokenizer
-from openpi_ar.types import Kind
 
 TokenArrays = dict[str, np.ndarray]
 """ids int32, kind int8, valid, causal, loss, hidden bool, each [budget], right-padded: the fields of `types.Tokens`."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from openpi_ar.errors import UserError
+from openpi_ar.kinds import Kind
 from openpi_ar.text.segments import Segment, Special
 from openpi_ar.text.tokenizer import Tokenizer
-from openpi_ar.types import Kind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,12 @@ from openpi_ar.data.lerobot.columns import (
     task_labels,
 )
 from openpi_ar.data.lerobot.frame_cache import CachedReader, DecodingReader, cached_frames
-from openpi_ar.data.lerobot.meta import Meta, choose_episodes, read_meta
+from openpi_ar.data.lerobot.meta import SUPERVISE, Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.source import LeRobotSource, Table
 from openpi_ar.data.robot_spec import split_key
 from openpi_ar.data.robots import MASKED, of_data
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import matches
-
-SUPERVISE = "supervise_text"
-"""Optional boolean feature: False where the subtask does not follow from the prompt, so that saying it is not trained."""
 
 
 def load_lerobot(

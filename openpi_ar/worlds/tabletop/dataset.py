@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openpi_ar.data.lerobot.load import SUPERVISE
+from openpi_ar.data.lerobot.meta import SUPERVISE
 from openpi_ar.data.lerobot.write import LeRobotWriter, Spec
 from openpi_ar.errors import UserError
 from openpi_ar.files import cache_root, when_whole
