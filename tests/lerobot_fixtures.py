@@ -31,10 +31,10 @@ TIMELINES = (
 SUBTASKS = tuple(text for timeline in TIMELINES for text, count in timeline for _ in range(count))
 
 
-def sources(path: str | Path, *, says_text: bool = True, size: tuple[int, int] = (64, 64), **fields: object):
+def sources(path: str | Path, *, needs_subtask: bool = True, size: tuple[int, int] = (64, 64), **fields: object):
     """(training, held-out, remarks), all frames in both unless `held_out` is given; decoded at every read."""
     cfg = LeRobotData(**({"path": str(path), "held_out": 0.0, "frames": "decode"} | fields))  # type: ignore[arg-type]
-    return load_lerobot(cfg, HORIZON, CAMERAS, size, says_text=says_text)
+    return load_lerobot(cfg, HORIZON, CAMERAS, size, needs_subtask=needs_subtask)
 
 
 def source(path: str | Path, **fields: object) -> LeRobotSource:

@@ -26,13 +26,13 @@ def load_sources(cfg: TrainConfig, locate: Locate = as_given) -> tuple[TrainingS
     `locate` turns the paths of the config into those of datasets. Raises UserError in one line for anything that does not fit.
     """
     model, data = cfg.model, cfg.data
-    says_text = get_template(cfg.text.template).target is not None
+    needs_subtask = get_template(cfg.text.template).target is not None
     entries = [(data.path, 1.0), *map(_mixed_in, data.mix)]
     loaded = []
     for i, (path, _) in enumerate(entries):
         one = dataclasses.replace(data, path=locate(path, data.cache_dir), episodes=() if i else data.episodes)
         loaded.append(
-            load_lerobot(one, model.action_horizon, model.cameras, model.siglip.image_size, says_text=says_text)
+            load_lerobot(one, model.action_horizon, model.cameras, model.siglip.image_size, needs_subtask=needs_subtask)
         )
     train, held_out, remarks = zip(*loaded, strict=True)
     if not data.mix:

@@ -162,7 +162,7 @@ def test_unlabelled_frames_are_skipped_counted_and_named(tmp_path):
     train, _, remarks = sources(path)
     assert len(train) == 57 and "3 of 60" in remarks[0] and f"{file}: episode 1, frame 2" in remarks[0]
     # A model that says nothing uses them.
-    assert len(sources(path, says_text=False)[0]) == 60
+    assert len(sources(path, needs_subtask=False)[0]) == 60
 
 
 def test_episodes_can_be_chosen_and_are_held_out_whole():
@@ -261,7 +261,7 @@ def test_cameras_map_by_name_by_pair_or_to_nothing():
     with pytest.raises(UserError, match="all are none"):
         map_cameras(meta, ("a",), ("a=none",))
     cfg = LeRobotData(str(GOLDEN / "v30_video"), ("x=base_0_rgb", "y=none"), held_out=0.0, frames="decode")
-    sample = load_lerobot(cfg, 2, ("x", "y"), (64, 64), says_text=True)[0][0]
+    sample = load_lerobot(cfg, 2, ("x", "y"), (64, 64), needs_subtask=True)[0][0]
     assert list(sample["images"]) == ["x"] and sample["masked"] == ("y",)
 
 

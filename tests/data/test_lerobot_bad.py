@@ -150,7 +150,7 @@ def test_features_that_are_not_there_are_listed(tmp_path):
 
 def test_episodes_shorter_than_a_chunk_are_padded_and_reported():
     cfg = LeRobotData(str(GOLDEN / "v30_video"), held_out=0.0, frames="decode")
-    data, _, remarks = load_lerobot(cfg, 21, CAMERAS, (64, 64), says_text=True)
+    data, _, remarks = load_lerobot(cfg, 21, CAMERAS, (64, 64), needs_subtask=True)
     assert any(
         "2 of 3 episodes are shorter than a chunk of 21 actions and padded (first: episode 0, 20" in r for r in remarks
     )
@@ -163,4 +163,4 @@ def test_labels_that_are_all_empty_are_no_labels(tmp_path):
     edit_column(path / DATA_3, "language_persistent", lambda c: c.__setitem__(slice(None), [[]] * 60))
     with pytest.raises(UserError, match="no subtask labels .*language"):
         read_everything(path)
-    assert len(sources(path, says_text=False)[0]) == 60
+    assert len(sources(path, needs_subtask=False)[0]) == 60

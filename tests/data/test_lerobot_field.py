@@ -155,7 +155,7 @@ def test_texts_that_are_not_used_are_not_read(capsys, tmp_path):
     for name in ("tasks", "subtasks"):
         (path / f"meta/{name}.parquet").write_bytes(b"PAR1")
     assert "60 rows" in printed(capsys, "stats", path)
-    data = source(path, prompt="tidy up", says_text=False, subtasks="none")
+    data = source(path, prompt="tidy up", needs_subtask=False, subtasks="none")
     assert data[0]["prompt"] == "tidy up"
     with pytest.raises(SystemExit):
         main(["inspect", str(path)])

@@ -35,7 +35,7 @@ def write(out, episodes, images="png", subtasks="both"):
 
 def read_back(path, **fields):
     cfg = LeRobotData(**({"path": str(path), "held_out": 0.0, "frames": "decode"} | fields))
-    return load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), says_text=True)[0]
+    return load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), needs_subtask=True)[0]
 
 
 @pytest.mark.parametrize("subtasks", ["both", "index", "language"])
@@ -155,7 +155,7 @@ def test_files_roll_over_and_each_episode_is_found_in_its_own(tmp_path, images, 
     if images == "h264":
         assert len({e.videos["cam"].path for e in meta.episodes}) > 1
     cfg = LeRobotData(str(tmp_path / "out"), held_out=0.0, frames="decode")
-    data = load_lerobot(cfg, 2, ("cam",), (16, 16), says_text=True)[0]
+    data = load_lerobot(cfg, 2, ("cam",), (16, 16), needs_subtask=True)[0]
     for i, e in enumerate(np.repeat(range(5), range(3, 8))):
         assert data[i]["state"] == e and data[i]["prompt"] == f"task {e}"
         assert abs(int(data[i]["images"]["cam"].mean()) - 20 * e) < 4
@@ -187,7 +187,7 @@ def test_commanded_episodes_are_never_held_out(tmp_path, episodes):
     """Their text does not follow from the prompt, so nobody could be judged by it."""
     marked = [dataclasses.replace(e, commanded=i in (0, 1, 3)) for i, e in enumerate(episodes)]
     cfg = LeRobotData(str(write(tmp_path / "out", marked)), held_out=0.2, frames="decode")
-    train, held_out, _ = load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), says_text=True)
+    train, held_out, _ = load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), needs_subtask=True)
     of = np.repeat(np.arange(4), [len(e.state) for e in episodes])
     np.testing.assert_array_equal(held_out.rows, np.flatnonzero(of == 2))
     np.testing.assert_array_equal(train.rows, np.flatnonzero(of != 2))

@@ -26,7 +26,7 @@ SMALL = Demonstrations(episodes=3, seed=7, image_size=(16, 16), commanded=0.5)
 def read(path: str | Path) -> LeRobotSource:
     """All frames, as recorded."""
     cfg = LeRobotData(str(path), held_out=0.0, frames="decode")
-    return load_lerobot(cfg, 3, CAMERAS, (16, 16), says_text=True)[0]
+    return load_lerobot(cfg, 3, CAMERAS, (16, 16), needs_subtask=True)[0]
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def test_a_recording_comes_back_through_the_reader_as_robot_libero(tmp_path):
     root = write_libero(tmp_path / "out", iter(episodes), (16, 16), images="png")
     cameras = tuple(ROBOTS["libero"].cameras.values())
     cfg = as_data(ROBOTS["libero"], LeRobotData(str(root), held_out=0.0, frames="decode"), cameras, kind="pi05")
-    source = load_lerobot(cfg, 4, cameras, (16, 16), says_text=True)[0]
+    source = load_lerobot(cfg, 4, cameras, (16, 16), needs_subtask=True)[0]
     assert len(source) == 12
     for i, (episode, t) in enumerate((e, t) for e in episodes for t in range(len(e.state))):
         sample = source[i]

@@ -84,7 +84,7 @@ def test_a_disturbed_demonstration_succeeds_and_reads_back(world, tmp_path):
     root = write_libero(tmp_path / "out", [episode], (64, 64))
     cameras = tuple(ROBOTS["libero"].cameras.values())
     cfg = as_data(ROBOTS["libero"], LeRobotData(str(root), held_out=0.0, frames="decode"), cameras, kind="pi05")
-    source = load_lerobot(cfg, 4, cameras, (64, 64), says_text=True)[0]
+    source = load_lerobot(cfg, 4, cameras, (64, 64), needs_subtask=True)[0]
     assert len(source) == len(episode.state)
     for i in range(0, len(source), 40):
         assert source[i]["subtask"] == episode.subtasks[i]

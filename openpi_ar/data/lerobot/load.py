@@ -25,7 +25,7 @@ from openpi_ar.lookup import matches
 
 
 def load_lerobot(
-    cfg: LeRobotData, horizon: int, cameras: Sequence[str], size: tuple[int, int], *, says_text: bool
+    cfg: LeRobotData, horizon: int, cameras: Sequence[str], size: tuple[int, int], *, needs_subtask: bool
 ) -> tuple[LeRobotSource, LeRobotSource, list[str]]:
     """(training source, held-out source, remarks for the user). Decodes and caches the frames on first use.
 
@@ -33,7 +33,7 @@ def load_lerobot(
         horizon: actions in a sample.
         cameras: the model's camera names.
         size: height and width that frames are cached at.
-        says_text: the model learns to say the subtask; frames without one are then skipped, and counted in the remarks.
+        needs_subtask: the model learns to write the subtask; frames without one are then skipped, and counted in the remarks.
 
     Raises:
         UserError: anything in the dataset or the config that does not fit; names file, episode and frame.
@@ -54,7 +54,7 @@ def load_lerobot(
     table = _table(cfg, frames, mapping, source, size)
     remarks = _completed(meta, cfg, mapping)
     usable = np.ones(len(frames), bool)
-    if says_text:
+    if needs_subtask:
         usable = _labelled(table, source)
         if not usable.all():
             first = frames.where(int(np.argmin(usable)))
