@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import hashlib
+import os
 from pathlib import Path
 import platform
 from typing import Any
@@ -17,8 +18,8 @@ _SHORTEST_S = 0.2
 def keep_compiled_programs() -> Path | None:
     """Has JAX write compiled programs to `<cache_root>/xla/<processor>` and read them from there.
 
-    Nothing changes if JAX has such a directory already (`JAX_COMPILATION_CACHE_DIR`) or is told to keep none
-    (`JAX_ENABLE_COMPILATION_CACHE=false`). Returns the directory in use, None if there is none.
+    JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false` (write none) and
+    `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`. Returns the directory in use, None if there is none.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
@@ -26,7 +27,8 @@ def keep_compiled_programs() -> Path | None:
     if directory is None:
         directory = str(cache_root() / "xla" / _processor())
         jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_S)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_S)
     return Path(directory)
 
 

@@ -32,7 +32,17 @@ def test_a_directory_of_its_own_for_each_processor(options, tmp_path, monkeypatc
     assert other is not None and other.parent == used.parent and other != used
 
 
-def test_what_jax_was_told_is_left_alone(options, tmp_path):
+def test_what_jax_was_told_is_left_alone(options, tmp_path, monkeypatch):
+    shortest = "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.setenv("OPENPI_AR_CACHE", str(tmp_path))
+    for environment in ({shortest.upper(): "0"}, {}):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update(shortest, 0.0)
+        compilation.keep_compiled_programs()
+        assert (jax.config.values[shortest] == 0.0) == bool(environment)
+        monkeypatch.delenv(shortest.upper(), raising=False)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert compilation.keep_compiled_programs() == tmp_path / "mine"
     jax.config.update("jax_enable_compilation_cache", False)
