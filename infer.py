@@ -38,7 +38,7 @@ class Args:
     asset_id: str | None = None
     """Which statistics under the checkpoint's `assets/`, if there are several."""
     horizon: int | None = None
-    """Actions in a chunk of a checkpoint that does not say it; default: openpi's for the robot."""
+    """Actions in a chunk of a checkpoint that does not hold it; default: openpi's for the robot."""
     world: str | None = None
     """Simulated world to take observations from and to play in: tabletop or libero; default: the checkpoint's own."""
     seed: int = 0
@@ -52,7 +52,7 @@ class Args:
     observation: Path | None = None
     """Your observation as .npz: an image per camera by its name, `state`, `prompt`; with --robot what it sends, by its keys."""
     subtask: str | None = None
-    """Have the model act as if it had said this."""
+    """Have the model act as if it had generated this."""
     question: str | None = None
     """Ask about the images instead of acting (PaliGemma's VQA prompt)."""
     repeats: int = 0
@@ -70,9 +70,9 @@ class Args:
     blank_images: bool = False
     """Ablation: black images."""
     expert_drives: bool = False
-    """The scripted expert acts and the model only talks: how often is what it says right?"""
+    """The scripted expert acts and the model only generates text: how often is it right?"""
     wrong_subtask: bool = False
-    """Ablation: say "pick up" with a block that is not next, and see which one the hand goes to."""
+    """Ablation: force "pick up" with a block that is not next, and see which one the hand goes to."""
     video: Path | None = None
     """Film the episodes: .mp4 or .gif."""
     plot: Path | None = None
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Everything that can be wrong with the arguments is said before the checkpoint is loaded."""
+    """Plays, acts or answers. What can be wrong with the arguments is reported before the checkpoint is loaded."""
     console = Console(markup=False)
     _check(args)
     from openpi_ar.policy import Policy, observations
@@ -155,7 +155,7 @@ def _check(args: Args) -> None:
 def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
     """The observation that the arguments give, else the world's of this seed with what they do give in its place."""
     if (_sends_its_own(args) and args.world is None) or any(key.startswith("observation") for key in given):
-        return given  # the transform says what is missing, by the robot's names
+        return given  # the transform reports what is missing, by the robot's names
     for name in given.get("images", {}):
         if name not in policy.cameras:
             raise UserError(f"the model has no camera {name!r}: it reads {', '.join(policy.cameras)}")
@@ -164,7 +164,7 @@ def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str,
         obs, _ = make().begin(0)
         return {**obs, **given}
     if "prompt" not in given and args.question is None:
-        raise UserError("the prompt is missing: say what to do with --prompt")
+        raise UserError("the prompt is missing: give the task with --prompt")
     if "state" not in given and args.question is None:
         raise UserError(f"the state is missing: give its {policy.transform.state_stats.dims} numbers with --state")
     return {"prompt": "", **given}
@@ -213,8 +213,8 @@ def _action_names(policy: Policy) -> tuple[str, ...]:
 
 def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> None:
     note = "" if report["text_status"] == "ok" else f"   [{report['text_status']}: the text has no proper end]"
-    said = "answer" if "answer" in report else "subtask"
-    for name, text in (("prompt", report["prompt"]), (said, report[said] + note)):
+    written = "answer" if "answer" in report else "subtask"
+    for name, text in (("prompt", report["prompt"]), (written, report[written] + note)):
         console.print(f"{name + ':':<9}{text}", highlight=False, soft_wrap=True)
     if "actions" in report:
         table = Table("step", *_action_names(policy), title="actions")
@@ -241,7 +241,7 @@ def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
         ax.plot(values, marker="o")
         ax.set_ylabel(name)
     axes[-1, 0].set_xlabel("control step")
-    fig.suptitle(f"{report['prompt']}\nsays: {report['subtask']}", fontsize=9)
+    fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)

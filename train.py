@@ -126,7 +126,7 @@ def make_state(cfg: TrainConfig, placement: Placement, resume_from: Path | None)
         return restore_train_state(resume_from, abstract, placement.replicated)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     if not cfg.init_from:
-        # One program, kept by the compilation cache; eagerly it is a hundred small ones.
+        # One program, stored by the compilation cache; eagerly it is a hundred small ones.
         return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
     model, notes = load_initial(cfg)
     distributed.say(f"starting from {cfg.init_from}", *notes)
@@ -194,7 +194,7 @@ def train(
             data.loader.close()
         if stopping:
             display.line(
-                f"stopped by {stop.signal} at step {step}, saved in {directory / str(step)}; go on with --resume"
+                f"stopped by {stop.signal} at step {step}, saved in {directory / str(step)}; continue with --resume"
             )
         else:
             display.line(f"done: {directory / str(step)}")
@@ -214,8 +214,8 @@ def _lost(error: Exception, directory: Path) -> NoReturn:
 def _kept(directory: Path, checkpoints: CheckpointStore) -> str:
     checkpoints.close()
     step = store.latest_step(directory)
-    kept = "no checkpoint had been saved" if step is None else f"the last good checkpoint is {directory / str(step)}"
-    return f"{kept}; try a lower --optimizer.peak-lr or --optimizer.clip-norm"
+    saved = "no checkpoint had been saved" if step is None else f"the last good checkpoint is {directory / str(step)}"
+    return f"{saved}; try a lower --optimizer.peak-lr or --optimizer.clip-norm"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def _kept(directory: Path, checkpoints: CheckpointStore) -> str:
 
 
 def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
-    """The train step, compiled from shapes alone; what memory the compiler says it takes is printed, and must be there."""
+    """The train step, compiled from shapes alone; the memory that it takes by the compiler's account is printed, and must be there."""
     state = placed_state(cfg, placement)
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps), where)
@@ -257,7 +257,7 @@ def run(argv: Sequence[str]) -> None:
     state, data.loader.position = make_state(cfg, placement, resume_from)
     if int(state.step) >= cfg.num_steps:
         distributed.say(
-            f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to go on"
+            f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to continue"
         )
         return
     directory = experiment.create(cfg, overwrite=overwrite)

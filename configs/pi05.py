@@ -6,7 +6,7 @@ from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_TABLETOP, actions_on
 from openpi_ar.config import LeRobotData
 
 PI05 = dataclasses.replace(actions_only(PI05_SUBTASK), name="pi05")
-# No commanded episodes: without a subtask, only the prompt says what to do.
+# No commanded episodes: without a subtask, the prompt alone decides what to do.
 PI05_TABLETOP = dataclasses.replace(
     actions_only(PI05_SUBTASK_TABLETOP),
     name="pi05_tabletop",
