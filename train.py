@@ -182,7 +182,7 @@ def train(
                 if interrupted:
                     window.restart_clock()
         except FloatingPointError as e:
-            raise FloatingPointError(f"{e}; {_kept(directory, checkpoints)}") from e
+            raise FloatingPointError(f"{e}; {_last_saved(directory, checkpoints)}") from e
         except (jax.errors.JaxRuntimeError, ValueError) as e:
             if distributed.several():  # most likely another process died; closing would wait for it
                 _lost(e, directory)
@@ -211,7 +211,7 @@ def _lost(error: Exception, directory: Path) -> NoReturn:
     distributed.end_alone(1)
 
 
-def _kept(directory: Path, checkpoints: CheckpointStore) -> str:
+def _last_saved(directory: Path, checkpoints: CheckpointStore) -> str:
     checkpoints.close()
     step = store.latest_step(directory)
     saved = "no checkpoint had been saved" if step is None else f"the last good checkpoint is {directory / str(step)}"
