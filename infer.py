@@ -105,8 +105,7 @@ def run(args: Args) -> None:
             report = policy.measure(
                 raw, seed=args.seed, subtask=args.subtask, question=args.question, repeats=args.repeats
             )
-        prompt = raw["prompt"] if policy.robot is None else policy.robot.prompt_of(raw)
-        report = {"prompt": args.question or prompt, **report}
+        report = {"prompt": args.question or policy.robot.prompt(raw), **report}
         _print_result(report, policy, console)
         if args.plot is not None:
             _plot(args.plot, report, policy)

@@ -78,7 +78,7 @@ def dry_run(cfg: TrainConfig, plot: Path | None) -> None:
     check_tokenizer(cfg, tokenizer)
     source, held_out, remarks = load_sources(cfg, datasets.local)
     stats = source.norm_stats(cfg.model.norm_mode)
-    check.dry_run(cfg, source, held_out, InputTransform(cfg, tokenizer, stats), remarks, plot)
+    check.dry_run(cfg, source, held_out, InputTransform.for_training(cfg, tokenizer, stats), remarks, plot)
 
 
 def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) -> Data:
@@ -90,7 +90,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     with distributed.primary_first("data"):
         train, held_out, remarks = load_sources(cfg, datasets.local)
     stats = train.norm_stats(cfg.model.norm_mode) if saved is None else saved.stats
-    transform = InputTransform(cfg, tokenizer, stats)
+    transform = InputTransform.for_training(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
     loader = Loader(
         train,

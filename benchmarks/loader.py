@@ -86,7 +86,7 @@ def bench(cfg: TrainConfig, *, step: bool, workers: Sequence[int] = WORKERS) -> 
         train, _, _ = load_sources(cfg)
         stats, seconds = _timed(lambda: train.norm_stats(cfg.model.norm_mode))
         rates["statistics (rows)"] = len(train) / seconds
-        transform = InputTransform(cfg, load_tokenizer(cfg.text.tokenizer), stats)
+        transform = InputTransform.for_training(cfg, load_tokenizer(cfg.text.tokenizer), stats)
         rates |= _stages(cfg, train, transform)
         for count in workers:
             rates[_loader(count)] = _loader_rate(cfg, train, transform, count)

@@ -6,6 +6,9 @@ Every field is a tyro flag: `python train.py --config debug --model.action-horiz
 import dataclasses
 from typing import Literal
 
+from openpi_ar.data_config import LeRobotData
+from openpi_ar.robot_spec import RobotSpec
+
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
@@ -215,60 +218,6 @@ class DecodeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RobotConfig:
-    """What lies between a robot's numbers and what a model learns, besides normalisation. `--robot` fills it (docs/robots.md)."""
-
-    name: str = ""
-    """For messages."""
-    delta_mask: tuple[int, ...] = ()
-    """Runs of action dimensions: `6 -1` is six that are learnt relative to the state, then one absolute. Dimensions past its
-    end are absolute."""
-    flips: tuple[int, ...] = ()
-    """Signs of the first dimensions of state and actions, 1 or -1."""
-    inverted_grippers: tuple[int, ...] = ()
-    """Dimensions of state and actions that hold grippers of the other sense: x becomes 1 - x."""
-    aloha_grippers: tuple[int, ...] = ()
-    """Dimensions of state and actions that hold ALOHA's grippers: turned into those that pi's base models know."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LeRobotData:
-    """A LeRobot dataset, version 2.1 or 3.0."""
-
-    path: str = ""
-    """Directory of the dataset (the one that holds `meta/`), its name on the Hugging Face hub, or the address of one that a
-    simulated world writes into the cache on first use: `world://tabletop?episodes=1000` (docs/data.md)."""
-    cameras: tuple[str, ...] = ()
-    """`model_camera=feature` pairs; `model_camera=none` masks it, `top|none` does where there is no `top`. A camera that is
-    not named takes the feature of its own name (`base_0_rgb`: `observation.images.base_0_rgb`)."""
-    state: tuple[str, ...] = ("observation.state",)
-    """Features that are the state, side by side; `observation.state[0:7]` takes some of its dimensions."""
-    actions: tuple[str, ...] = ("action",)
-    """Features that are the action, side by side; slices as in `state`."""
-    robot: RobotConfig = RobotConfig()
-    """What is done to states and actions before they are normalised, and undone to the actions of the trained model."""
-    subtasks: str = "auto"
-    """Where subtask labels come from: `index` (`subtask_index` and meta/subtasks.parquet), `language`
-    (`language_persistent`), `task` (the task of each frame), `none`, a feature of texts, or `auto`: what is there."""
-    prompt: str = ""
-    """Said in place of every episode's task."""
-    mix: tuple[str, ...] = ()
-    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. The other fields hold for all of them,
-    `episodes` for `path` alone."""
-    episodes: tuple[int, ...] = ()
-    """Episodes to use; empty: all."""
-    held_out: float = 0.05
-    """Fraction of the episodes that training never sees (at least one); 0: evaluate on training frames."""
-    frames: Literal["cache", "decode"] = "cache"
-    """`cache`: decode every frame once and keep it on disk at the model's image size. `decode`: at every read."""
-    cache_dir: str | None = None
-    """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
-    prompt_swap: float = 0.0
-    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: their actions can
-    only be predicted from the subtask, which makes the conditioning on it real."""
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, cosine decay and global-norm clipping, all from optax."""
 
@@ -308,6 +257,19 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InferenceConfig:
+    """Everything a policy depends on besides parameters, tokenizer and statistics."""
+
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    decode: DecodeConfig = DecodeConfig()
+    robot: RobotSpec | None = None
+    """Whose observations come in and whose actions go out. None: the plain form of `data/inputs.py`."""
+    world: str = ""
+    """Simulated world that the robot lives in; empty: none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything one training run depends on. It travels in the checkpoint's `assets/config.json`."""
 
@@ -319,7 +281,7 @@ class TrainConfig:
     text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     decode: DecodeConfig = DecodeConfig()
-    data: LeRobotData = LeRobotData()
+    data: LeRobotData = dataclasses.field(default_factory=LeRobotData)
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
     frozen: tuple[str, ...] = ()
@@ -355,6 +317,12 @@ class TrainConfig:
     checkpoint_dir: str = "checkpoints"
     tensorboard: bool = False
     wandb: bool = False
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """What a policy of this run depends on."""
+        robot = self.data.reader(self.model.cameras) if self.data.path else None
+        return InferenceConfig(self.model, self.text, self.decode, robot, self.world)
 
 
 @dataclasses.dataclass(frozen=True)

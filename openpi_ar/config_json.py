@@ -1,4 +1,8 @@
-"""A `TrainConfig` as JSON and back: what travels in a checkpoint's `assets/config.json`."""
+"""Configs as JSON and back: what travels in a checkpoint's `assets/config.json`.
+
+The file of a run holds its `TrainConfig`; that of a converted checkpoint an `InferenceConfig`, and says so: `"type":
+"InferenceConfig"`.
+"""
 
 import dataclasses
 import json
@@ -7,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import InferenceConfig, LeRobotData, TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.textfile import read_text
 
@@ -23,20 +27,22 @@ _RENAMED: dict[tuple[str, str], tuple[str, ...]] = {
 _TABLETOP = ("episodes", "seed", "image_size", "noise", "commanded", "asked", "pairs")
 
 
-def dumps(cfg: TrainConfig) -> str:
+def dumps(cfg: TrainConfig | InferenceConfig) -> str:
     """The config as indented JSON, every field written out (defaults may change; a checkpoint must not)."""
-    return json.dumps(_encode(cfg, tagged=False), indent=2) + "\n"
+    return json.dumps(_encode(cfg, tagged=isinstance(cfg, InferenceConfig)), indent=2) + "\n"
 
 
-def loads(text: str, *, source: str = "config.json") -> TrainConfig:
+def loads(text: str, *, source: str = "config.json") -> TrainConfig | InferenceConfig:
     """Inverse of `dumps`. Fields that are absent take their defaults. Raises UserError on unknown or unfit fields."""
     try:
-        return decode(TrainConfig, json.loads(text), source)
+        body = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{source} is not JSON: {e}") from e
+    is_inference = isinstance(body, dict) and body.get(_TYPE) == InferenceConfig.__name__
+    return decode(InferenceConfig if is_inference else TrainConfig, body, source)
 
 
-def read(path: Path) -> TrainConfig:
+def read(path: Path) -> TrainConfig | InferenceConfig:
     """The config in a file, as `loads`. Raises UserError if the file cannot be read, too."""
     return loads(read_text(path), source=str(path))
 
@@ -76,6 +82,11 @@ def _encode(value: Any, *, tagged: bool) -> Any:
 def _upgraded(cls: type, body: dict[str, Any]) -> dict[str, Any]:
     """The fields of `cls` as this version names them, from those of any earlier version."""
     body = {new: value for name, value in body.items() for new in _RENAMED.get((cls.__name__, name), (name,))}
+    robot = body.get("robot")
+    if cls is LeRobotData and isinstance(robot, dict) and "state" not in robot:
+        # Robots said nothing of features then, and these were the defaults.
+        defaults = {"state": ["observation.state"], "actions": ["action"]}
+        body = {name: value for name, value in body.items() if value != defaults.get(name)}
     data = body.get("data")
     if cls is not TrainConfig or not isinstance(data, dict) or data.get(_TYPE) != "TabletopData":
         return body

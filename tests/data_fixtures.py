@@ -7,13 +7,13 @@ import numpy as np
 
 from configs.debug import DEBUG
 from openpi_ar.config import LeRobotData, TrainConfig
-from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import Layout
 from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.frame_cache import CachedReader
 from openpi_ar.data.lerobot.meta import Episode, Meta
 from openpi_ar.data.lerobot.source import LeRobotSource, Table
+from openpi_ar.data.robot import Robot
 from openpi_ar.text.tokenizer import load_tokenizer
 
 LENGTHS = (7, 5, 9, 6)
@@ -55,7 +55,7 @@ def table(shift: int = 0) -> Table:
 def sources(data: Table | None = None) -> tuple[LeRobotSource, LeRobotSource]:
     """(training, held-out): three episodes and one."""
     data = data or table()
-    robot = robots.of_data(DEBUG.data, DEBUG.model.cameras, 4, 4)
+    robot = Robot(DEBUG.data.reader(DEBUG.model.cameras), DEBUG.model.cameras, 4, 4)
     split = sum(LENGTHS[:-1])
     parts = np.arange(split), np.arange(split, sum(LENGTHS))
     train, held_out = (LeRobotSource(data, rows, HORIZON, robot) for rows in parts)
@@ -64,4 +64,4 @@ def sources(data: Table | None = None) -> tuple[LeRobotSource, LeRobotSource]:
 
 def transform(cfg: TrainConfig = PLAIN, **model: object) -> InputTransform:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model))
-    return InputTransform(cfg, load_tokenizer("embedded"), sources()[0].norm_stats())
+    return InputTransform.for_training(cfg, load_tokenizer("embedded"), sources()[0].norm_stats())

@@ -10,7 +10,9 @@ import pytest
 from configs import HELP, PRESETS, get_preset
 from openpi_ar import config_json
 from openpi_ar.config import LeRobotData
+from openpi_ar.data.robots import ROBOTS
 from openpi_ar.errors import UserError
+from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.text.segments import pack
 from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
@@ -103,6 +105,51 @@ def test_json_of_an_older_version_may_use_older_names():
     del body["loss"]["subtask_weight"], body["loss"]["answer_weight"]
     loss = config_json.loads(json.dumps(body | {"loss": body["loss"] | {"text_weight": 0.5}})).loss
     assert (loss.subtask_weight, loss.answer_weight, loss.action_token_weight) == (0.5, 0.5, 1.0)
+
+
+def test_an_inference_config_says_what_it_is():
+    robot = ROBOTS["droid"].of_model("pi05")
+    for cfg in (PRESETS["debug"].inference, dataclasses.replace(PRESETS["debug"].inference, robot=robot)):
+        text = config_json.dumps(cfg)
+        assert json.loads(text)["type"] == "InferenceConfig"
+        assert config_json.loads(text) == cfg
+    with pytest.raises(UserError, match="InferenceConfig has no field exp_name"):
+        config_json.loads(json.dumps({"type": "InferenceConfig", "exp_name": "x"}))
+
+
+def test_robots_of_older_runs_are_read():
+    """Before robots had one schema, a config held these fields of one, and the features beside them."""
+    old = {
+        "type": "LeRobotData",
+        "path": "/x",
+        "cameras": ["base=observation.images.top", "wrist=none"],
+        "state": ["observation.state[0:7]"],
+        "actions": ["action[0:7]"],
+        "prompt": "",
+        "robot": {
+            "name": "arm",
+            "delta_mask": [6, -1],
+            "flips": [1, -1],
+            "inverted_grippers": [6],
+            "aloha_grippers": [],
+        },
+    }
+    body = json.loads(config_json.dumps(PRESETS["debug"])) | {"data": old}
+    plain = config_json.loads(
+        json.dumps(body | {"data": old | {"state": ["observation.state"], "actions": ["action"]}})
+    )
+    assert (plain.data.state, plain.data.actions) == ((), ())  # what were the defaults are so still
+    robot = config_json.loads(json.dumps(body)).data.reader(("base", "wrist"))
+    assert robot == RobotSpec(
+        name="arm",
+        cameras={"observation.images.top": "base"},
+        state={"observation.state[0:7]": 0},
+        actions=("action[0:7]",),
+        delta_mask=(6, -1),
+        flips=(1, -1),
+        inverted_grippers=(6,),
+        unused=("*",),
+    )
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
     [
         (["--state", "1", "2", "3"], ["4 numbers", "[3]"]),
         (["--state", "1", "2", "nan", "4"], ["not finite", "nan"]),
-        (["--images", "front=FRONT"], ["'wrist' is missing", "front, wrist"]),
+        (["--images", "front=FRONT"], ["camera 'wrist' is missing", "reads front, wrist"]),
         (["--images", "front=FRONT", "wrist=WRIST", "top=WRIST"], ["no camera 'top'", "front, wrist"]),
         (["--images", "FRONT"], ["camera=file", "front=a.png"]),
         (["--images", "front=TEXT", "wrist=WRIST"], ["text.txt", "not an image"]),
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line_with_cause_and_remedy(warm, tmp_path, capsys, cha
         ({}, ["prompt is missing"]),
         ({"front": np.zeros((4, 4, 3), np.uint8)}, ["prompt is missing"]),
         ({"front": np.zeros((4, 4, 3), np.uint8), "prompt": "x"}, ["state is missing", "4 numbers"]),
-        ({"state": np.zeros(4), "prompt": "x"}, ["'front' is missing", "no image"]),
+        ({"state": np.zeros(4), "prompt": "x"}, ["camera 'front' is missing", "found no image"]),
         ({"front": np.zeros((4, 4)), "wrist": np.zeros((4, 4)), "prompt": "x", "state": np.zeros(4)}, ["uint8 RGB"]),
         ({"state": np.array([{}])}, ["plain arrays"]),
         (b"hello", ["obs.npz", "plain arrays"]),

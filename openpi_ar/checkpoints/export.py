@@ -19,7 +19,7 @@ from openpi_ar.checkpoints import store
 from openpi_ar.checkpoints.family import Family, expected_shape
 from openpi_ar.checkpoints.load import FAMILIES, Loaded
 from openpi_ar.checkpoints.options import Format
-from openpi_ar.config import ModelConfig, TextConfig, TrainConfig
+from openpi_ar.config import InferenceConfig, ModelConfig, TextConfig
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
 from openpi_ar.params import flatten, unflatten
@@ -119,13 +119,13 @@ def _save_orbax(folder: Path, tree: Any) -> None:
 
 
 def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
-    """The run's config with this model, or, for a checkpoint that is not ours, one that says the model and no more."""
+    """The checkpoint's config with this model; for one that is not ours, an inference config that says the model and no more."""
     folder.mkdir(exist_ok=True)
     own = None if assets is None else assets / store.CONFIG
     if own is not None and own.is_file():
         cfg = config_json.read(own)
     else:
-        cfg = TrainConfig(name="converted", text=TextConfig(tokenizer="paligemma", template="openpi"))
+        cfg = InferenceConfig(text=TextConfig(tokenizer="paligemma", template="openpi"))
     (folder / store.CONFIG).write_text(config_json.dumps(dataclasses.replace(cfg, model=model)))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_ar import config_json
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import InferenceConfig, TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
 from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, save_norm_stats
 from openpi_ar.errors import UserError
@@ -38,11 +38,16 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
-    """What a policy needs besides parameters."""
+    """What a policy needs besides parameters. `config` is of the run that trained it, or of a converted checkpoint."""
 
-    config: TrainConfig
+    config: TrainConfig | InferenceConfig
     tokenizer: Tokenizer
     stats: dict[str, NormStats]
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """What inference needs of the config."""
+        return self.config if isinstance(self.config, InferenceConfig) else self.config.inference
 
 
 def save_assets(folder: Path, assets: Assets) -> None:
@@ -100,7 +105,7 @@ def resolve_step_dir(path: str | Path) -> Path:
     return path
 
 
-def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, VLA, Tokenizer, dict[str, NormStats]]:
+def load_policy_checkpoint(path: str | Path) -> tuple[InferenceConfig, VLA, Tokenizer, dict[str, NormStats]]:
     """(config, model, tokenizer, statistics) of a step or experiment directory; float32 parameters, stacked layers.
 
     Raises UserError naming what is missing or does not fit.
@@ -110,7 +115,7 @@ def load_policy_checkpoint(path: str | Path) -> tuple[TrainConfig, VLA, Tokenize
     abstract = family.abstract(assets.config.model)
     model = load_params(step_dir, abstract)
     check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, assets.config.model.norm_mode)
-    return assets.config, model, assets.tokenizer, assets.stats
+    return assets.inference, model, assets.tokenizer, assets.stats
 
 
 def load_params(step_dir: Path, model: VLA, sharding: jax.sharding.Sharding | None = None) -> VLA:

@@ -92,14 +92,12 @@ def _mapping(cfg: TrainConfig, train: TrainingSource, transform: InputTransform)
 
 
 def _done(transform: InputTransform, what: str, i: int) -> str:
-    robot, done = transform.robot, []
-    if robot is not None:
-        done += ["sign turned"] if i < len(robot.flips) and robot.flips[i] < 0 else []
-        done += ["ALOHA gripper"] if i in robot.aloha_grippers else []
-        done += ["1 - x"] if i in robot.inverted_grippers else []
-        delta = robot.variant(transform.cfg.model.kind).delta
-        if what == "action":
-            done.append("less the chunk's first state" if i < len(delta) and delta[i] else "absolute")
+    robot = transform.robot.spec
+    done = ["sign turned"] if i < len(robot.flips) and robot.flips[i] < 0 else []
+    done += ["ALOHA gripper"] if i in robot.aloha_grippers else []
+    done += ["1 - x"] if i in robot.inverted_grippers else []
+    if what == "action":
+        done.append("less the chunk's first state" if i < len(robot.delta) and robot.delta[i] else "absolute")
     return ", ".join(done)
 
 
@@ -192,7 +190,8 @@ def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -
     for i in np.linspace(0, len(train) - 1, min(_SHOWN, len(train))).astype(int):
         raw = train[int(i)]
         arrays = transform.sample(raw)
-        prompt = transform.prompt_segments(raw, transform.normalised_state(raw))
+        reading = transform.robot.read(raw)
+        prompt = transform.prompt_segments(reading, transform.normalised_state(reading))
         table.add_row(train.where(int(i)), "prompt", *_row(prompt, arrays["prompt"]["valid"]))
         if target := transform.target_segments(raw):
             note = "" if arrays["target"]["loss"].any() else " (not supervised)"
@@ -205,7 +204,7 @@ def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]
 
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
-    tokenizer, text, template, odd = transform.tokenizer, cfg.text, transform.template({}), []
+    tokenizer, text, template, odd = transform.tokenizer, cfg.text, transform.template(), []
     # No state takes more tokens than this one: three digits a dimension.
     longest_state = np.ones(transform.state_stats.dims)
     for task in train.prompts:

@@ -86,7 +86,8 @@ class NormStats:
         )
 
     def first(self, dims: int, what: str) -> "NormStats":
-        """The first `dims` dimensions; the rest of a longer one is padding, as openpi treats it. Raises UserError."""
+        """The first `dims` dimensions, 0: all; the rest of a longer one is padding, as openpi treats it. Raises UserError."""
+        dims = dims or self.dims
         if self.dims < dims:
             raise UserError(
                 f"the statistics of the {what} have {self.dims} dimensions but the robot has {dims}: they are of another "

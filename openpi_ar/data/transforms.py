@@ -23,11 +23,6 @@ _PI_ANGLES = (0.5476, 1.6296)
 _COMMAND_ANGLES = (-0.6213, 1.4910)
 
 
-def make_mask(*runs: int) -> tuple[bool, ...]:
-    """(6, -1) -> six times True, once False: openpi's shorthand for masks."""
-    return tuple(run > 0 for run in runs for _ in range(abs(run)))
-
-
 def to_delta(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
     """Actions [... A X] relative to state [... P], both in real units, where the mask says so.
 

@@ -13,13 +13,13 @@ from flax import nnx
 from openpi_ar.checkpoints import remote, store
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.compilation import keep_compiled_programs
-from openpi_ar.config import LeRobotData, LossConfig, ModelConfig, TextConfig, TrainConfig
+from openpi_ar.config import InferenceConfig, ModelConfig, TextConfig
 from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats
-from openpi_ar.data.robot_spec import RobotSpec
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.policy import Policy
+from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 
 # openpi's Pi0Config.max_token_len: pi0's prompt does not carry the state.
@@ -29,11 +29,10 @@ _PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
 class PolicyParts(NamedTuple):
     """Arguments of `Policy`; layers stacked."""
 
-    cfg: TrainConfig
+    cfg: InferenceConfig
     model: VLA
     tokenizer: Tokenizer
     stats: dict[str, NormStats]
-    robot: RobotSpec | None
 
 
 def load(
@@ -70,8 +69,8 @@ def load_policy_parts(
     if _is_ours(path):
         if asset_id is not None or horizon is not None:
             raise UserError(f"{path} says its statistics and its horizon itself: leave out --asset-id and --horizon")
-        parts = PolicyParts(*store.load_policy_checkpoint(path), spec)
-        return parts if spec is None else parts._replace(robot=_unless_its_own(parts.cfg, spec, path))
+        parts = PolicyParts(*store.load_policy_checkpoint(path))
+        return parts if spec is None else parts._replace(cfg=_with_robot(parts.cfg, spec, path))
     if spec is None:
         _refuse_without_robot(path)
         raise AssertionError("a checkpoint that is not ours was read as ours")
@@ -89,7 +88,7 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
         assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
         mode = assets.stats["state"].mode
         check_mode(step / "assets" / store.NORM_STATS, mode, assets.config.model.norm_mode)
-        return PolicyParts(assets.config, loaded.model, assets.tokenizer, assets.stats, spec)
+        return PolicyParts(_with_robot(assets.inference, spec, path), loaded.model, assets.tokenizer, assets.stats)
     if loaded.kind == "paligemma":
         raise UserError(
             f"{path} is a PaliGemma checkpoint: it has no trained action expert, so it cannot drive a robot"
@@ -97,27 +96,14 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
     root = _root(loaded.path)
     folder = find_norm_stats(root, asset_id=asset_id, known=spec.asset_ids)
     stats = load_norm_stats(folder, required_mode=loaded.config.norm_mode)
-    variant = spec.variant(loaded.config.kind)
+    kind = loaded.config.kind
+    variant = spec.variant(kind)
     if horizon is None:
         horizon = loaded.config.action_horizon if loaded.tells_horizon else variant.horizon
-    model_cfg = dataclasses.replace(loaded.config, action_horizon=horizon)
-    return PolicyParts(_train_config(model_cfg, spec), _with_config(loaded.model, model_cfg), tokenizer, stats, spec)
-
-
-def _train_config(model: ModelConfig, spec: RobotSpec) -> TrainConfig:
-    """The run that would have made this checkpoint, as far as inference can tell."""
-    kind = model.kind
-    return TrainConfig(
-        name=f"{kind}_{spec.name}",
-        model=model,
-        text=TextConfig(
-            tokenizer="paligemma",
-            template=spec.variant(model.kind).template,
-            max_prompt_tokens=_PROMPT_TOKENS[kind],
-        ),
-        loss=LossConfig(average_padded_dims=True),
-        data=LeRobotData(),
-    )
+    model = dataclasses.replace(loaded.config, action_horizon=horizon)
+    text = TextConfig("paligemma", variant.template, max_prompt_tokens=_PROMPT_TOKENS[kind])
+    cfg = InferenceConfig(model, text, robot=spec.of_model(kind))
+    return PolicyParts(cfg, _with_config(loaded.model, model), tokenizer, stats)
 
 
 def _with_config(model: VLA, cfg: ModelConfig) -> VLA:
@@ -135,13 +121,12 @@ def _is_ours(path: str | Path) -> bool:
         return False
 
 
-def _unless_its_own(cfg: TrainConfig, spec: RobotSpec, path: str | Path) -> RobotSpec | None:
-    """None: the checkpoint's own robot, which its statistics belong to."""
-    if not cfg.data.robot.name:
-        return spec
-    if cfg.data.robot.name != spec.name:
-        raise UserError(f"{path} was trained for robot {cfg.data.robot.name!r}, not {spec.name!r}: leave out --robot")
-    return None
+def _with_robot(cfg: InferenceConfig, spec: RobotSpec, path: str | Path) -> InferenceConfig:
+    """The config for this robot; unchanged if the checkpoint has a robot of that name, which its statistics belong to."""
+    own = cfg.robot.name if cfg.robot is not None else ""
+    if own and own != spec.name:
+        raise UserError(f"{path} was trained for robot {own!r}, not {spec.name!r}: leave out --robot")
+    return cfg if own else dataclasses.replace(cfg, robot=spec.of_model(cfg.model.kind))
 
 
 def _refuse_without_robot(path: str | Path) -> None:

@@ -19,10 +19,10 @@ from openpi_ar.algorithms.act import STAGES
 from openpi_ar.algorithms.flow import flow_table
 from openpi_ar.algorithms.sampling import AllowedIds, Sampling
 from openpi_ar.compilation import run_once
-from openpi_ar.config import TrainConfig
-from openpi_ar.data.inputs import Arrays, InputTransform, collate
+from openpi_ar.config import InferenceConfig
+from openpi_ar.data.inputs import InputTransform, collate
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robot_spec import RobotSpec
+from openpi_ar.data.robot import Reading, Robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.host import (
@@ -34,7 +34,7 @@ from openpi_ar.policy.host import (
 )
 from openpi_ar.policy.programs import Drawn, Programs, stacked_drafts
 from openpi_ar.policy.session import Session, one_for_each_row
-from openpi_ar.text.templates import Template, text_status
+from openpi_ar.text.templates import text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Observation, Tokens
 
@@ -46,12 +46,10 @@ class Policy:
     """A trained model as a function of observations. It remembers nothing: what lasts is a `Session` of the caller.
 
     Args:
-        cfg: the run's configuration.
+        cfg: model, text, decoding and robot; of a run `TrainConfig.inference`.
         model: its parameters, layers stacked; brought into the inference form here, once.
         tokenizer: the checkpoint's.
         stats: normalisation statistics of "state" and "actions".
-        robot: takes this robot's observations as it sends them and gives actions that it can execute. None: the robot whose
-            dataset it was trained on.
 
     Raises:
         UserError: tokenizer, statistics or robot do not fit the model.
@@ -59,11 +57,10 @@ class Policy:
 
     def __init__(
         self,
-        cfg: TrainConfig,
+        cfg: InferenceConfig,
         model: VLA,
         tokenizer: Tokenizer,
         stats: Mapping[str, NormStats],
-        robot: RobotSpec | None = None,
     ):
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
@@ -71,8 +68,8 @@ class Policy:
                 "use the tokenizer that the model was trained with"
             )
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.transform = InputTransform(cfg, tokenizer, stats, robot)
-        self.robot = robot = self.transform.robot
+        self.transform = InputTransform(cfg, tokenizer, stats)
+        self.robot: Robot = self.transform.robot
         dtype = inference_dtype(cfg.decode.dtype)
         self._model = run_once(lambda m: m.for_inference(dtype), model)
         self._table = jax.jit(lambda m: flow_table(m, cfg.decode.denoise_steps))(self._model)
@@ -179,11 +176,11 @@ class Policy:
             timing: as in `infer`.
         """
         start = time.perf_counter()
-        rows = self._observations(raws)
-        sessions = one_for_each_row(sessions, len(rows), seed)
-        obs, text = self._stack(rows, batch_size), self._forced_text(subtasks, len(rows), batch_size)
+        readings = [self.robot.read(raw) for raw in raws]
+        sessions = one_for_each_row(sessions, len(readings), seed)
+        obs, text = self._observation(readings, batch_size), self._forced_text(subtasks, len(readings), batch_size)
         drawn = self._drawn(sessions, obs.images.shape[0], noise)
-        drafts = [session.draft for session in sessions] + [sessions[0].draft] * (len(obs.images) - len(rows))
+        drafts = [session.draft for session in sessions] + [sessions[0].draft] * (len(obs.images) - len(readings))
         draft = None
         if text is None and self._programs.drafts:
             draft = stacked_drafts(drafts, self._programs.budget)
@@ -197,12 +194,12 @@ class Policy:
         chunks, ids, valid = (np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid))
         for row, (session, key) in enumerate(zip(sessions, np.asarray(drawn.next_keys), strict=False)):
             session.advance(key, (ids[row], valid[row]) if text is None else None, chunks[row])
-        actions = self.transform.actions_to_real(chunks[: len(rows)], raws)
+        actions = self.transform.actions_to_real(chunks[: len(readings)], readings)
         ms["total"] = milliseconds(time.perf_counter() - start)
         results = []
-        for row in range(len(rows)):
-            said, status = self._read(self.transform.template(raws[row]), ids[row][valid[row]].tolist())
-            results.append({"subtask": said, "text_status": status, "actions": actions[row], "timing": ms})
+        for row, reading in enumerate(readings):
+            written, status = self._read(reading, ids[row][valid[row]])
+            results.append({"subtask": written, "text_status": status, "actions": actions[row], "timing": ms})
         return results
 
     def answer(self, raw: Raw, question: str, *, seed: int = 0) -> Result:
@@ -217,15 +214,12 @@ class Policy:
             `answer`, `text_status` and `timing` as in `infer`.
         """
         start = time.perf_counter()
-        raw = {**raw, "question": question, "template": "vqa"}
-        row = self.transform.observation(raw)
+        reading = self.robot.read({**raw, "question": question, "template": "vqa"})
         keys = self._drawn([Session(seed)], 1, None).text_keys
-        out, ms = self._programs.answer(self._model, self._stack([row], None), keys)
+        out, ms = self._programs.answer(self._model, self._observation([reading], None), keys)
         ms["total"] = milliseconds(time.perf_counter() - start)
-        said, status = self._read(
-            self.transform.template(raw), np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist()
-        )
-        return {"answer": said, "text_status": status, "timing": ms}
+        answer, status = self._read(reading, np.asarray(out.ids)[0][np.asarray(out.valid)[0]])
+        return {"answer": answer, "text_status": status, "timing": ms}
 
     def measure(
         self,
@@ -271,15 +265,12 @@ class Policy:
         given = np.broadcast_to(given, (rows, *chunk))
         return drawn._replace(noise=np.concatenate([given, *[given[:1]] * (batch - rows)]))
 
-    def _observations(self, raws: Sequence[Raw]) -> list[Arrays]:
-        if self._resizes:
-            rows = [self.transform.observation(raw, resize=False) for raw in raws]
-            if len({row["images"].shape for row in rows}) == 1:
-                return rows
-        return [self.transform.observation(raw) for raw in raws]
-
-    def _stack(self, rows: list[Arrays], batch_size: int | None) -> Observation:
-        missing = _missing(len(rows), batch_size)
+    def _observation(self, readings: Sequence[Reading], batch_size: int | None) -> Observation:
+        """The batch's observation, in as few tokens as it takes. Rows of padding are the first row."""
+        missing = _missing(len(readings), batch_size)
+        # Images of one size are resized on the device, where that costs the control loop nothing.
+        native = self._resizes and len({image.shape for reading in readings for image in reading.images.values()}) == 1
+        rows = [self.transform.arrays(reading, resize=not native) for reading in readings]
         obs = collate([*rows, *rows[:1] * missing])
         assert isinstance(obs, Observation)
         return shrink(obs, self.cfg.decode.prompt_buckets)
@@ -297,8 +288,10 @@ class Policy:
         targets += targets[:1] * _missing(rows, batch_size)
         return Tokens(**{name: jnp.asarray(np.stack([t[name] for t in targets])) for name in targets[0]})
 
-    def _read(self, template: Template, ids: list[int]) -> tuple[str, str]:
-        return template.parse(self.tokenizer, ids), text_status(ids, self.tokenizer.eos_id)
+    def _read(self, reading: Reading, ids: np.ndarray) -> tuple[str, str]:
+        """The text of generated ids, and whether it has a proper end."""
+        text = self.transform.template(reading.template).parse(self.tokenizer, ids.tolist())
+        return text, text_status(ids.tolist(), self.tokenizer.eos_id)
 
 
 def _missing(rows: int, batch_size: int | None) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from openpi_ar.algorithms.act import Act, act, talk
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.sampling import Sampling
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import InferenceConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.host import Stopwatch
 from openpi_ar.types import Array, Observation, Tokens
@@ -51,7 +51,7 @@ class Programs:
         answers: of the text of an answer.
     """
 
-    def __init__(self, cfg: TrainConfig, sampling: Sampling, answers: Sampling):
+    def __init__(self, cfg: InferenceConfig, sampling: Sampling, answers: Sampling):
         self._steps, self._sampling, self._answers = cfg.decode.denoise_steps, sampling, answers
         self.budget = sampling.max_new_tokens
         self.drafts = cfg.decode.draft and sampling.greedy and self.budget > 0

@@ -89,10 +89,11 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
 
 
 def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfig:
-    from openpi_ar.data.robots import as_data, get_robot
+    from openpi_ar.data.robots import get_robot
 
-    data = as_data(get_robot(robot), preset.data, cfg.model.cameras, kind=cfg.model.kind)
-    return dataclasses.replace(preset, data=data)
+    spec = get_robot(robot).of_model(cfg.model.kind)
+    spec.check_cameras(cfg.model.cameras)
+    return dataclasses.replace(preset, data=dataclasses.replace(preset.data, robot=spec))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Evaluator:
         )
         raw, _ = self._batches[0]
         self._acting = np.array([r.get("actions") is not None for r in raw])
-        self._writing = np.array([transform.template(r).target is not None for r in raw])
+        self._writing = np.array([transform.template(r.get("template")).target is not None for r in raw])
         tokenizer = transform.tokenizer
         self._loss = make_eval_loss(cfg.loss)
         # A model may have more embeddings than the tokenizer has pieces; they are no text.
@@ -77,7 +77,7 @@ class Evaluator:
         exact: dict[str, list[bool]] = {}
         texts = []
         for i in np.flatnonzero(self._writing).tolist():
-            template = self._transform.template(raw[i])
+            template = self._transform.template(raw[i].get("template"))
             truth = template.canonical(raw[i][template.key])
             text = template.parse(self._transform.tokenizer, ids[i][valid[i]].tolist())
             exact.setdefault(template.key, []).append(truth == text)
@@ -86,8 +86,8 @@ class Evaluator:
 
     def _real_actions(self, raw: Sequence[dict], act: Act, rows: np.ndarray) -> np.ndarray:
         """Actions of these rows (bool [B]) in the robot's units."""
-        chosen = [r for r, wanted in zip(raw, rows, strict=True) if wanted]
-        return self._transform.actions_to_real(np.asarray(act.actions)[rows], chosen)
+        readings = [self._transform.robot.read(raw[i]) for i in np.flatnonzero(rows).tolist()]
+        return self._transform.actions_to_real(np.asarray(act.actions)[rows], readings)
 
     def _action_errors(self, raw: Sequence[dict], act: Act) -> dict[str, float]:
         if not self._acting.any():

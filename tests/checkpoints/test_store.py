@@ -40,7 +40,7 @@ def test_policy_gets_the_average_and_the_assets(experiment):
     cfg, model, tokenizer, stats = store.load_policy_checkpoint(directory)
     assert_same(model, newest.ema)
     assert not np.array_equal(model.action_in.kernel[...], newest.model.action_in.kernel[...])
-    assert cfg == CFG
+    assert cfg == CFG.inference
     assert tokenizer.model_bytes == load_tokenizer("embedded").model_bytes
     np.testing.assert_array_equal(stats["actions"].q99, tabletop_stats()["actions"].q99)
 

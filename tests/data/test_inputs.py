@@ -51,14 +51,14 @@ def test_sample_masks_padding_and_episode_end():
     np.testing.assert_array_equal(arrays["action_mask"][0], [True] * 4 + [False] * 2)
     assert not arrays["action_mask"][1:].any()
     np.testing.assert_array_equal(arrays["actions"][:, 4:], 0)
-    every = dataclasses.replace(t.cfg, loss=dataclasses.replace(t.cfg.loss, average_padded_dims=True))
-    assert transform(every).sample(end)["action_mask"][0].all()
+    every = dataclasses.replace(PLAIN, loss=dataclasses.replace(PLAIN.loss, average_padded_dims=True))
+    assert transform(every, action_dim=6).sample(end)["action_mask"][0].all()
 
 
 def test_actions_round_trip_to_real_units():
     t = transform(action_dim=6)
     sample = raw()
-    real = t.actions_to_real(t.sample(sample)["actions"])
+    real = t.actions_to_real(t.sample(sample)["actions"][None], [t.robot.read(sample)])[0]
     assert real.shape == (HORIZON, 4)
     np.testing.assert_allclose(real, sample["actions"], atol=1e-4)
 
@@ -145,11 +145,17 @@ FRONT = np.zeros((32, 32, 3), np.uint8)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"images": {"front": FRONT}}, "camera 'wrist' is missing: .*front, wrist.* has front"),
-        ({"images": {"front": FRONT, "wrist": FRONT.astype(np.float32)}}, "camera 'wrist' must be a uint8 .*float32"),
+        (
+            {"images": {"front": FRONT}},
+            "camera 'wrist' is missing: the model reads images/front, images/wrist; found images/front",
+        ),
+        (
+            {"images": {"front": FRONT, "wrist": FRONT + 2.0}},
+            "camera 'images/wrist': a float image must lie in .*divide by 255",
+        ),
         ({"images": {"front": FRONT[0], "wrist": FRONT}}, r"camera 'front' .*\[32, 3\]"),
         ({"images": {"front": FRONT[..., :1], "wrist": FRONT}}, r"camera 'front' .*\[32, 32, 1\]"),
-        ({"images": None}, "must map camera names"),
+        ({"images": None}, "camera 'front' is missing"),
         ({"masked": ["front", "wrist"]}, "every camera is masked"),
         ({"state": np.zeros(3)}, r"must be 4 numbers, found float64 \[3\]"),
         ({"state": np.array([0, 0, np.nan, 0])}, "not finite"),

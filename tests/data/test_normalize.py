@@ -108,9 +108,9 @@ def test_openpis_file_is_written_back_digit_for_digit(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["norm_stats.json"]
 
 
-@pytest.mark.parametrize(("stored", "needed", "model"), [("z_score", True, "pi0.5"), ("quantile", False, "pi0 ")])
+@pytest.mark.parametrize(("stored", "needed", "model"), [("z_score", "pi05", "pi0.5"), ("quantile", "pi0", "pi0 ")])
 def test_a_stored_mode_that_the_model_was_not_trained_with_is_refused(tmp_path, stored, needed, model):
-    required = ModelConfig(pi05=needed).norm_mode
+    required = ModelConfig(pi05=needed == "pi05").norm_mode
     stats = {name: normalize.compute_stats(ROWS, stored) for name in ("state", "actions")}
     normalize.save_norm_stats(tmp_path, stats)
     with pytest.raises(UserError, match=rf'norm_stats.json.* mode {stored}, but {model}.*{required}.*write "mode"'):

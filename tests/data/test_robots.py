@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.debug import DEBUG
-from openpi_ar.config import TrainConfig
+from openpi_ar.config import InferenceConfig
 from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.normalize import NormStats
@@ -21,18 +21,13 @@ RNG = np.random.default_rng(0)
 FLIPS = np.array([1, -1, -1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1])
 
 
-def config(robot: str, pi05: bool, horizon: int = 5) -> TrainConfig:
-    return dataclasses.replace(
-        DEBUG,
-        model=dataclasses.replace(
-            DEBUG.model, pi05=pi05, cameras=CAMERAS, state_dim=32, action_dim=32, action_horizon=horizon
-        ),
-        text=dataclasses.replace(
-            DEBUG.text,
-            template=robots.get_robot(robot).variant("pi05" if pi05 else "pi0").template,
-            max_prompt_tokens=200,
-        ),
+def config(robot: str, pi05: bool, horizon: int = 5) -> InferenceConfig:
+    spec, kind = robots.get_robot(robot), "pi05" if pi05 else "pi0"
+    model = dataclasses.replace(
+        DEBUG.model, pi05=pi05, cameras=CAMERAS, state_dim=32, action_dim=32, action_horizon=horizon
     )
+    text = dataclasses.replace(DEBUG.text, template=spec.variant(kind).template, max_prompt_tokens=200)
+    return InferenceConfig(model, text, robot=spec.of_model(kind))
 
 
 def statistics(dims: int, pi05: bool) -> dict[str, NormStats]:
@@ -47,9 +42,11 @@ def statistics(dims: int, pi05: bool) -> dict[str, NormStats]:
 
 
 def transform(robot: str, pi05: bool, dims: int = 32) -> InputTransform:
-    return InputTransform(
-        config(robot, pi05), load_tokenizer("embedded"), statistics(dims, pi05), robots.get_robot(robot)
-    )
+    return InputTransform(config(robot, pi05), load_tokenizer("embedded"), statistics(dims, pi05))
+
+
+def in_real_units(t: InputTransform, actions: np.ndarray, raws: list[dict]) -> np.ndarray:
+    return t.actions_to_real(actions, [t.robot.read(raw) for raw in raws])
 
 
 def normalised(x: np.ndarray, s: NormStats) -> np.ndarray:
@@ -207,10 +204,10 @@ def test_aloha_actions_are_openpis(pi05):
     want[:, relative] += aloha_state()[relative]
     want *= FLIPS
     want[:, [6, 13]] = (want[:, [6, 13]] + 0.5476 + 0.6213) / (1.4910 + 0.6213)
-    got = transform("aloha", pi05).actions_to_real(model, [aloha_raw()])
+    got = in_real_units(transform("aloha", pi05), model, [aloha_raw()])
     assert got.shape == (1, 5, 14) and got.dtype == np.float32
     np.testing.assert_allclose(got[0], want, atol=1e-5)
-    absolute = transform("aloha_sim", pi05).actions_to_real(model, [aloha_raw()])
+    absolute = in_real_units(transform("aloha_sim", pi05), model, [aloha_raw()])
     np.testing.assert_allclose(absolute[0, :, [6, 13]], want[:, [6, 13]].T, atol=1e-5)
     assert np.abs(absolute[0] - want).max() > 0.1
 
@@ -223,7 +220,7 @@ def test_single_arm_actions_are_openpis(name, pi05, relative):
     dims = robots.get_robot(name).action_dims
     want = unnormalised(model, statistics(32, pi05)["actions"])[..., :dims]
     want[..., :relative] += np.linspace(-1, 1, 8)[:relative]
-    got = transform(name, pi05).actions_to_real(model, [RAWS[name]()] * 2)
+    got = in_real_units(transform(name, pi05), model, [RAWS[name]()] * 2)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -233,16 +230,16 @@ def test_training_sees_the_inverse_of_what_inference_gives(name, pi05):
     t, raw = transform(name, pi05), RAWS[name]()
     actions = RNG.uniform(0.1, 0.9, (5, robots.get_robot(name).action_dims))
     sample = {**raw, "actions": actions, "action_valid": np.ones(5, bool), "subtask": "x"}
-    np.testing.assert_allclose(t.actions_to_real(t.sample(sample)["actions"][None], [raw])[0], actions, atol=1e-5)
+    np.testing.assert_allclose(in_real_units(t, t.sample(sample)["actions"][None], [raw])[0], actions, atol=1e-5)
 
 
 def test_each_row_is_relative_to_its_own_state():
     t = transform("aloha", True)
     raws = [aloha_raw(), aloha_raw(state=np.zeros(14))]
     model = np.repeat(RNG.normal(size=(1, 5, 32)), 2, axis=0)
-    both = t.actions_to_real(model, raws)
+    both = in_real_units(t, model, raws)
     for i, raw in enumerate(raws):
-        np.testing.assert_allclose(both[i], t.actions_to_real(model[i : i + 1], [raw])[0], atol=1e-6)
+        np.testing.assert_allclose(both[i], in_real_units(t, model[i : i + 1], [raw])[0], atol=1e-6)
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
@@ -278,8 +275,8 @@ def without(raw: dict, *keys: str) -> dict:
 @pytest.mark.parametrize(
     ("name", "raw", "words"),
     [
-        ("droid", without(droid_raw(), "observation/wrist_image_left"), "wrist_image_left' is missing.* found .*exterior"),
-        ("aloha", aloha_raw(images={"cam_left_wrist": picture(1)}), "images/cam_high' is missing"),
+        ("droid", without(droid_raw(), "observation/wrist_image_left"), "wrist_image_left' of camera 'left_wrist_0_rgb' is missing.* found .*exterior"),
+        ("aloha", aloha_raw(images={"cam_left_wrist": picture(1)}), "images/cam_high' of .* is missing"),
         ("aloha", aloha_raw(images={"cam_high": picture(1), "cam_top": picture(1)}), "no image 'images/cam_top'.*cam_high"),
         ("droid", droid_raw(**{"observation/wrist_image_left": picture(9) * 1.0}), "wrist_image_left'.*divide by 255"),
         ("droid", droid_raw(**{"observation/wrist_image_left": np.zeros((32, 32))}), "left_wrist_0_rgb.*uint8 RGB"),
@@ -316,7 +313,10 @@ def test_unknown_robots_get_the_names_nearest_first(tmp_path):
         ({"flips": [1, 2]}, r"signs \+-1"),
         ({"pi05": {"horizon": 0, "template": "openpi"}}, "horizon must be positive"),
         ({"pi05": {"horizon": 5, "template": "openpie"}}, "unknown template 'openpie'"),
-        ({"pi05": {"horizon": 5, "template": "openpi", "delta": [True] * 9}}, "delta no longer than 8"),
+        (
+            {"pi05": {"horizon": 5, "template": "openpi", "delta": [True] * 9}},
+            "pi05.delta must be of 8 dimensions at most, found 9",
+        ),
         ({"optional": ["cam"]}, "optional names cam"),
     ):
         with pytest.raises(UserError, match=words):

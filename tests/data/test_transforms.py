@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from openpi_ar.data import transforms as t
+from openpi_ar.robot_spec import make_mask, mask_runs
 
 RNG = np.random.default_rng(0)
 
 
 def test_masks_are_openpis_shorthand():
-    assert t.make_mask(2, -2, 2) == (True, True, False, False, True, True)
-    assert t.make_mask(6, -1) == (True,) * 6 + (False,)
+    assert make_mask(2, -2, 2) == (True, True, False, False, True, True)
+    assert make_mask(6, -1) == (True,) * 6 + (False,)
+    assert mask_runs(make_mask(2, -2, 2)) == (2, -2, 2) and mask_runs(()) == ()
 
 
 def test_delta_is_relative_to_the_raw_state_where_masked():
@@ -24,7 +26,7 @@ def test_delta_is_relative_to_the_raw_state_where_masked():
 
 def test_delta_round_trip_with_a_batch():
     state, actions = RNG.normal(size=(4, 8)), RNG.normal(size=(4, 5, 7))
-    mask = t.make_mask(6, -1)
+    mask = make_mask(6, -1)
     delta = t.to_delta(actions, state, mask)
     for b in range(4):
         np.testing.assert_allclose(delta[b, :, :6], actions[b, :, :6] - state[b, None, :6], atol=1e-6)

@@ -105,7 +105,7 @@ def test_the_robots_name_says_the_rest(loader, tmp_path, robot, pi05, asset, hor
     parts = foreign.load_policy_parts(checkpoint(tmp_path / "c", asset, "other"), robot)
     assert parts.cfg.model.action_horizon == parts.model.cfg.action_horizon == horizon
     assert (parts.cfg.text.template, parts.cfg.text.max_prompt_tokens) == (template, tokens)
-    assert parts.robot == ROBOTS[robot]
+    assert parts.cfg.robot == ROBOTS[robot].of_model("pi05" if pi05 else "pi0")
     assert {s.mode for s in parts.stats.values()} == {"quantile" if pi05 else "z_score"}
     np.testing.assert_array_equal(parts.stats["actions"].q99, openpi_stats(32)["actions"]["q99"])
     assert loader.models[pi05].cfg.action_horizon == 50  # the caller's model is left alone
@@ -126,9 +126,9 @@ def test_parameters_may_be_named_instead_of_the_checkpoint(loader, tmp_path):
     path = checkpoint(tmp_path / "c", "droid")
     (path / "model.safetensors").write_bytes(b"")
     for inner in ("params", "model.safetensors"):
-        assert foreign.load_policy_parts(path / inner, "droid").cfg.name == "pi05_droid"
+        assert foreign.load_policy_parts(path / inner, "droid").cfg.robot.name == "droid"
     loader.remote = path
-    assert foreign.load_policy_parts("gs://bucket/pi05_droid", "droid").cfg.name == "pi05_droid"
+    assert foreign.load_policy_parts("gs://bucket/pi05_droid", "droid").cfg.robot.name == "droid"
 
 
 def test_a_robot_of_your_own_is_a_file(loader, tmp_path):
@@ -137,13 +137,13 @@ def test_a_robot_of_your_own_is_a_file(loader, tmp_path):
     )
     (tmp_path / "mine.json").write_text(dumps(mine))
     parts = foreign.load_policy_parts(checkpoint(tmp_path / "c", "droid"), str(tmp_path / "mine.json"))
-    assert (parts.cfg.name, parts.cfg.model.action_horizon, parts.robot) == ("pi05_mine", 7, mine)
+    assert (parts.cfg.model.action_horizon, parts.cfg.robot) == (7, mine.of_model("pi05"))
 
 
 def test_a_checkpoint_of_ours_needs_no_robot_and_may_be_given_one(tiny_checkpoint):
     parts = foreign.load_policy_parts(tiny_checkpoint)
-    assert parts.robot is None and parts.cfg.exp_name == "tiny"
-    assert foreign.load_policy_parts(tiny_checkpoint, "tabletop").robot == ROBOTS["tabletop"]
+    assert not parts.cfg.robot.name and parts.cfg.model.vocab_size == 1040
+    assert foreign.load_policy_parts(tiny_checkpoint, "tabletop").cfg.robot == ROBOTS["tabletop"].of_model("pi05")
     for option in ({"asset_id": "droid"}, {"horizon": 3}):
         with pytest.raises(UserError, match="leave out --asset-id and --horizon"):
             foreign.load_policy_parts(tiny_checkpoint, **option)
@@ -241,11 +241,14 @@ def test_infer_on_the_tabletop_by_its_robot_is_the_same(tiny_checkpoint, tmp_pat
         (["--robot", "drod"], ["unknown robot 'drod'", "droid"]),
         (["--asset-id", "panda"], ["--asset-id panda", "it has droid"]),
         (["--horizon", "0"], ["horizon must be 1"]),
-        (["--images", "wrist_image_left=WRIST"], ["'observation/exterior_image_1_left' is missing"]),
+        (
+            ["--images", "wrist_image_left=WRIST"],
+            ["image 'observation/exterior_image_1_left' of camera 'base_0_rgb' is missing"],
+        ),
         (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST", "top=WRIST"], ["no image 'images/top'"]),
         (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST", "--state", "1"], ["8 numbers", "[1]"]),
         (["--images", "base_0_rgb=WRIST", "wrist_image_left=WRIST"], ["joint_position", "8 numbers"]),
-        ([], ["'observation/exterior_image_1_left' is missing"]),
+        ([], ["image 'observation/exterior_image_1_left' of camera 'base_0_rgb' is missing"]),
         (["--rollout", "1"], ["names no simulated world", "--world (tabletop, libero)"]),
         (["--rollout", "1", "--world", "tabletop"], ["another robot than the tabletop"]),
         (["--rollout", "1", "--world", "moon"], ["no world 'moon'", "tabletop"]),
@@ -269,9 +272,9 @@ def test_the_shipped_checkpoint_opens_by_its_name_from_any_directory(tmp_path, m
     """Its exact name is the shipped one, even where a directory is called so; `./tabletop` is that directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tabletop").symlink_to(tiny_checkpoint)
-    assert foreign.load_policy_parts("tabletop").cfg.exp_name != "tiny"
+    assert foreign.load_policy_parts("tabletop").cfg.model.vocab_size != 1040
     for path in ("./tabletop", Path("tabletop"), str(tmp_path / "tabletop")):
-        assert foreign.load_policy_parts(path).cfg.exp_name == "tiny"
+        assert foreign.load_policy_parts(path).cfg.model.vocab_size == 1040
     assert remote.local_copy("tabletop") == remote.SHIPPED["tabletop"]  # what training starts from, and the tools
     assert remote.local_copy("./tabletop") == Path("tabletop")
     monkeypatch.setitem(remote.SHIPPED, "tabletop", tmp_path / "none")

@@ -40,15 +40,17 @@ def test_images_resized_on_the_device_are_those_resized_on_the_host(policy, monk
     rng = np.random.default_rng(3)
     for raw in raws:
         raw["images"] = {name: rng.integers(0, 256, (45, 60, 3), np.uint8) for name in raw["images"]}
-    native = policy._observations(raws)
-    assert native[0]["images"].shape == (2, 45, 60, 3)
+    readings = [policy.robot.read(raw) for raw in raws]
+    native = policy._observation(readings, None)
+    assert native.images.shape == (2, 2, 45, 60, 3)
     seen, want = (
-        jax.jit(lambda m, o: m.embed_images(o))(policy._model, collate(rows))
-        for rows in (native, [policy.transform.observation(raw) for raw in raws])
+        jax.jit(lambda m, o: m.embed_images(o))(policy._model, obs)
+        for obs in (native, collate([policy.transform.observation(raw) for raw in raws]))
     )
     np.testing.assert_array_equal(seen, want)
     raws[1]["images"]["front"] = raws[1]["images"]["front"][:40]  # of several sizes: the host makes them one
-    assert [row["images"].shape for row in policy._observations(raws)] == [(2, 32, 32, 3)] * 2
+    readings = [policy.robot.read(raw) for raw in raws]
+    assert policy._observation(readings, None).images.shape == (2, 2, 32, 32, 3)
 
 
 def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoint):
@@ -106,6 +108,15 @@ def test_a_call_is_a_function_of_its_arguments(policy):
     assert np.abs(policy.infer(raw, seed=1)["actions"] - first["actions"]).max() > 1e-3
     for row in policy.infer_batch([raw, raw]):
         np.testing.assert_allclose(row["actions"], first["actions"], atol=1e-5)
+
+
+def test_an_observation_is_read_once(policy, monkeypatch):
+    """Reading images, state and prompt apart, or again for the actions, would do most of the host's work twice."""
+    reads, read = [], policy.robot.read
+    monkeypatch.setattr(policy.robot, "read", lambda raw: reads.append(raw) or read(raw))
+    raws = [raw_observation(1), raw_observation(2)]
+    policy.infer_batch(raws, batch_size=4)
+    assert [id(raw) for raw in reads] == [id(raw) for raw in raws]
 
 
 def test_noise_that_is_given_is_used_as_it_is(policy):
@@ -176,7 +187,7 @@ def test_only_text_is_ever_said(policy):
     table[forbidden] = sign * table[100 + np.arange(len(forbidden)) // 2]
     loud.embedder.table = nnx.Param(jnp.asarray(table))
     for i in range(4):
-        obs = policy._stack([policy.transform.observation(raw_observation(i))], None)
+        obs = policy._observation([policy.robot.read(raw_observation(i))], None)
         run, drawn = policy._programs, policy._drawn([policy.session()], 1, None)
         out, _ = prefill(loud, obs)
         assert int(loud.logits(out.prompt_last)[0].argmax()) in forbidden

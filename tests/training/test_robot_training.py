@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from configs import HELP, get_preset
-from openpi_ar.config import LeRobotData, RobotConfig
+from openpi_ar.config import LeRobotData
 from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
+from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
+from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.training import cli
 from tests.data.test_robots import RAWS
@@ -64,17 +66,20 @@ def by_hand() -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_file_stands_for_flags_and_flags_go_first(mine, tmp_path):
     cfg = parse("--data.path", DATASET, "--robot", mine, "--data.robot.flips", 1, *FLAGS).config
-    assert cfg.data == LeRobotData(
-        path=str(DATASET),
-        cameras=("base_0_rgb=observation.images.base_0_rgb", "left_wrist_0_rgb=none"),
-        state=("observation.state[1:5]", "observation.state[6]"),
-        actions=("action[1:5]", "action[6]"),
-        robot=RobotConfig("mine", (4, -1), (1,), (4,)),
-    )
+    robot = robots.get_robot(str(mine))
+    assert cfg.data == LeRobotData(path=str(DATASET), robot=dataclasses.replace(robot, flips=(1,)))
+    filled = cfg.data.filled(CAMERAS)
+    assert filled.cameras == ("base_0_rgb=observation.images.base_0_rgb", "left_wrist_0_rgb=none")
+    assert (filled.state, filled.actions) == (tuple(robot.state), robot.actions)
+    assert filled.filled(CAMERAS) == filled
+    flags = ("--data.cameras", "left_wrist_0_rgb=wrist", "--data.state", "observation.state[6]")
+    own = parse("--data.path", DATASET, "--robot", mine, *flags, *FLAGS).config.data.filled(CAMERAS)
+    assert own.cameras == ("base_0_rgb=observation.images.base_0_rgb", "left_wrist_0_rgb=wrist")
+    assert own.state == ("observation.state[6]",) and own.actions == robot.actions
     spelled = parse(
         "--data.path", DATASET, *FLAGS, "--data.robot.delta-mask", 4, -1, "--data.state", "observation.state[6]"
     )
-    assert spelled.config.data.robot == RobotConfig(delta_mask=(4, -1))
+    assert spelled.config.data.robot == RobotSpec(delta_mask=(4, -1))
     as_json = tmp_path / "mine.json"
     as_json.write_text(robots.dumps(robots.get_robot(str(mine))))
     assert parse("--data.path", DATASET, "--robot", as_json, *FLAGS).config.data == dataclasses.replace(
@@ -97,7 +102,7 @@ def transform(mine):
     cfg = parse("--data.path", DATASET, "--robot", mine, *FLAGS).config
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, action_horizon=HORIZON))
     data = source(DATASET, **{k: getattr(cfg.data, k) for k in ("cameras", "state", "actions", "robot")})
-    return InputTransform(cfg, load_tokenizer("embedded"), data.norm_stats()), data
+    return InputTransform.for_training(cfg, load_tokenizer("embedded"), data.norm_stats()), data
 
 
 def test_statistics_are_of_what_is_learnt(transform):
@@ -138,27 +143,29 @@ def test_training_and_the_robots_own_observation_agree_and_actions_come_back_abs
         np.testing.assert_allclose(t.state_stats.unnormalize(sample["state"][:5]), state[i], atol=1e-5)
         learnt = t.action_stats.unnormalize(sample["actions"][0, :5])
         np.testing.assert_allclose(learnt, [*(actions[i] - state[i])[:4], actions[i][4]], atol=1e-5)
-        back = t.actions_to_real(sample["actions"][None], [sent])[0]
+        back = t.actions_to_real(sample["actions"][None], [t.robot.read(sent)])[0]
         np.testing.assert_allclose(back, raw["actions"], atol=1e-5)
         np.testing.assert_allclose(back[0], np.array(row["action"])[[1, 2, 3, 4, 6]], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(RAWS))
-@pytest.mark.parametrize("kind", ["pi05", "pi0"])
-def test_a_robot_of_the_table_can_be_trained_and_is_the_same_after(name, kind):
-    spec, cameras = robots.get_robot(name), ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-    data = robots.as_data(spec, LeRobotData(path="x"), cameras, kind=kind)
-    back = robots.of_data(data, cameras, spec.state_dims, spec.action_dims)
+@pytest.mark.parametrize("pi05", [True, False])
+def test_a_robot_of_the_table_can_be_trained_and_is_the_same_after(name, pi05):
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    spec = robots.get_robot(name).of_model("pi05" if pi05 else "pi0")
+    data = LeRobotData(path="x", robot=spec)
+    a, b = (Robot(s, cameras, spec.state_dims, spec.action_dims) for s in (spec, data.reader(cameras)))
     raw, rng = RAWS[name](), np.random.default_rng(0)
-    state = spec.state_vector(raw)
-    np.testing.assert_array_equal(back.state_vector(raw), state)
-    assert {k: v.tolist() for k, v in back.images(raw).items()} == {k: v.tolist() for k, v in spec.images(raw).items()}
+    want, got = a.read(raw), b.read(raw)
+    np.testing.assert_array_equal(got.state, want.state)
+    assert {k: v.tolist() for k, v in got.images.items()} == {k: v.tolist() for k, v in want.images.items()}
+    assert got.prompt == want.prompt
     actions = rng.uniform(0.1, 0.9, (3, spec.action_dims))
-    np.testing.assert_array_equal(
-        back.actions_to_model(actions, state, "pi05"), spec.actions_to_model(actions, state, kind)
-    )
+    np.testing.assert_array_equal(b.actions_to_model(actions, got.state), a.actions_to_model(actions, want.state))
     # Features of a dataset go by the last part of the robot's keys.
-    assert set(spec.optional) == {key for key in spec.optional if f"{key}|none" in " ".join(data.cameras)}
+    assert set(spec.optional) == {
+        key for key in spec.optional if f"{key}|none" in " ".join(data.filled(cameras).cameras)
+    }
 
 
 @pytest.mark.parametrize(
@@ -184,8 +191,8 @@ def test_dimensions_that_the_data_lacks_are_refused(mine):
     with pytest.raises(UserError, match=r"has 7 dimensions"):
         source(DATASET, state=("observation.state[5:9]",))
     for robot, words in (
-        (RobotConfig(delta_mask=(8,)), "no longer than 7, found 8"),
-        (RobotConfig(inverted_grippers=(7,)), "under 7"),
+        (RobotSpec(delta_mask=(8,)), "delta_mask must be of 7 dimensions at most, found 8"),
+        (RobotSpec(inverted_grippers=(7,)), "under 7"),
     ):
         with pytest.raises(UserError, match=words):
             source(DATASET, robot=robot)

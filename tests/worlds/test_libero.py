@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from openpi_ar.config import LeRobotData
 from openpi_ar.data.lerobot.load import load_lerobot
-from openpi_ar.data.robots import ROBOTS, as_data
+from openpi_ar.data.robots import ROBOTS
 from openpi_ar.errors import UserError
 from openpi_ar.worlds.libero import expert, tasks
 from openpi_ar.worlds.libero.episodes import LiberoEpisodes, open_episodes, plan_episodes, spread
@@ -245,7 +245,7 @@ def test_a_recording_comes_back_through_the_reader_as_robot_libero(tmp_path):
         episodes.append(Episode(TASKS[7].prompt, images, np.float32(state), np.float32(action), said))
     root = write_libero(tmp_path / "out", iter(episodes), (16, 16), images="png")
     cameras = tuple(ROBOTS["libero"].cameras.values())
-    cfg = as_data(ROBOTS["libero"], LeRobotData(str(root), held_out=0.0, frames="decode"), cameras, kind="pi05")
+    cfg = LeRobotData(str(root), robot=ROBOTS["libero"].of_model("pi05"), held_out=0.0, frames="decode")
     source = load_lerobot(cfg, 4, cameras, (16, 16), needs_subtask=True)[0]
     assert len(source) == 12
     for i, (episode, t) in enumerate((e, t) for e in episodes for t in range(len(e.state))):

@@ -8,7 +8,7 @@ import pytest
 
 from openpi_ar.config import LeRobotData
 from openpi_ar.data.lerobot.load import load_lerobot
-from openpi_ar.data.robots import ROBOTS, as_data
+from openpi_ar.data.robots import ROBOTS
 from openpi_ar.errors import UserError
 from openpi_ar.worlds.libero import world as world_module
 from openpi_ar.worlds.libero.export import write_libero
@@ -83,7 +83,7 @@ def test_a_disturbed_demonstration_succeeds_and_reads_back(world, tmp_path):
     assert said[-1] == "done" and np.abs(episode.action).max() <= 1
     root = write_libero(tmp_path / "out", [episode], (64, 64))
     cameras = tuple(ROBOTS["libero"].cameras.values())
-    cfg = as_data(ROBOTS["libero"], LeRobotData(str(root), held_out=0.0, frames="decode"), cameras, kind="pi05")
+    cfg = LeRobotData(str(root), robot=ROBOTS["libero"].of_model("pi05"), held_out=0.0, frames="decode")
     source = load_lerobot(cfg, 4, cameras, (64, 64), needs_subtask=True)[0]
     assert len(source) == len(episode.state)
     for i in range(0, len(source), 40):

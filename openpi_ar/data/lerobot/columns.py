@@ -20,8 +20,8 @@ from rich.progress import track
 from openpi_ar.data.lerobot.meta import LANGUAGE, SUBTASK_INDEX, Episode, Meta
 from openpi_ar.data.lerobot.parquet import read_table, to_array
 from openpi_ar.data.lerobot.texts import text_of
-from openpi_ar.data.robot_spec import split_key
 from openpi_ar.errors import UserError
+from openpi_ar.robot_spec import split_key
 from openpi_ar.textfile import is_number
 
 _MANY_FILES = 100

@@ -18,10 +18,10 @@ from openpi_ar.data.lerobot.columns import (
 from openpi_ar.data.lerobot.frame_cache import CachedReader, DecodingReader, cached_frames
 from openpi_ar.data.lerobot.meta import SUPERVISE, Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.source import LeRobotSource, Table
-from openpi_ar.data.robot_spec import split_key
-from openpi_ar.data.robots import MASKED, of_data
+from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import matches
+from openpi_ar.robot_spec import MASKED, split_key
 
 
 def load_lerobot(
@@ -40,7 +40,7 @@ def load_lerobot(
     """
     if not 0 <= cfg.held_out < 1:
         raise UserError(f"data.held_out is a fraction of the episodes, 0 to below 1, found {cfg.held_out}")
-    meta = read_meta(cfg.path)
+    cfg, meta = cfg.filled(cameras), read_meta(cfg.path)
     mapping = map_cameras(meta, cameras, cfg.cameras)
     source = subtask_source(meta, cfg.subtasks)
     if source == "task" and not cfg.prompt:
@@ -71,7 +71,7 @@ def load_lerobot(
     judged = usable & table.supervise
     episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
     held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
-    robot = of_data(cfg, cameras, table.state.shape[1], table.actions.shape[1])
+    robot = Robot(cfg.reader(cameras), cameras, table.state.shape[1], table.actions.shape[1])
     train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot)
     if cfg.held_out == 0:
         remarks.append("data.held_out is 0: evaluation runs on training frames")

@@ -17,9 +17,9 @@ from typing import Any
 from openpi_ar.data.lerobot.hub import local_dataset
 from openpi_ar.data.lerobot.parquet import read_table, to_rows
 from openpi_ar.data.lerobot.texts import read_texts
-from openpi_ar.data.robot_spec import split_key
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import resolve, unknown
+from openpi_ar.robot_spec import split_key
 from openpi_ar.textfile import is_number, read_lines, read_object, whole_number
 
 INFO = "meta/info.json"

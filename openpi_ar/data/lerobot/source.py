@@ -8,7 +8,7 @@ import numpy as np
 from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
 from openpi_ar.data.lerobot.columns import Frames, runs
 from openpi_ar.data.normalize import Mode, NormStats
-from openpi_ar.data.robot_spec import RobotSpec
+from openpi_ar.data.robot import Robot
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class LeRobotSource:
     rows: np.ndarray
     """Indices into the table [rows]."""
     horizon: int
-    robot: RobotSpec
+    robot: Robot
     """What is done to states and actions before normalisation; samples are as recorded."""
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class LeRobotSource:
         t, rows, all_rows = self.table, self.rows, np.arange(len(self.rows))
         state = self.robot.state_to_model(t.state[rows])
         actions = self.robot.absolute_to_model(t.actions)
-        delta = self.robot.pi05.delta
+        delta = self.robot.spec.delta
         by_dimension = [
             self._relative(actions[:, i], state[:, i])
             if i < len(delta) and delta[i]

@@ -67,10 +67,13 @@ class Pretrain:
         # Here, because recording needs no JAX.
         from openpi_ar.checkpoints import remote, store
         from openpi_ar.compilation import keep_compiled_programs
+        from openpi_ar.config import InferenceConfig
         from openpi_ar.worlds.tabletop import pretrain
 
         keep_compiled_programs()
         found = store.load_assets(store.resolve_step_dir(remote.shipped(self.like))).config
+        if isinstance(found, InferenceConfig):
+            raise UserError(f"{self.like} is a converted checkpoint, which has no training config: name one of a run")
         data = dataclasses.replace(found.data, path=self.data)
         cfg = dataclasses.replace(found, data=data, init_from=self.init_from, seed=self.seed)
         found = pretrain.pretrain(cfg, vision_steps=self.vision_steps, naming_steps=self.naming_steps)

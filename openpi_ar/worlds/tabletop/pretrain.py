@@ -47,7 +47,7 @@ def pretrain(cfg: TrainConfig, *, vision_steps: int, naming_steps: int, quiet: b
     frames = posed(source)
     stats = source.norm_stats(cfg.model.norm_mode)
     tokenizer = load_tokenizer(cfg.text.tokenizer)
-    transform = InputTransform(cfg, tokenizer, stats)
+    transform = InputTransform.for_training(cfg, tokenizer, stats)
     if naming_steps and not transform.writes_text:
         raise UserError(f"template {cfg.text.template!r} has no subtask that could name a block: set --naming-steps 0")
     model = load_initial(cfg)[0] if cfg.init_from else jax.jit(lambda: init_model(cfg))()

@@ -1,0 +1,195 @@
+"""One robot as a model meets it: its observations are read here, once, and its numbers converted, forward beside inverse."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from openpi_ar.data import transforms
+from openpi_ar.errors import UserError
+from openpi_ar.robot_spec import ANY, IMAGES, PROMPT, STATE, RobotSpec, split_key
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What an observation says.
+
+    images    uint8 [h w 3] by the model's camera names; the model's other cameras are masked. At least one.
+    state     float32 [P_real], in the units and signs that models know, before normalisation. None: there is none.
+    prompt    what to do. None: it does not say, and the robot has no prompt of its own.
+    question  what to answer instead. None: nothing.
+    template  name of the row's template. None: the config's.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray | None
+    prompt: Any
+    question: Any = None
+    template: str | None = None
+
+
+class Robot:
+    """Reads raw observations by a robot's schema and converts its states and actions.
+
+    Args:
+        spec: the robot, as models of one kind are trained on it (`RobotSpec.of_model`).
+        cameras: the model's.
+        state_dims: dimensions of the statistics, which must be the robot's.
+        action_dims: the same for actions.
+
+    Raises:
+        UserError: the robot feeds cameras that the model lacks, or says something of dimensions that are not there.
+    """
+
+    def __init__(self, spec: RobotSpec, cameras: Sequence[str], state_dims: int, action_dims: int):
+        spec.check_cameras(cameras)
+        spec.check_dims(state_dims, action_dims)
+        self.spec, self.state_dims, self.action_dims = spec, state_dims, action_dims
+        self._who = f"robot {spec.name} sends" if spec.name else "the model reads"
+        # Where each image is looked for, in this order.
+        self._places = {key: (camera, _places(key, camera)) for key, camera in spec.cameras.items()}
+        self._known = {place for _, places in self._places.values() for place in places}
+        self._known |= {f"{IMAGES}/{name}" for name in spec.unused}
+        self._state = [(key, *_part(key), dims) for key, dims in spec.state.items()]
+        self._grippers, self._inverted = list(spec.aloha_grippers), list(spec.inverted_grippers)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # observations
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def read(self, raw: Mapping[str, Any]) -> Reading:
+        """What an observation says. Raises UserError naming, as the robot calls it, what is missing or does not fit.
+
+        Besides its raw key an image may go by the key's last part or by the model's camera name, alone or in raw["images"];
+        cameras that raw["masked"] names are left out. The state is either its parts under their keys or the whole under
+        "state"; without any of it the reading has none.
+        """
+        flat = _flatten(raw)
+        images, state = self._images(flat, set(raw.get("masked", ()))), self._state_vector(flat)
+        return Reading(images, state, self.prompt(raw), raw.get("question"), raw.get("template"))
+
+    def prompt(self, raw: Mapping[str, Any]) -> Any:
+        """What the observation says to do, as text if it is bytes or a numpy scalar; by default the robot's own prompt."""
+        prompt = raw.get(PROMPT)
+        if isinstance(prompt, np.ndarray | np.generic) and np.ndim(prompt) == 0:
+            prompt = prompt.item()
+        if isinstance(prompt, bytes):
+            prompt = prompt.decode(errors="replace")
+        return self.spec.prompt if prompt is None else prompt
+
+    def state_of(self, reading: Reading) -> np.ndarray:
+        """The reading's state. Raises UserError if there is none."""
+        if reading.state is None:
+            raise UserError(f"{self._state_names} must be {self.state_dims} numbers, found none")
+        return reading.state
+
+    def _images(self, flat: Mapping[str, Any], masked: set[str]) -> dict[str, np.ndarray]:
+        found = {}
+        for key, (camera, places) in self._places.items():
+            place = next((place for place in places if place in flat), None)
+            if masked & set(places) or (place is None and key in self.spec.optional):
+                continue
+            if place is None:
+                others = [k for k in flat if k not in (PROMPT, STATE, *(path for _, path, _, _ in self._state))]
+                raise UserError(
+                    f"image {_first(key)!r} of camera {camera!r} is missing: {self._who} {', '.join(map(_first, self._places))}; found "
+                    f"{', '.join(others) or 'no image'}; name the camera in observation['masked'] to go without it"
+                )
+            image = transforms.to_uint8_image(flat[place], _first(key))
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+                raise UserError(
+                    f"image {_first(key)!r} of camera {camera!r} must be a uint8 RGB image [height width 3], found "
+                    f"{image.dtype} {list(image.shape)}"
+                )
+            found[camera] = image
+        strange = [k for k in flat if k.startswith(f"{IMAGES}/") and k not in self._known]
+        if strange and ANY not in self.spec.unused:
+            raise UserError(f"no image {strange[0]!r} is known: {self._who} {', '.join(map(_first, self._places))}")
+        if not found:
+            raise UserError("every camera is masked: at least one image is needed")
+        return found
+
+    def _state_vector(self, flat: Mapping[str, Any]) -> np.ndarray | None:
+        if any(flat.get(path) is not None for _, path, _, _ in self._state):
+            x = np.concatenate([self._numbers(flat, *part) for part in self._state])
+        elif flat.get(STATE) is not None:
+            x = self._numbers(flat, STATE, STATE, slice(None), self.spec.state_dims)
+        else:
+            return None
+        if x.shape != (self.state_dims,):
+            raise UserError(f"{self._state_names} must be {self.state_dims} numbers, found {list(x.shape)}")
+        if not np.isfinite(x).all():
+            raise UserError(f"{self._state_names} holds values that are not finite: {x.tolist()}")
+        return self.state_to_model(x).astype(np.float32)
+
+    def _numbers(self, flat: Mapping[str, Any], key: str, path: str, part: slice, dims: int) -> np.ndarray:
+        """One part of the state."""
+        found = np.atleast_1d(np.asarray(flat.get(path)))
+        value = found[part]
+        dims = dims or (self.state_dims if len(self._state) == 1 else 0)
+        if value.dtype.kind not in "fiu" or value.ndim != 1 or (dims and value.shape != (dims,)):
+            what = "nothing" if path not in flat else f"{found.dtype} {list(found.shape)}"
+            raise UserError(f"observation[{key!r}] must be {dims or 'a list of'} numbers, found {what}")
+        return value.astype(np.float64)
+
+    @property
+    def _state_names(self) -> str:
+        return " and ".join(f"observation[{name!r}]" for name in self.spec.state)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # numbers
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def state_to_model(self, state: np.ndarray) -> np.ndarray:
+        """The robot's states [... P_real] as models know them, before normalisation; float64."""
+        x = transforms.flip(np.asarray(state, np.float64), self.spec.flips)
+        x[..., self._grippers] = transforms.aloha_gripper_state_to_pi(x[..., self._grippers])
+        x[..., self._inverted] = transforms.invert(x[..., self._inverted])
+        return x
+
+    def absolute_to_model(self, actions: np.ndarray) -> np.ndarray:
+        """`actions_to_model` [... X_real] without its last part, which makes them relative to the state."""
+        x = transforms.flip(np.asarray(actions, np.float64), self.spec.flips)
+        x[..., self._grippers] = transforms.aloha_gripper_action_to_pi(x[..., self._grippers])
+        x[..., self._inverted] = transforms.invert(x[..., self._inverted])
+        return x
+
+    def actions_to_model(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The robot's actions [... A X_real] as a model predicts them before normalisation; float64.
+
+        `state` [... P_real] is a reading's.
+        """
+        return transforms.to_delta(self.absolute_to_model(actions), state, self.spec.delta)
+
+    def actions_from_model(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Inverse of `actions_to_model`."""
+        x = transforms.to_absolute(np.asarray(actions, np.float64), state, self.spec.delta)
+        x[..., self._inverted] = transforms.invert(x[..., self._inverted])
+        x[..., self._grippers] = transforms.aloha_gripper_action_from_pi(x[..., self._grippers])
+        return transforms.flip(x, self.spec.flips)
+
+
+def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}".replace(".", "/")
+        flat |= _flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _part(key: str) -> tuple[str, slice]:
+    """A key of the state as `_flatten` has it, and which of its dimensions are meant."""
+    name, part = split_key(key)
+    return name.replace(".", "/"), part
+
+
+def _first(key: str) -> str:
+    """The first of the names that an image may have, for messages."""
+    return key.split("|")[0]
+
+
+def _places(key: str, camera: str) -> tuple[str, ...]:
+    """Where the image of a raw key is looked for, in this order."""
+    names = [n for k in key.replace(".", "/").split("|") for n in (k, k.rsplit("/", 1)[-1])]
+    return tuple(place for name in (*names, camera) for place in (name, f"{IMAGES}/{name}"))
