@@ -204,6 +204,10 @@ class DecodeConfig:
 
     temperature: float = 0.0
     """0 is greedy."""
+    top_k: int = 0
+    """Draw text from the k most likely tokens only; 0: all."""
+    top_p: float = 1.0
+    """Draw text from the most likely tokens that together reach this probability; 1: all."""
     denoise_steps: int = 10
     """Euler steps from noise (t = 1) to actions (t = 0)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -6,7 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
+import numpy as np
 
+from openpi_ar.config import DecodeConfig
+from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Array
 
 
@@ -125,6 +128,14 @@ jax.tree_util.register_dataclass(
     data_fields=["constraint"],
     meta_fields=["eos_id", "max_new_tokens", "temperature", "top_k", "top_p"],
 )
+
+
+def text_sampling(cfg: DecodeConfig, tokenizer: Tokenizer, vocab_size: int, max_new_tokens: int) -> Sampling:
+    """Sampling of text as configured, from a model's `vocab_size` ids. Ids past the tokenizer's own are no text."""
+    allowed = np.pad(tokenizer.allowed_text, (0, vocab_size - tokenizer.vocab_size))
+    return Sampling(
+        tokenizer.eos_id, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, AllowedIds(jnp.asarray(allowed))
+    )
 
 
 def log_probability(logits: Float[Array, "*b V"], token: Int[Array, "*b"]) -> Float[Array, "*b"]:

@@ -41,11 +41,6 @@ class Stack(nnx.Module):
         self.remat = remat
         self.layers = jax.vmap(make, axis_size=depth)(rngs.split(depth))
 
-    @property
-    def is_stacked(self) -> bool:
-        """Whether arrays have a leading layer axis."""
-        return not isinstance(self.layers, nnx.List)
-
     def unstacked(self) -> "Stack":
         """The same layers as a list."""
         new = nnx.clone(self)

@@ -17,7 +17,7 @@ import numpy as np
 
 from openpi_ar.algorithms.act import STAGES
 from openpi_ar.algorithms.flow import flow_table
-from openpi_ar.algorithms.sampling import AllowedIds, Sampling
+from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
 from openpi_ar.data.inputs import InputTransform, collate
@@ -73,13 +73,7 @@ class Policy:
         dtype = inference_dtype(cfg.decode.dtype)
         self._model = run_once(lambda m: m.for_inference(dtype), model)
         self._table = jax.jit(lambda m: flow_table(m, cfg.decode.denoise_steps))(self._model)
-        allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
-        answers = Sampling(
-            eos_id=tokenizer.eos_id,
-            max_new_tokens=cfg.text.max_target_tokens,
-            temperature=cfg.decode.temperature,
-            constraint=AllowedIds(jnp.asarray(allowed)),
-        )
+        answers = text_sampling(cfg.decode, tokenizer, cfg.model.vocab_size, cfg.text.max_target_tokens)
         budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
         self._programs = Programs(cfg, dataclasses.replace(answers, max_new_tokens=budget), answers)
         self._resizes = resizes_on_device(cfg.decode.resize)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from openpi_ar.algorithms.act import Act
-from openpi_ar.algorithms.sampling import AllowedIds, Sampling
+from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform, stack_rows, to_device
 from openpi_ar.data.loader import Source, evaluation_batches
@@ -46,16 +46,9 @@ class Evaluator:
         raw, _ = self._batches[0]
         self._acting = np.array([r.get("actions") is not None for r in raw])
         self._writing = np.array([transform.template(r.get("template")).target is not None for r in raw])
-        tokenizer = transform.tokenizer
         self._loss = make_eval_loss(cfg.loss)
-        # A model may have more embeddings than the tokenizer has pieces; they are no text.
-        allowed = np.pad(tokenizer.allowed_text, (0, cfg.model.vocab_size - tokenizer.vocab_size))
-        sampling = Sampling(
-            eos_id=tokenizer.eos_id,
-            max_new_tokens=cfg.text.max_target_tokens if self._writing.any() else 0,
-            temperature=cfg.decode.temperature,
-            constraint=AllowedIds(allowed),
-        )
+        budget = cfg.text.max_target_tokens if self._writing.any() else 0
+        sampling = text_sampling(cfg.decode, transform.tokenizer, cfg.model.vocab_size, budget)
         # Every process sees the whole answer: all of them decide by the same figures.
         self._act = make_act(cfg.decode, sampling, None if placement is None else placement.replicated)
         self._key = jax.random.key(cfg.seed)

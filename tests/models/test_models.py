@@ -231,3 +231,38 @@ def test_inference_form_gives_the_same_numbers_with_adapters_too():
     assert fused.embedder.table.dtype == jnp.float32
     half = model.for_inference("bfloat16")
     assert half.vlm.blocks[0].qkv.dtype == jnp.bfloat16 and half.action_in.kernel.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("form", ["stacked", "unstacked", "for_inference"])
+def test_a_cache_extended_in_pieces_is_that_of_one_pass(form):
+    """A bidirectional run, then causal ones with holes between, appended a few at a time; then read by the action tower."""
+    cfg = tiny_config()
+    model = tiny_model(cfg) if form == "stacked" else getattr(tiny_model(cfg), form)()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, cfg.vlm.width)), jnp.float32)
+    valid = jnp.array([[1, 0, 1, 1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1, 1, 0, 1]], bool)
+    causal = jnp.broadcast_to(jnp.arange(9) >= 3, (2, 9))
+    hidden = jnp.zeros((2, 9), bool).at[0, 4].set(True)
+    run = Run(x, valid, causal, hidden)
+    tokens = jnp.asarray(rng.normal(size=(2, 1, 4, cfg.expert.width)), jnp.float32)
+    cond = jnp.asarray(rng.normal(size=(2, 1, cfg.expert.width)), jnp.float32)
+
+    def pieces(m, run, *cuts):
+        outs, cache = [], None
+        for start, stop in zip((0, *cuts), (*cuts, 9), strict=True):
+            part = jax.tree.map(lambda a, i=start, j=stop: a[:, i:j], run)
+            # More room than is used: what is left over becomes a hole at the next `reserve`.
+            out, cache = m.tower.extend(part, None if cache is None else cache.reserve(stop - start + 1))
+            outs.append(out)
+        read = [m.action_tower.reader(c, m.suffix_causal)(tokens, cond) for c in (cache, cache.compact())]
+        return jnp.concatenate(outs, axis=1), cache.next_pos, cache.action_pos, read
+
+    h1, *pos1, read1 = jax.jit(lambda m: pieces(m, run))(model)
+    h2, *pos2, read2 = jax.jit(lambda m: pieces(m, run, 3, 4, 7))(model)
+    assert max_diff(h1[valid], h2[valid]) < 2e-5
+    for a, b in zip(pos1, pos2, strict=True):
+        assert a.tolist() == b.tolist() == ([7, 7] if a is pos1[0] else [6, 7])
+    assert max(max_diff(a, read1[0]) for a in (*read1, *read2)) < 2e-5
+    # control: a hole that is taken for a token moves everything after it
+    late = dataclasses.replace(run, valid=valid.at[0, 5].set(True))
+    assert max_diff(h1[0, 6], jax.jit(lambda m: pieces(m, late, 3, 4, 7))(model)[0][0, 6]) > 1e-3
