@@ -3,7 +3,8 @@
 import dataclasses
 
 from configs.pi05_subtask import PI05_SUBTASK_TABLETOP as TABLETOP
-from openpi_ar.config import LeRobotData, OptimizerConfig, TowerConfig, VitConfig
+from openpi_ar.config import LeRobotData, OptimizerConfig
+from openpi_ar.config_model import TowerConfig, VitConfig
 
 DEBUG = dataclasses.replace(
     TABLETOP,

@@ -2,17 +2,8 @@
 
 import dataclasses
 
-from openpi_ar.config import (
-    AugmentConfig,
-    LeRobotData,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TextConfig,
-    TowerConfig,
-    TrainConfig,
-    VitConfig,
-)
+from openpi_ar.config import AugmentConfig, LeRobotData, LossConfig, OptimizerConfig, TextConfig, TrainConfig
+from openpi_ar.config_model import ModelConfig, TowerConfig, VitConfig
 
 # Sizes of the released pi05_base: 32 state and action dimensions (a robot's own are padded), chunks of 50 actions
 # (openpi fine-tunes LIBERO with 10 and DROID with 15: set --model.action-horizon), 200 prompt tokens.

@@ -13,7 +13,7 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.checkpoints.options import AS_IT_IS, Format, LoadOptions
-from openpi_ar.config import TowerConfig
+from openpi_ar.config_model import TowerConfig
 from openpi_ar.errors import UserError, command_line
 
 Where = Annotated[str, tyro.conf.Positional]

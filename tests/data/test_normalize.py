@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from openpi_ar.config import ModelConfig
+from openpi_ar.config_model import ModelConfig
 from openpi_ar.data import normalize
 from openpi_ar.errors import UserError
 
