@@ -6,7 +6,7 @@ Every field is a tyro flag: `python train.py --config debug --model.action-horiz
 import dataclasses
 from typing import Literal
 
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.config_model import PI05, ModelConfig
 from openpi_ar.data_config import LeRobotData
 from openpi_ar.robot_spec import RobotSpec
 
@@ -108,7 +108,7 @@ class AugmentConfig:
 class InferenceConfig:
     """Everything a policy depends on besides parameters, tokenizer and statistics."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = PI05
     text: TextConfig = TextConfig()
     decode: DecodeConfig = DecodeConfig()
     robot: RobotSpec | None = None
@@ -125,7 +125,7 @@ class TrainConfig:
     """Preset name; first level of the checkpoint path."""
     exp_name: str = "default"
     """Experiment name; second level of the checkpoint path."""
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = PI05
     text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     decode: DecodeConfig = DecodeConfig()

@@ -159,3 +159,7 @@ class ModelConfig:
     def recomputed(self) -> str | None:
         """What the backward pass recomputes (`remat_policy`); None: nothing."""
         return self.remat_policy if self.remat else None
+
+
+PI05 = ModelConfig()
+"""pi0.5 at full size."""
