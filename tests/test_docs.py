@@ -42,6 +42,16 @@ def test_links_between_pages_lead_somewhere():
                 assert section in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, section
 
 
+@pytest.mark.parametrize("page", results.pages(), ids=lambda page: page.name)
+def test_paths_and_modules_that_a_page_names_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"`((?:openpi_ar|configs|benchmarks|tests|docs)/[\w/.]+?)/?`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for module in re.findall(r"python -m ((?:openpi_ar|benchmarks)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name} runs {module}"
+
+
 def test_the_index_leads_to_every_page():
     index = (ROOT / "docs/index.md").read_text()
     for page in PAGES[1:]:
