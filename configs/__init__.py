@@ -12,7 +12,10 @@ from openpi_ar.errors import UserError
 HELP: dict[str, tuple[TrainConfig, str]] = {
     c.name: (c, text)
     for c, text in (
-        (PI05_SUBTASK_TABLETOP, "talks and acts on the embedded tabletop; trains on two CPU cores. Start here"),
+        (
+            PI05_SUBTASK_TABLETOP,
+            "fine-tunes the shipped checkpoint, which talks and acts on the tabletop; two CPU cores. Start here",
+        ),
         (PI05_TABLETOP, "pi0.5 on the tabletop, actions only (state in the prompt, AdaRMS time)"),
         (PI0_TABLETOP, "pi0 on the tabletop, actions only (state token, time mixed into the actions)"),
         (DEBUG, "a tiny model on a handful of episodes: seconds, for tests"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs.pi05_subtask import PI05_SUBTASK_TABLETOP as TABLETOP
+from configs.pi05_subtask import TABLETOP_FROM_NOTHING as TABLETOP
 from openpi_ar.config import LeRobotData, OptimizerConfig
 from openpi_ar.config_model import TowerConfig, VitConfig
 
