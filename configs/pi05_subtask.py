@@ -20,7 +20,7 @@ PI05_SUBTASK = TrainConfig(
     batch_size=32,
 )
 
-# openpi's LoRA ranks, and what its LoRA configurations freeze, plus the vision tower, which theirs train without saying so.
+# openpi's LoRA ranks, and what its LoRA configurations freeze, plus the vision tower, which theirs train although their names do not suggest it.
 # The projections and the time MLP around the action tower are small and trained whole. Start it from a released model:
 # --init-from gs://openpi-assets/checkpoints/pi05_base/params
 PI05_SUBTASK_LORA = dataclasses.replace(

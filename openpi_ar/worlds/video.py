@@ -1,4 +1,4 @@
-"""Episodes as video: cameras side by side, the prompt and what the model says underneath."""
+"""Episodes as video: cameras side by side, the prompt and the generated subtask underneath."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -19,7 +19,7 @@ FPS = 10
 _PANEL = 256
 _FONT = 15
 _LINES = 3
-"""Two for the prompt, one for what is said."""
+"""Two for the prompt, one for the subtask."""
 
 
 def check_path(path: Path) -> None:
@@ -30,13 +30,13 @@ def check_path(path: Path) -> None:
         raise UserError(f"the folder {str(path.parent)!r} of the video does not exist: create it first")
 
 
-def draw_frame(images: Mapping[str, np.ndarray], prompt: str, said: str, *, right: bool | None = None) -> np.ndarray:
+def draw_frame(images: Mapping[str, np.ndarray], prompt: str, text: str, *, right: bool | None = None) -> np.ndarray:
     """One frame, uint8 [h w 3] with even sides.
 
     Args:
         images: uint8 [h w 3] by camera name, enlarged to 256 pixels of height and put side by side.
         prompt: the task, on up to two lines.
-        said: what the model says, on one line.
+        text: the generated subtask, on one line.
         right: colours it: True green, False red, None white.
     """
     panels = [_enlarge(image) for image in images.values()]
@@ -51,19 +51,19 @@ def draw_frame(images: Mapping[str, np.ndarray], prompt: str, said: str, *, righ
     draw = ImageDraw.Draw(frame)
     letters = max(10, int(width / font.getlength("n")))
     lines = [*textwrap.wrap(prompt, letters)[:2], "", ""][:2]
-    for i, text in enumerate(lines):
-        draw.text((4, _PANEL + 2 + i * line), text, font=font, fill=(190, 190, 200))
+    for i, words in enumerate(lines):
+        draw.text((4, _PANEL + 2 + i * line), words, font=font, fill=(190, 190, 200))
     color = {None: (255, 255, 255), True: (120, 230, 120), False: (255, 120, 110)}[right]
-    draw.text((4, _PANEL + 2 + 2 * line), f"says: {said}"[:letters], font=font, fill=color)
+    draw.text((4, _PANEL + 2 + 2 * line), f"subtask: {text}"[:letters], font=font, fill=color)
     return np.asarray(frame)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shot:
-    """One control step: images by camera name, what the model says, and whether that is right (None: not judged)."""
+    """One control step: images by camera name, the generated subtask, and whether it is the true one (None: not judged)."""
 
     images: Mapping[str, np.ndarray]
-    said: str
+    text: str
     right: bool | None
 
 
@@ -81,8 +81,8 @@ class VideoWriter:
         self._gif: list[Image.Image] = []
 
     def add_episode(self, prompt: str, shots: Sequence[Shot]) -> None:
-        """Append an episode, each step drawn with the prompt and what is said."""
-        self.add([draw_frame(shot.images, prompt, shot.said, right=shot.right) for shot in shots])
+        """Append an episode, each step drawn with the prompt and the subtask."""
+        self.add([draw_frame(shot.images, prompt, shot.text, right=shot.right) for shot in shots])
 
     def add(self, frames: Sequence[np.ndarray]) -> None:
         """Append uint8 [h w 3] frames; the sides must be even."""

@@ -191,3 +191,8 @@ def test_commanded_episodes_are_never_held_out(tmp_path, episodes):
     of = np.repeat(np.arange(4), [len(e.state) for e in episodes])
     np.testing.assert_array_equal(held_out.rows, np.flatnonzero(of == 2))
     np.testing.assert_array_equal(train.rows, np.flatnonzero(of != 2))
+    # Without subtasks their actions would follow from nothing that the model sees.
+    cfg = dataclasses.replace(cfg, held_out=0.0)
+    acting, _, remarks = load_lerobot(cfg, HORIZON, CAMERAS, (64, 64), needs_subtask=False)
+    np.testing.assert_array_equal(acting.rows, np.flatnonzero(of == 2))
+    assert any("their prompt does not tell" in line for line in remarks)

@@ -33,7 +33,8 @@ def load_lerobot(
         horizon: actions in a sample.
         cameras: the model's camera names.
         size: height and width that frames are cached at.
-        needs_subtask: the model learns to write the subtask; frames without one are then skipped, and counted in the remarks.
+        needs_subtask: the model learns to write the subtask. Frames without one are then skipped; if it does not, those whose
+            subtask does not follow from the prompt. Both are counted in the remarks.
 
     Raises:
         UserError: anything in the dataset or the config that does not fit; names file, episode and frame.
@@ -61,13 +62,19 @@ def load_lerobot(
             remarks.append(
                 f"{int((~usable).sum())} of {len(frames)} frames have no subtask and are skipped (first: {first})"
             )
+    elif not table.supervise.all():
+        usable = table.supervise
+        remarks.append(
+            f"{int((~usable).sum())} of {len(frames)} frames follow a subtask that their prompt does not tell ({SUPERVISE}) and are "
+            f"skipped: this model has no subtask"
+        )
     short = [e for e in frames.episodes if e.length < horizon]
     if short:
         remarks.append(
             f"{len(short)} of {len(frames.episodes)} episodes are shorter than a chunk of {horizon} actions and padded "
             f"(first: episode {short[0].index}, {short[0].length} frames)"
         )
-    # Nobody can say a subtask that does not follow from the prompt, so episodes of such are not for evaluation.
+    # A subtask that does not follow from the prompt cannot be predicted, so such episodes are not for evaluation.
     judged = usable & table.supervise
     episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
     held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
@@ -170,7 +177,7 @@ def _labelled(table: Table, source: str) -> np.ndarray:
         looked = "neither subtask_index with meta/subtasks.parquet nor language_persistent is there"
         raise UserError(
             f"{meta.root} has no subtask labels ({looked if source == 'none' else f'data.subtasks {source}: all empty'}), but "
-            f"the config trains a model to say its subtask: annotate the data, name another column with --data.subtasks, or "
+            f"the config trains a model to generate subtasks: annotate the data, name another column with --data.subtasks, or "
             f"train actions only with --text.template openpi"
         )
     return usable

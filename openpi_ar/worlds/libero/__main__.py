@@ -50,7 +50,7 @@ class Record:
     def run(self) -> None:
         self._check()
         began = time.perf_counter()
-        LiberoWorld(self.image_size)  # not installed: said now, and without a worker's traceback
+        LiberoWorld(self.image_size)  # raises here if it is not installed, without a worker's traceback
         jobs = [(task, (self.seed, i)) for task, n in spread(self.episodes, self.tasks).items() for i in range(n)]
         source = record_episodes(jobs, self.image_size, self.noise, self.workers)
         lengths: list[int] = []
@@ -77,7 +77,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Closed-loop episodes from LIBERO's own initial states: success and what is said, by task."""
+    """Closed-loop episodes from LIBERO's own initial states: success and generated subtasks, by task."""
 
     ckpt: str
     """Directory or URL of a checkpoint; `expert`: the scripted expert instead, to check the evaluation."""
@@ -86,7 +86,7 @@ class Eval:
     asset_id: str | None = None
     """Which statistics under the checkpoint's `assets/`, if there are several."""
     horizon: int | None = None
-    """Actions in a chunk of a checkpoint that does not say it; default: openpi's for the robot."""
+    """Actions in a chunk, where the checkpoint does not record it; default: openpi's for the robot."""
     tasks: tuple[int, ...] = tuple(TASKS)
     """Numbers in libero_10."""
     episodes: int = 10
@@ -96,7 +96,7 @@ class Eval:
     execute: int = 5
     """Actions of a chunk that are executed before the policy is asked again; 5 is openpi's. The expert plans one."""
     expert_drives: bool = False
-    """The scripted expert acts and the model only talks: how often is what it says right?"""
+    """The scripted expert acts and the model only generates subtasks: how often are they right?"""
     image_size: tuple[int, int] = (256, 256)
     """Height and width of both images, before they are resized to the model's; openpi's client has 256 x 256 too."""
     seed: int = 0

@@ -37,7 +37,7 @@ def posed(source: TrainingSource) -> PosedFrames:
     frames = source.table.frames
     if POSES not in frames.meta.features:
         raise UserError(
-            f"{frames.meta.root} has no feature {POSES!r}, where the tabletop's recordings say where their blocks are: use a "
+            f"{frames.meta.root} has no feature {POSES!r}, which holds the places of the blocks in the tabletop's recordings: use a "
             f"dataset of its own, such as world://tabletop?episodes=1000"
         )
     encoded = read_columns(frames.meta, frames.episodes, [POSES]).columns[POSES]

@@ -37,7 +37,7 @@ def pretrain(cfg: TrainConfig, *, vision_steps: int, naming_steps: int, quiet: b
     """The model of `cfg`, from `cfg.init_from` or random, after `vision_steps` of `pretrain_vision` and `naming_steps` of
     `pretrain_naming` on the training frames of `cfg.data`; 0 leaves a stage out.
 
-    Raises UserError if the data does not say where its blocks are, or the model does not write subtasks.
+    Raises UserError if the data does not hold the places of its blocks, or the model's template has no subtask.
     """
     if min(vision_steps, naming_steps) < 0 or not vision_steps + naming_steps:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Pre-training of tower 1 on what a text names: told "pick up the red block", it says where that block is.
+"""Pre-training of tower 1 on what a text names: given "pick up the red block", it predicts where that block is.
 
 Imitation alone binds words to places slowly: of the blocks on the table the actions go to one or another, from frame to frame,
 and the loss hardly tells. Here the place of the named block is read from the values that the text's last token writes to the
@@ -44,7 +44,7 @@ def naming_loss(
     present: Bool[Array, "B K"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """L1 between the places (units of `POSITION_SCALE`) of the present ones of K objects and what the upper layers' values
-    at the end of each one's text say; its mean in centimetres.
+    at the end of each one's text predict; its mean in centimetres.
 
     `parts` stand in for the model's vision tower, embedder and tower 1. `texts` are K rows, the same for all observations:
     they run side by side after one prefix and do not see each other, as noisy chunks do (`flow.velocities`).

@@ -1,7 +1,7 @@
 """Pre-training of the vision tower on object poses, which a simulator gives for free.
 
 A vision tower from scratch finds *which* objects there are within minutes of imitation, but *where* they are to a centimetre
-only after hours: the actions are a thin, noisy signal for it. Here the tower first learns to say where everything is, from
+only after hours: the actions are a thin, noisy signal for it. Here the tower first learns to predict where everything is, from
 frames of the same demonstrations; the readout is then thrown away and training proper starts from the tower.
 """
 

@@ -76,7 +76,7 @@ class Disturbance:
         # First-order autoregression, stationary at sigma: errors of a real policy last, they do not average out.
         self._offset = 0.8 * self._offset + 0.6 * self._sigma * rng.standard_normal(3)
         executed = action.copy()
-        # Half of it along z, where the table is near and pressing on a block says little.
+        # Half of it along z, where the table is near and pressing on a block shows little.
         executed[:3] += ((self._offset + self._excursion) * np.array([1, 1, 0.5])).astype(np.float32)
         executed[3] = self._forced.pop(0) if self._forced else self._mishap(executed, facts)
         return executed

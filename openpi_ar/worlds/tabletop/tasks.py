@@ -103,7 +103,7 @@ def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
 
 
 def command_task(rng: np.random.Generator, prompt: str, colors: tuple[str, ...]) -> Task:
-    """A random plan for these blocks, whatever the prompt says: only the subtask tells what is done next, and why it
+    """A random plan for these blocks, whatever the prompt asks: only the subtask tells what is done next, which is why it
     is the subtask that the actions must follow. Asks for no held-out combination."""
     allowed = {c: [b for b in BINS if (c, b) not in HELD_OUT_COMBOS] for c in colors}
     order = [str(color) for color in rng.permutation(colors)]

@@ -56,7 +56,7 @@ class Args:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, writes and says what came out."""
+    """Trains, writes and prints what came out."""
     args = tyro.cli(Args, args=argv)
     model = train()
     tokenizer = Tokenizer(model)
