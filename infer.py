@@ -1,10 +1,11 @@
 """Talk and act with a checkpoint: `python infer.py --ckpt tabletop`. See `python infer.py --help`.
 
-Without an observation of yours it takes one from the simulated world that the checkpoint names; with `--rollout N` it plays
-closed-loop episodes there.
+Without an observation of yours it takes one from the simulated world that the checkpoint names; with `--rollout N` it
+plays closed-loop episodes there.
 """
 
-# Help and wrong flags are answered before what takes seconds is imported: JAX, the policy and the world in the functions.
+# Help and wrong flags are answered before what takes seconds is imported: JAX, the policy and the world in the
+# functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -30,11 +31,11 @@ class Args:
     """Says what to do next and does it: one observation, a question, or closed-loop episodes."""
 
     ckpt: str
-    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package (a directory
-    of that name is `./tabletop`). With --robot also a checkpoint of openpi's or LeRobot's."""
+    """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package (a
+    directory of that name is `./tabletop`). With --robot also a checkpoint of openpi's or LeRobot's."""
     robot: str | None = None
-    """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .yaml or .json
-    file. A checkpoint of yours trained on LeRobot data needs none."""
+    """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .yaml or
+    .json file. A checkpoint of yours trained on LeRobot data needs none."""
     asset_id: str | None = None
     """Which statistics under the checkpoint's `assets/`, if there are several."""
     horizon: int | None = None
@@ -44,13 +45,15 @@ class Args:
     seed: int = 0
     """Of the world's scene, of the first episode, and of the action noise."""
     images: tuple[str, ...] = ()
-    """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`, by the robot's or the model's names."""
+    """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`, by the robot's or the model's
+    names."""
     state: tuple[float, ...] | None = None
     """The robot's state in real units."""
     prompt: str | None = None
     """What to do."""
     observation: Path | None = None
-    """Your observation as .npz: an image per camera by its name, `state`, `prompt`; with --robot what it sends, by its keys."""
+    """Your observation as .npz: an image per camera by its name, `state`, `prompt`; with --robot what it sends, by its
+    keys."""
     subtask: str | None = None
     """Have the model act as if it had generated this."""
     question: str | None = None

@@ -224,7 +224,8 @@ def _last_saved(directory: Path, checkpoints: CheckpointStore) -> str:
 
 
 def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
-    """The train step, compiled from shapes alone; the memory that it takes by the compiler's account is printed, and must be there."""
+    """The train step, compiled from shapes alone; the memory that it takes by the compiler's account is printed, and
+    must be there."""
     state = placed_state(cfg, placement)
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps), where)

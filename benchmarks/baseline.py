@@ -3,20 +3,21 @@
 What is done as where (read at openpi 15a9616, github.com/BrunoFANG1/openpi_subtask_generation 74ac1d7; the latter's
 `gemma_05.py` and `pi05.py` are used alike by github.com/Ke-Wang1017/openpi_subtask):
 
-* openpi `siglip.py` `_Module`, `Encoder`: patches by a strided convolution, blocks scanned; `pi0.py` `embed_prefix`: one
-  call per camera.
-* openpi `gemma.py` `Module`, `Block`, `Attention`: blocks scanned over stacked parameters and cache, all of them under remat,
-  RoPE in every layer; keys joined to the cache before attention; `lora.py` `FeedForward`: gate, up and down as three matmuls
-  of [B T D].
+* openpi `siglip.py` `_Module`, `Encoder`: patches by a strided convolution, blocks scanned; `pi0.py` `embed_prefix`:
+  one call per camera.
+* openpi `gemma.py` `Module`, `Block`, `Attention`: blocks scanned over stacked parameters and cache, all of them under
+  remat, RoPE in every layer; keys joined to the cache before attention; `lora.py` `FeedForward`: gate, up and down as
+  three matmuls of [B T D].
 * `pi0.py` `sample_actions`: time MLP, AdaRMS, positions and masks in every denoising step, a loop on a float time.
 * `pi0_fast.py` `sample_actions` and the fork's `sample_low_level_task`: tokens rolled to the right, a cache as long as
-  everything will be, over which the prefill attends too; it goes through the scan of every token's layers as input and output.
-  All prefix positions go through the LM head (`pi0_fast.py`; the fork takes the last); decoding does so with one, takes a
-  log-softmax, writes the token by a one-hot product, and spends a step on the token after the last.
+  everything will be, over which the prefill attends too; it goes through the scan of every token's layers as input and
+  output. All prefix positions go through the LM head (`pi0_fast.py`; the fork takes the last); decoding does so with
+  one, takes a log-softmax, writes the token by a one-hot product, and spends a step on the token after the last.
 * the fork's `compute_loss`: prefix once, then actions on its cache; all text positions through the head, a product with
   one-hot targets.
 
-Left out, though they do it: random keys split in every step, Beta times by rejection (the draws are ours, to compare losses).
+Left out, though they do it: random keys split in every step, Beta times by rejection (the draws are ours, to compare
+losses).
 """
 
 from typing import Any
@@ -94,8 +95,8 @@ def run_tower(
     at: Array | None = None,
     remat: bool = False,
 ) -> tuple[Array, Any]:
-    """Hidden states after the final norm, and the cache: `cached` with one new token in slot `at`, or a new one, as long as
-    the mask is wide. Without `at`, `cached` (read only) and the new tokens' keys and values are joined.
+    """Hidden states after the final norm, and the cache: `cached` with one new token in slot `at`, or a new one, as
+    long as the mask is wide. Without `at`, `cached` (read only) and the new tokens' keys and values are joined.
     """
 
     def body(x: Array, xs: Any) -> tuple[Array, Any]:

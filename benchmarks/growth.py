@@ -1,7 +1,8 @@
-"""How time grows with tokens decoded, tokens read, cameras and rows of a batch: `python -m benchmarks.run growth --plot growth.png`.
+"""How time grows with tokens decoded, tokens read, cameras and rows of a batch: `python -m benchmarks.run growth --plot
+growth.png`.
 
-Expected: a token costs the same however many are decoded; prefill is linear in prompt and cameras as long as matmuls outweigh
-attention; a batch costs less per row until the device is full.
+Expected: a token costs the same however many are decoded; prefill is linear in prompt and cameras as long as matmuls
+outweigh attention; a batch costs less per row until the device is full.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.loader`: how fast samples are made, stage by stage, and whether data or compute is the bottleneck."""
+"""`python -m benchmarks.loader`: how fast samples are made, stage by stage, and whether data or compute is the
+bottleneck."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -72,7 +73,8 @@ def for_dataset(path: str, base: TrainConfig) -> TrainConfig:
 
 
 def bench(cfg: TrainConfig, *, step: bool, workers: Sequence[int] = WORKERS) -> dict[str, float]:
-    """Prints samples a second of each stage, of the loader for each number of workers, and (`step`) of the training step.
+    """Prints samples a second of each stage, of the loader for each number of workers, and (`step`) of the training
+    step.
 
     A LeRobot dataset's first frames are decoded into a cache of their own. Returns the printed rates by name. Raises
     UserError for what does not fit, as training does.

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory_plan pi05_subtask_tabletop pi0_tabletop debug:512      # debug with batches of 512 rows
 
-A process of its own for each preset, so that none finds memory that another has left. Measured is the highest resident set
-(VmHWM) of three steps, less what the process took before it held any state: its libraries and the compiled program.
+A process of its own for each preset, so that none finds memory that another has left. Measured is the highest resident
+set (VmHWM) of three steps, less what the process took before it held any state: its libraries and the compiled program.
 """
 
 import ctypes

@@ -77,7 +77,8 @@ def run_in_turns(programs: Mapping[str, Program], *, seconds: float, least: int 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What this device reaches at best, measured: FLOP/s of a large matmul, bytes/s (read and written) of a large copy."""
+    """What this device reaches at best, measured: FLOP/s of a large matmul, bytes/s (read and written) of a large
+    copy."""
 
     flops: float
     bandwidth: float

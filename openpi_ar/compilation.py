@@ -35,15 +35,16 @@ def keep_compiled_programs() -> Path | None:
 def run_once(program: Callable[..., Any], *args: Any) -> Any:
     """`program(*args)` as one jitted program that a process needs once.
 
-    On a CPU it is compiled without optimisation, in half the time: meant for programs that only rearrange their arguments.
+    On a CPU it is compiled without optimisation, in half the time: meant for programs that only rearrange their
+    arguments.
     """
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(program, compiler_options=quick)(*args)
 
 
 def _processor() -> str:
-    """A name that differs between processors: code for one may use instructions that another lacks, and machines share home
-    directories."""
+    """A name that differs between processors: code for one may use instructions that another lacks, and machines share
+    home directories."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -18,7 +18,8 @@ class VitConfig:
     num_heads: int = 16
     patch_size: int = 14
     image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels. What is left over of a multiple of the patch size is not seen (right and bottom edge)."""
+    """Height and width in pixels. What is left over of a multiple of the patch size is not seen (right and bottom
+    edge)."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """GELU's tanh approximation, or GELU itself."""
     norm_eps: float = 1e-6
@@ -27,10 +28,11 @@ class VitConfig:
     layer_scale: bool = False
     """Each branch has a learned factor per channel (DINOv2)."""
     lead_tokens: int = 0
-    """Learned tokens before the patches: a class token, then registers. They have no position and are dropped at the end."""
+    """Learned tokens before the patches: a class token, then registers. They have no position and are dropped at the
+    end."""
     tap: int = -1
-    """Block whose output is read, counted from the end: -1 is the last. Later ones are kept, so that a checkpoint stays whole,
-    and not computed."""
+    """Block whose output is read, counted from the end: -1 is the last. Later ones are kept, so that a checkpoint stays
+    whole, and not computed."""
     final_norm: bool = True
     """A LayerNorm after the blocks."""
 
@@ -54,8 +56,8 @@ class VitConfig:
 class TowerConfig:
     """One decoder. Default: Gemma's conventions.
 
-    Llama 2 is `norm_offset=0.0, activation="silu", scaled_embeddings=False, tied_head=False`, with as many key/value heads as
-    heads.
+    Llama 2 is `norm_offset=0.0, activation="silu", scaled_embeddings=False, tied_head=False`, with as many key/value
+    heads as heads.
     """
 
     width: int
@@ -99,16 +101,16 @@ class ModelConfig:
     """Action dimensions of the model; a robot's own are padded to it with zeros."""
     action_horizon: int = 10
     exact_time: bool = False
-    """Angles of the time embedding as in float64 (openpi's PyTorch code), not float32 (its JAX code): 1e-4 apart. A loaded
-    checkpoint keeps what it was trained with."""
+    """Angles of the time embedding as in float64 (openpi's PyTorch code), not float32 (its JAX code): 1e-4 apart. A
+    loaded checkpoint keeps what it was trained with."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of matmuls. Norms, softmax, RoPE, logits, losses and the flow state are always float32."""
     remat: bool = True
     """Recompute each block in the backward pass: a block's input is all that is kept."""
     remat_policy: Literal["full", "narrow", "weights", "dots"] = "full"
-    """What `remat` recomputes. `full`: everything. `narrow`: all but the narrower products with weights, so the MLP's wide
-    ones and attention scores. `weights`: all but the products with weights, so mostly attention scores and activation
-    functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
+    """What `remat` recomputes. `full`: everything. `narrow`: all but the narrower products with weights, so the MLP's
+    wide ones and attention scores. `weights`: all but the products with weights, so mostly attention scores and
+    activation functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
 
     def __post_init__(self):
         s, v, e = self.siglip, self.vlm, self.expert

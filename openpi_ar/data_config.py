@@ -12,27 +12,28 @@ class LeRobotData:
     """A LeRobot dataset, version 2.1 or 3.0."""
 
     path: str = ""
-    """Directory of the dataset (the one that holds `meta/`), its name on the Hugging Face hub, or the address of one that a
-    simulated world writes into the cache on first use: `world://tabletop?episodes=1000` (docs/data.md)."""
+    """Directory of the dataset (the one that holds `meta/`), its name on the Hugging Face hub, or the address of one
+    that a simulated world writes into the cache on first use: `world://tabletop?episodes=1000` (docs/data.md)."""
     cameras: tuple[str, ...] = ()
-    """`model_camera=feature` pairs; `model_camera=none` masks it, `top|none` does where there is no `top`. A camera that is
-    not named takes the robot's feature or, if the robot names none, that of its own name (`base_0_rgb`:
+    """`model_camera=feature` pairs; `model_camera=none` masks it, `top|none` does where there is no `top`. A camera
+    that is not named takes the robot's feature or, if the robot names none, that of its own name (`base_0_rgb`:
     `observation.images.base_0_rgb`)."""
     state: tuple[str, ...] = ()
-    """Features that are the state, side by side; `observation.state[0:7]` takes some of its dimensions. Empty: the robot's."""
+    """Features that are the state, side by side; `observation.state[0:7]` takes some of its dimensions. Empty: the
+    robot's."""
     actions: tuple[str, ...] = ()
     """Features that are the action, side by side; slices as in `state`. Empty: the robot's."""
     robot: RobotSpec = dataclasses.field(default_factory=RobotSpec)
-    """What the dataset's robot calls its features, and what is done to states and actions before they are normalised (and
-    undone to the actions of the trained model). `--robot` fills it (docs/robots.md)."""
+    """What the dataset's robot calls its features, and what is done to states and actions before they are normalised
+    (and undone to the actions of the trained model). `--robot` fills it (docs/robots.md)."""
     subtasks: str = "auto"
     """Where subtask labels come from: `index` (`subtask_index` and meta/subtasks.parquet), `language`
     (`language_persistent`), `task` (the task of each frame), `none`, a feature of texts, or `auto`: what is there."""
     prompt: str = ""
     """Said in place of every episode's task."""
     mix: tuple[str, ...] = ()
-    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. The other fields hold for all of them,
-    `episodes` for `path` alone."""
+    """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. The other fields hold for all
+    of them, `episodes` for `path` alone."""
     episodes: tuple[int, ...] = ()
     """Episodes to use; empty: all."""
     held_out: float = 0.05
@@ -42,8 +43,8 @@ class LeRobotData:
     cache_dir: str | None = None
     """None: `$OPENPI_AR_CACHE`, else `~/.cache/openpi_ar`."""
     prompt_swap: float = 0.0
-    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: their actions can
-    only be predicted from the subtask, which makes the conditioning on it real."""
+    """Fraction of training rows whose task is replaced by another one and whose text is not supervised: their actions
+    can only be predicted from the subtask, which makes the conditioning on it real."""
 
     def filled(self, cameras: Sequence[str]) -> "LeRobotData":
         """The same with what its robot says in place of what is not given. `cameras` are the model's."""
@@ -60,8 +61,8 @@ class LeRobotData:
         )
 
     def reader(self, cameras: Sequence[str]) -> RobotSpec:
-        """The robot that the dataset was recorded with, as a policy meets it: it sends what the features are called, or the
-        plain form by the names of the model's `cameras`."""
+        """The robot that the dataset was recorded with, as a policy meets it: it sends what the features are called, or
+        the plain form by the names of the model's `cameras`."""
         data = self.filled(cameras)
         given = {name: key for name, _, key in (entry.partition("=") for entry in data.cameras)}
         keys = {camera: given.get(camera, camera).split("|") for camera in cameras}

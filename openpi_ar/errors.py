@@ -1,4 +1,5 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong", and how commands end on it."""
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong", and how commands end on
+it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -29,6 +30,7 @@ def command_line() -> Iterator[None]:
 
 
 def replace_unwritable() -> None:
-    """Makes stdout replace what its encoding cannot hold (a pipe in cp1252 or ASCII). Standard error does so already."""
+    """Makes stdout replace what its encoding cannot hold (a pipe in cp1252 or ASCII). Standard error does so
+    already."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -20,7 +20,8 @@ def cache_root(given: str | Path | None = None) -> Path:
 
 
 def openpi_cache_root() -> Path:
-    """Where openpi puts its downloads, which are found and not fetched again: `$OPENPI_DATA_HOME`, else `~/.cache/openpi`."""
+    """Where openpi puts its downloads, which are found and not fetched again: `$OPENPI_DATA_HOME`, else
+    `~/.cache/openpi`."""
     return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
 
 
@@ -29,10 +30,12 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @contextlib.contextmanager
 def when_whole(path: Path, *, must_be_new: bool = False) -> Iterator[Path]:
-    """A scratch directory beside `path`, which takes its name at the end of the block: a half-written one is never seen.
+    """A scratch directory beside `path`, which takes its name at the end of the block: a half-written one is never
+    seen.
 
-    An error leaves nothing behind. If another process was faster, its directory stays: use this where both are the same, or
-    have it refused by `must_be_new`. Raises UserError if the directory cannot be written, or exists and must be new.
+    An error leaves nothing behind. If another process was faster, its directory stays: use this where both are the
+    same, or have it refused by `must_be_new`. Raises UserError if the directory cannot be written, or exists and must
+    be new.
     """
     if must_be_new and path.exists():
         raise UserError(f"{path} exists: name a new directory, or delete this one first")
@@ -65,7 +68,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 class Mapped:
-    """Base of classes with memory-mapped .npy arrays as fields: pickled, these are the names of their files, not gigabytes."""
+    """Base of classes with memory-mapped .npy arrays as fields: pickled, these are the names of their files, not
+    gigabytes."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: _File(value.filename) if _is_file(value) else value for name, value in self.__dict__.items()}

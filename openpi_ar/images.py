@@ -1,8 +1,8 @@
 """Images of any size to the model's: bilinear, aspect kept, black borders, on the host and on the device.
 
-The host uses Pillow, as openpi's client does. Checkpoints were trained on its bytes and no resize of JAX gives them, so the
-device version repeats its arithmetic, which is integers: a triangle filter as wide as the reduction, in 22-bit fixed point,
-columns first, then rows, each rounded to eight bits (Pillow's `Resample.c`). Both give the same pixels.
+The host uses Pillow, as openpi's client does. Checkpoints were trained on its bytes and no resize of JAX gives them, so
+the device version repeats its arithmetic, which is integers: a triangle filter as wide as the reduction, in 22-bit
+fixed point, columns first, then rows, each rounded to eight bits (Pillow's `Resample.c`). Both give the same pixels.
 """
 
 import functools
@@ -48,7 +48,8 @@ def _placed(size: tuple[int, int], height: int, width: int) -> tuple[int, int, i
 
 
 def _resample(x: UInt8[Array, "..."], size: int, axis: int) -> UInt8[Array, "..."]:
-    """One pass along one axis. Sums stay below 2^31: the weights of a pixel add up to 2^22 and pixels are eight bits."""
+    """One pass along one axis. Sums stay below 2^31: the weights of a pixel add up to 2^22 and pixels are eight
+    bits."""
     starts, weights = _filter(x.shape[axis], size)
     shape = [1] * x.ndim
     shape[axis] = size

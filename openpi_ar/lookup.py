@@ -1,7 +1,7 @@
 """The one rule by which a name that a user wrote means one of the names there are.
 
-Exactly that name; else, for a name of one part ("state") or a robot's key ("observation/state"), the one name whose last
-part it is; else an error that lists the candidates, nearest first.
+Exactly that name; else, for a name of one part ("state") or a robot's key ("observation/state"), the one name whose
+last part it is; else an error that lists the candidates, nearest first.
 """
 
 from collections.abc import Iterable

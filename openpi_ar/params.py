@@ -1,5 +1,5 @@
-"""Parameters by their paths: a module or nested dict as a flat mapping and back, parts of it, and one report of what does
-not fit.
+"""Parameters by their paths: a module or nested dict as a flat mapping and back, parts of it, and one report of what
+does not fit.
 
 A path is "/"-joined and the same in memory and in a checkpoint: `vlm/blocks/layers/q/w`.
 """
@@ -74,7 +74,8 @@ def fill(template: Tree, pure: Any) -> Tree:
 
 
 def split(model: Any, without: Collection[str]) -> Any:
-    """The parameters of a model whose paths are not in `without`: a nested dict, or the model itself if none is left out."""
+    """The parameters of a model whose paths are not in `without`: a nested dict, or the model itself if none is left
+    out."""
     if not without:
         return model
     return unflatten({path: leaf for path, leaf in flatten(model).items() if path not in without})
@@ -89,8 +90,9 @@ def join(model: Tree, part: Any) -> Tree:
 
 
 def misfits(want: Mapping[str, Any], have: Mapping[str, Any]) -> list[str]:
-    """All differences between two mappings from names to arrays (or anything with a shape): what is missing in `have`, what is
-    unknown to `want`, and what has another shape. Missing names that differ in a layer's number (`.3.`) are one entry."""
+    """All differences between two mappings from names to arrays (or anything with a shape): what is missing in `have`,
+    what is unknown to `want`, and what has another shape. Missing names that differ in a layer's number (`.3.`) are one
+    entry."""
     missing: dict[str, list[str]] = {}
     for name in want:
         if name not in have:

@@ -1,6 +1,8 @@
-"""The schema of a robot: what its observations are called, and what lies between its numbers and those that a model learns.
+"""The schema of a robot: what its observations are called, and what lies between its numbers and those that a model
+learns.
 
-Plain data. `data/robot.py` reads observations by it, `data/robots.py` has the table of robots and reads files of your own.
+Plain data. `data/robot.py` reads observations by it, `data/robots.py` has the table of robots and reads files of your
+own.
 """
 
 from collections.abc import Sequence
@@ -44,17 +46,18 @@ class RobotSpec:
     """Raw key of an image -> camera of the model. The model's other cameras are masked. "a|b": either key. Empty, in a
     training config: each camera of the model goes by its own name."""
     state: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Raw keys of the state's parts and their dimensions, concatenated in this order; 0: whatever is there. A key may end in
-    a slice: "observation.state[0:7]". Empty, in a training config: "observation.state"."""
+    """Raw keys of the state's parts and their dimensions, concatenated in this order; 0: whatever is there. A key may
+    end in a slice: "observation.state[0:7]". Empty, in a training config: "observation.state"."""
     action_dims: int = 0
     """The model's first action dimensions are the robot's; 0: those of the statistics."""
     actions: tuple[str, ...] = ("action",)
     """Features of a LeRobot dataset that are the action, side by side; slices as in `state`."""
     delta_mask: tuple[int, ...] = ()
-    """Runs of action dimensions, openpi's `make_bool_mask`: `6 -1` is six that are learnt relative to the state, then one
-    absolute. Dimensions past its end are absolute."""
+    """Runs of action dimensions, openpi's `make_bool_mask`: `6 -1` is six that are learnt relative to the state, then
+    one absolute. Dimensions past its end are absolute."""
     flips: tuple[int, ...] = ()
-    """Signs of the first dimensions of state and actions, 1 or -1: between the robot's joints and those that models know."""
+    """Signs of the first dimensions of state and actions, 1 or -1: between the robot's joints and those that models
+    know."""
     inverted_grippers: tuple[int, ...] = ()
     """Dimensions of state and actions that hold inverted grippers: x becomes 1 - x."""
     aloha_grippers: tuple[int, ...] = ()
@@ -112,7 +115,8 @@ class RobotSpec:
         return dataclasses.replace(own, delta=self.delta) if self.delta_mask else own
 
     def of_model(self, kind: str) -> "RobotSpec":
-        """The robot as models of that kind, "pi0" or "pi05", were and are trained on it: `delta_mask` holds, no variant."""
+        """The robot as models of that kind, "pi0" or "pi05", were and are trained on it: `delta_mask` holds, no
+        variant."""
         return dataclasses.replace(self, delta_mask=mask_runs(self.variant(kind).delta), pi0=None, pi05=None)
 
     def check_cameras(self, cameras: Sequence[str]) -> None:
@@ -174,5 +178,6 @@ def split_key(key: str) -> tuple[str, slice]:
 
 
 def plain(cameras: Sequence[str]) -> RobotSpec:
-    """The robot that sends `{"images": {camera: image}, "state": ...}` by the model's own camera names, whatever else is there."""
+    """The robot that sends `{"images": {camera: image}, "state": ...}` by the model's own camera names, whatever else
+    is there."""
     return RobotSpec(cameras={f"{IMAGES}/{camera}": camera for camera in cameras}, state={STATE: 0}, unused=(ANY,))

@@ -1,4 +1,5 @@
-"""Text and JSON files that other programs wrote, and the numbers in them: what is not as expected is one line naming the file.
+"""Text and JSON files that other programs wrote, and the numbers in them: what is not as expected is one line naming
+the file.
 
 Texts are UTF-8, with or without a byte-order mark.
 """

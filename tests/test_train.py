@@ -1,4 +1,5 @@
-"""Broken if this fails: training does not learn, a resumed run differs from one never stopped, or bad input does damage."""
+"""Broken if this fails: training does not learn, a resumed run differs from one never stopped, or bad input does
+damage."""
 
 import contextlib
 import dataclasses

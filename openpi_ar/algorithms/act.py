@@ -5,8 +5,8 @@
     text      autoregressive text, one token a step          -> tokens, cache
     flow      Euler steps of the action tower                -> actions
 
-The keys and values of the text are in the cache when the actions are denoised, so they are conditioned on it at no extra
-prefill.
+The keys and values of the text are in the cache when the actions are denoised, so they are conditioned on it at no
+extra prefill.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from openpi_ar.types import Array, Observation, Tokens
 
 STAGES = ("images", "prefill", "text", "flow")
 RunStage = Callable[..., Any]
-"""`run(name, function, *arguments)` runs one stage. Arguments are pytrees; the function depends on nothing else that changes
-from call to call, so it may be jitted once by its name, and timed."""
+"""`run(name, function, *arguments)` runs one stage. Arguments are pytrees; the function depends on nothing else that
+changes from call to call, so it may be jitted once by its name, and timed."""
 
 
 @nnx.dataclass
@@ -60,9 +60,9 @@ def act(
 ) -> Act:
     """Generates text, then denoises actions that are conditioned on it.
 
-    With `text` the model is given its text, and nothing is decoded; a budget of 0 tokens leaves the text out (action-only
-    models). `draft` is any earlier text (ids, valid): the right part of it is not decoded again, the result is the same.
-    `keys` are as in `generate`, `table` (of `flow_table`) and `guide` as in `denoise`.
+    With `text` the model is given its text, and nothing is decoded; a budget of 0 tokens leaves the text out
+    (action-only models). `draft` is any earlier text (ids, valid): the right part of it is not decoded again, the
+    result is the same. `keys` are as in `generate`, `table` (of `flow_table`) and `guide` as in `denoise`.
     """
     generated, cache = talk(model, obs, sampling, keys=keys, text=text, draft=draft, run=run)
 

@@ -1,10 +1,10 @@
 """Cross-entropy against a vocabulary too wide to hold: float32 log-sum-exp over slices of it, in both directions.
 
 Logits of a 257,152-wide head are 1 MB a token, twice that with their softmax and again with its gradient. Here only one
-slice of them exists at a time: the forward pass carries the log-sum-exp and the arg max from slice to slice, the backward
-pass computes each slice's logits once more (a quarter of the work of the whole) and writes that slice of the table's
-gradient. Sliced along the vocabulary, not along the tokens: each row of the table is then read, and its gradient written
-(and summed over devices), once.
+slice of them exists at a time: the forward pass carries the log-sum-exp and the arg max from slice to slice, the
+backward pass computes each slice's logits once more (a quarter of the work of the whole) and writes that slice of the
+table's gradient. Sliced along the vocabulary, not along the tokens: each row of the table is then read, and its
+gradient written (and summed over devices), once.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from openpi_ar.types import Array
 SLICE = 2048
 """Columns of the vocabulary at a time. On a CPU 1024 to 4096 are equally fast, and a slice of logits stays in cache."""
 AT_ONCE = 1 << 20
-"""Logits that are few enough (4 MB) to be computed in one piece: 1.5 times as fast, and no loop carries the gradient."""
+"""Logits that are few enough (4 MB) to be computed in one piece: 1.5 times as fast, and no loop carries the
+gradient."""
 
 
 def token_losses(
@@ -30,8 +31,8 @@ def token_losses(
     """(cross-entropy, most likely id) of each row, from the head's input and its weight; ids are integer labels.
 
     The matmuls are in the dtype of `hidden`, everything after them float32. Of equal logits the first wins, as in
-    `argmax`. Differentiable in `hidden` and `table`; a table that needs no gradient gets none computed. `columns` at a time,
-    by default `SLICE`, or all if that makes no more than `AT_ONCE` logits.
+    `argmax`. Differentiable in `hidden` and `table`; a table that needs no gradient gets none computed. `columns` at a
+    time, by default `SLICE`, or all if that makes no more than `AT_ONCE` logits.
     """
     if columns is None:
         columns = table.shape[0] if hidden.shape[0] * table.shape[0] <= AT_ONCE else SLICE
@@ -87,7 +88,8 @@ _token_losses.defvjp(_forward, _backward)
 def _over_slices(one: Callable[[Any, int, Any], Any], vocab: int, columns: int, carry: Any) -> Any:
     """`carry = one(start, size, carry)` over the vocabulary; the last slice is what is left."""
     whole, rest = divmod(vocab, columns)
-    # A trip count known at trace time makes this a scan, from which what nobody uses is removed (a frozen table's gradient).
+    # A trip count known at trace time makes this a scan, from which what nobody uses is removed (a frozen table's
+    # gradient).
     if whole:
         carry = jax.lax.fori_loop(0, whole, lambda i, c: one(i * columns, columns, c), carry)
     return one(whole * columns, rest, carry) if rest else carry

@@ -1,8 +1,8 @@
 """The check of a draft of the text.
 
-A subtask holds for many control steps, so the last text is a good draft of the next one. As the text of a prefill it costs a
-few more rows of a matmul; the model's own arg max at each of its tokens then tells how far it is what greedy decoding would
-give. The agreed tokens are already in the cache.
+A subtask holds for many control steps, so the last text is a good draft of the next one. As the text of a prefill it
+costs a few more rows of a matmul; the model's own arg max at each of its tokens then tells how far it is what greedy
+decoding would give. The agreed tokens are already in the cache.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,8 @@ class Start(NamedTuple):
 
 
 def as_draft(ids: Int[Array, "B T"], valid: Bool[Array, "B T"], sampling: Sampling) -> Tokens:
-    """The text of a prefill that checks this draft: its first valid tokens, without the EOS (nothing is read after it)."""
+    """The text of a prefill that checks this draft: its first valid tokens, without the EOS (nothing is read after
+    it)."""
     most = sampling.max_new_tokens
     ids, valid = jnp.asarray(ids)[:, :most], jnp.asarray(valid)[:, :most]
     used = jnp.cumprod(valid & (ids != sampling.eos_id), axis=1).astype(bool)

@@ -1,6 +1,7 @@
 """Flow matching: the action tower over a chunk at time t, and its integration from noise to actions.
 
-Time runs as in openpi (`pi0.py`): t = 1 is noise, t = 0 is data; x_t = t * noise + (1 - t) * actions, v = noise - actions.
+Time runs as in openpi (`pi0.py`): t = 1 is noise, t = 0 is data; x_t = t * noise + (1 - t) * actions, v = noise -
+actions.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from openpi_ar.types import Array, Observation
 
 Chunk = Float[Array, "B A X"]
 Guide = Callable[[Callable[[Chunk], Chunk], Float[Array, ""], Chunk], Chunk]
-"""`guide(velocity, t, x) -> v` stands in for `v = velocity(x)` at time t in every step of `denoise`. It may call `velocity`,
-or differentiate through it, as guidance by a gradient needs."""
+"""`guide(velocity, t, x) -> v` stands in for `v = velocity(x)` at time t in every step of `denoise`. It may call
+`velocity`, or differentiate through it, as guidance by a gradient needs."""
 
 
 def velocity(model: VLA, obs: Observation, cache: Cache, x_t: Chunk, t: Float[Array, " B"]) -> Chunk:
@@ -37,7 +38,8 @@ def velocities(
 
 
 def flow_table(model: VLA, num_steps: int) -> Float[Array, "n m W"] | None:
-    """Modulation of every norm of the action tower at each Euler step: all of the computation that depends on time only.
+    """Modulation of every norm of the action tower at each Euler step: all of the computation that depends on time
+    only.
 
     A constant of the checkpoint, for `denoise`. None for a form or a family that has no such table.
     """
@@ -56,7 +58,8 @@ def denoise(
 ) -> Chunk:
     """Euler integration of the flow from noise to actions in a fixed number of equal steps.
 
-    `table` (of `flow_table`, for the same number of steps) saves computing it here. `guide` may change every step's velocity.
+    `table` (of `flow_table`, for the same number of steps) saves computing it here. `guide` may change every step's
+    velocity.
     """
     batch, times = noise.shape[0], jnp.asarray(flow_times(num_steps))
     # Nothing of these depends on the step, so they are computed before the loop.
@@ -77,8 +80,8 @@ def denoise(
 def flow_times(num_steps: int) -> Float[np.ndarray, " n"]:
     """Time at the start of each Euler step, from 1 down.
 
-    Summed in float32 as openpi's loops do (0.8 is then 0.8000001, which the time embedding turns by 1e-4), but for a fixed
-    number of steps: no loop depends on where such a sum ends.
+    Summed in float32 as openpi's loops do (0.8 is then 0.8000001, which the time embedding turns by 1e-4), but for a
+    fixed number of steps: no loop depends on where such a sum ends.
     """
     dt, times = np.float32(-1.0 / num_steps), [np.float32(1.0)]
     for _ in range(num_steps - 1):

@@ -1,4 +1,5 @@
-"""The training loss: `10 * flow + cross-entropy of each kind of token`, from one prefill and one velocity per noise draw."""
+"""The training loss: `10 * flow + cross-entropy of each kind of token`, from one prefill and one velocity per noise
+draw."""
 
 from typing import NamedTuple
 
@@ -21,13 +22,14 @@ _TEXT = ("ce", "exact_match", "first_token")
 KINDS = (Kind.SUBTASK, Kind.ANSWER, Kind.ACTION)
 """What a model may be trained to write, in the order of the arrays [K]."""
 PARTS = ("flow", *(kind.label for kind in KINDS))
-"""What losses are made of. A part's metrics have names that begin with it; `<part>_count` is how much it was measured on."""
+"""What losses are made of. A part's metrics have names that begin with it; `<part>_count` is how much it was measured
+on."""
 
 
 class Counts(NamedTuple):
-    """What the parts of the loss are divided by: supervised tokens, rows with such tokens, and rows whose first token of the
-    kind is one, each by kind; and action entries. A slice of a batch is divided by its share of the whole batch's counts, so
-    that the mean over slices is the loss of the whole."""
+    """What the parts of the loss are divided by: supervised tokens, rows with such tokens, and rows whose first token
+    of the kind is one, each by kind; and action entries. A slice of a batch is divided by its share of the whole
+    batch's counts, so that the mean over slices is the loss of the whole."""
 
     tokens: Float[Array, " K"]
     rows: Float[Array, " K"]
@@ -71,8 +73,8 @@ def per(total: Num[Array, "*k"], count: Float[Array, "*k"]) -> Float[Array, "*k"
 
 
 def predictors(prompt_last: Float[Array, "B D"], hidden: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Array:
-    """Hidden states [B T D] that predict the target's tokens: each is that of the last valid token before the slot, for the
-    first valid one the prompt's last. Padding may stand anywhere."""
+    """Hidden states [B T D] that predict the target's tokens: each is that of the last valid token before the slot, for
+    the first valid one the prompt's last. Padding may stand anywhere."""
     slots = jnp.where(valid, jnp.arange(1, valid.shape[1] + 1), 0)
     before = jnp.pad(jax.lax.cummax(slots, axis=1)[:, :-1], [(0, 0), (1, 0)])
     return jnp.take_along_axis(jnp.concatenate([prompt_last[:, None], hidden], axis=1), before[..., None], axis=1)
@@ -89,7 +91,8 @@ def text_loss(
     """(sum over kinds of weight * cross-entropy, metrics) of the target given its teacher-forced hidden states.
 
     Each kind's cross-entropy is the mean over its supervised tokens of the batch. Only these T rows go through the
-    vocabulary-wide head, a slice of it at a time (`cross_entropy.py`). Metrics are, with `<kind>` the label of each kind:
+    vocabulary-wide head, a slice of it at a time (`cross_entropy.py`). Metrics are, with `<kind>` the label of each
+    kind:
 
         <kind>_ce            cross-entropy
         <kind>_exact_match   fraction of rows with supervised tokens of the kind in which each is the arg max, which is when
@@ -153,8 +156,8 @@ def compute_loss(
     """The training loss and its parts: `loss`, `flow` and those of `text_loss` (float32 scalars).
 
     The true text is the text run of the prefill, so the actions are conditioned on it exactly as they are on generated
-    text at inference. `counts` stand in for the batch's own where it is a slice of a larger one. `fed` is fed in place of
-    the true text, which stays the target.
+    text at inference. `counts` stand in for the batch's own where it is a slice of a larger one. `fed` is fed in place
+    of the true text, which stays the target.
     """
     counts = batch_counts(batch) if counts is None else counts
     out, cache = prefill(model, batch.observation, batch.target if fed is None else fed)

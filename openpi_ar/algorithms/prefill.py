@@ -34,8 +34,8 @@ def prefill(
     """Runs images, prompt and, if given, known text through tower 1.
 
     `image_tokens` (from `model.embed_images`) lets the vision tower be timed or reused apart. The prompt must have at
-    least one valid token per row. `last_only` leaves out `hidden`: an inference form then computes the last layer for the few
-    tokens that predict text, and only writes keys and values for the others.
+    least one valid token per row. `last_only` leaves out `hidden`: an inference form then computes the last layer for
+    the few tokens that predict text, and only writes keys and values for the others.
     """
     run = model.embed(obs, image_tokens)
     stop = run.valid.shape[1]

@@ -17,7 +17,8 @@ from openpi_ar.types import Array
 class Constraint(Protocol):
     """Which ids may come next. A pytree, so that it can be an argument of a compiled program.
 
-    Its state is a pytree of arrays whose first axis is the batch (or `()`, if it has none) and lives in the decode loop.
+    Its state is a pytree of arrays whose first axis is the batch (or `()`, if it has none) and lives in the decode
+    loop.
     """
 
     def init(self, batch: int) -> Any:

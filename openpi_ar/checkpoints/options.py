@@ -10,7 +10,8 @@ Format = Literal["openpi", "torch", "lerobot", "ours"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-    """What no tensor tells, and what is wanted of the model. None: what the files beside the tensors say, else a default."""
+    """What no tensor tells, and what is wanted of the model. None: what the files beside the tensors say, else a
+    default."""
 
     dtype: Dtype | None = None
     """Of the parameters; else as stored."""

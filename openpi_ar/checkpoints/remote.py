@@ -1,7 +1,7 @@
 """Finds a checkpoint: shipped with the package, on this disk, or remote and copied to openpi's cache.
 
-A remote one is downloaded once, and resumed after an interruption. The cache (`files.openpi_cache_root`) is laid out as openpi
-does it: `gs://bucket/a/b` is `<cache>/bucket/a/b`.
+A remote one is downloaded once, and resumed after an interruption. The cache (`files.openpi_cache_root`) is laid out as
+openpi does it: `gs://bucket/a/b` is `<cache>/bucket/a/b`.
 """
 
 from pathlib import Path, PurePosixPath
@@ -25,9 +25,11 @@ _SCHEMES = ("gs", "http", "https", "hf", "s3", "file")
 
 
 def shipped(path: str | Path) -> str | Path:
-    """The directory of a checkpoint that comes with the package, if `path` is exactly its name; any other path unchanged.
+    """The directory of a checkpoint that comes with the package, if `path` is exactly its name; any other path
+    unchanged.
 
-    A directory that has the same name is `./tabletop`, or a `Path`. Raises UserError if this installation lacks the checkpoint.
+    A directory that has the same name is `./tabletop`, or a `Path`. Raises UserError if this installation lacks the
+    checkpoint.
     """
     if not isinstance(path, str) or path not in SHIPPED:
         return path
@@ -42,8 +44,9 @@ def shipped(path: str | Path) -> str | Path:
 def local_copy(path: str | Path) -> Path:
     """A local path as it is; an address or hub id (`owner/name`) as its copy in the cache, downloaded if need be.
 
-    `tabletop` is the checkpoint that comes with the package (`shipped`). A file is written as `<name>.partial` and renamed when
-    it is complete; a directory is marked complete after its last file. Raises UserError if the address cannot be reached.
+    `tabletop` is the checkpoint that comes with the package (`shipped`). A file is written as `<name>.partial` and
+    renamed when it is complete; a directory is marked complete after its last file. Raises UserError if the address
+    cannot be reached.
     """
     text = str(shipped(path))
     scheme = text.split("://", 1)[0] if "://" in text else ""

@@ -137,8 +137,8 @@ def load_params(step_dir: Path, model: VLA, sharding: jax.sharding.Sharding | No
 
 
 def restore_args(want: Any, sharding: jax.sharding.Sharding | None) -> ocp.args.PyTreeRestore:
-    """How orbax is to restore a tree: in the shapes and dtypes of `want`, each leaf to its own sharding, else to `sharding`,
-    else to the first device. Numpy arrays stay numpy arrays."""
+    """How orbax is to restore a tree: in the shapes and dtypes of `want`, each leaf to its own sharding, else to
+    `sharding`, else to the first device. Numpy arrays stay numpy arrays."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(x: Any) -> Any:

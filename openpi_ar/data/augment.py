@@ -1,4 +1,5 @@
-"""Random changes of training batches inside the jitted step: uint8 goes to the device, what the model sees is made there."""
+"""Random changes of training batches inside the jitted step: uint8 goes to the device, what the model sees is made
+there."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,7 +21,8 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[str]) -> Observation:
     """The observation with its images changed, every image on its own. Returned unchanged if augmentation is off.
 
-    Images come back float32 in [-1, 1]. `cameras` are the names of the observation's, those in `cfg.uncropped` keep all.
+    Images come back float32 in [-1, 1]. `cameras` are the names of the observation's, those in `cfg.uncropped` keep
+    all.
     """
     if not (cfg.crop or cfg.brightness or cfg.contrast or cfg.saturation):
         return obs
@@ -41,11 +43,12 @@ def augment(obs: Observation, key: Array, cfg: AugmentConfig, cameras: Sequence[
 
 
 def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Tokens]:
-    """The batch, and the text to feed in place of its target: in this fraction of rows some tokens of another row's subtask.
+    """The batch, and the text to feed in place of its target: in this fraction of rows some tokens of another row's
+    subtask.
 
     Those rows have no action in the loss any more: their actions do not follow from such a text. Rows without a subtask
-    (questions) stay as they are and lend no tokens. Similar to word dropout (S. Bowman et al., "Generating Sentences from a
-    Continuous Space", CoNLL 2016, section 3.1).
+    (questions) stay as they are and lend no tokens. Similar to word dropout (S. Bowman et al., "Generating Sentences
+    from a Continuous Space", CoNLL 2016, section 3.1).
     """
     target = batch.target
     if not fraction:
@@ -64,7 +67,8 @@ def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Tok
 
 
 def _random_window(image: Float[Array, "h w 3"], key: Array, crop: float) -> Float[Array, "h w 3"]:
-    """A window of the image at a random place, by up to `crop` smaller on each side, resized to the whole (bilinear)."""
+    """A window of the image at a random place, by up to `crop` smaller on each side, resized to the whole
+    (bilinear)."""
     size_key, place_key = jax.random.split(key)
     size = jnp.array(image.shape[:2], jnp.float32)
     scale = 1.0 / (1.0 - crop * jax.random.uniform(size_key))

@@ -10,7 +10,8 @@ from openpi_ar.data.normalize import Mode, NormStats, column_stats
 
 
 class Column(NamedTuple):
-    """One dimension of a quantity over a source: values [n] before normalisation, and the row of the source each is from."""
+    """One dimension of a quantity over a source: values [n] before normalisation, and the row of the source each is
+    from."""
 
     values: np.ndarray
     rows: np.ndarray
@@ -22,7 +23,8 @@ Numbers = dict[str, list[Column]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a sample comes from, for people: by model camera the feature (empty: masked), and a name of each dimension."""
+    """Where a sample comes from, for people: by model camera the feature (empty: masked), and a name of each
+    dimension."""
 
     cameras: Mapping[str, str]
     state: Sequence[str]

@@ -33,7 +33,8 @@ Source = RandomAccessDataSource[dict]
 
 
 class BatchRows(grain.MapDataset):
-    """Of every `batch_size` elements of `parent`, those at `rows`; batches of `len(rows)` of these are shares of batches.
+    """Of every `batch_size` elements of `parent`, those at `rows`; batches of `len(rows)` of these are shares of
+    batches.
 
     Only they are computed. Random transformations before it draw what they would without it.
     """
@@ -155,8 +156,9 @@ def evaluation_batches(
 ) -> list[tuple[Sequence[dict], Batch]]:
     """(raw samples, Batch) pairs spread evenly over the source, the same ones on every call.
 
-    A source with fewer rows than one batch is repeated to fill it, so that every batch has one shape. In a batch, rows with
-    actions come first: the noise of a row, drawn by its place, does not then depend on how many questions are among them.
+    A source with fewer rows than one batch is repeated to fill it, so that every batch has one shape. In a batch, rows
+    with actions come first: the noise of a row, drawn by its place, does not then depend on how many questions are
+    among them.
     """
     rows = np.linspace(0, len(source), batch_size * batches, endpoint=False).astype(int)
     # Strided, so that each batch alone spans all episodes.

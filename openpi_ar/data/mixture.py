@@ -15,8 +15,8 @@ from openpi_ar.errors import UserError
 class Mixture:
     """A `TrainingSource` of others. `endless` draws from it for training.
 
-    By index its rows lie side by side, each part taking its weight's share of them: evenly spaced rows, as for evaluation, or
-    random ones are then in these proportions too.
+    By index its rows lie side by side, each part taking its weight's share of them: evenly spaced rows, as for
+    evaluation, or random ones are then in these proportions too.
     """
 
     parts: tuple[SingleSource, ...]

@@ -1,8 +1,8 @@
 """Normalisation of states and actions, forward beside inverse, and openpi's `norm_stats.json`.
 
-The formulas are openpi's (`src/openpi/transforms.py`, Normalize and Unnormalize), with nothing added when they are applied:
-what a checkpoint was trained with is what it gets. The floor for dimensions that do not move is put into the statistics when
-they are computed, so openpi reads the same numbers out of our file as we do.
+The formulas are openpi's (`src/openpi/transforms.py`, Normalize and Unnormalize), with nothing added when they are
+applied: what a checkpoint was trained with is what it gets. The floor for dimensions that do not move is put into the
+statistics when they are computed, so openpi reads the same numbers out of our file as we do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ _MODE_ARRAYS: dict[Mode, tuple[str, str]] = {"quantile": ("q01", "q99"), "z_scor
 
 # openpi's guard against division by zero; kept so that its statistics give its numbers.
 _EPSILON = 1e-6
-# A dimension that moves less than this (0.1 mm, 0.1 mrad) over the whole training set carries sensor noise only. Stretching
-# that to [-1, 1] would feed the model pure noise, so such a dimension is centred and left in its own unit.
+# A dimension that moves less than this (0.1 mm, 0.1 mrad) over the whole training set carries sensor noise only.
+# Stretching that to [-1, 1] would feed the model pure noise, so such a dimension is centred and left in its own unit.
 NEAR_CONSTANT = 1e-4
 
 
@@ -35,8 +35,8 @@ NEAR_CONSTANT = 1e-4
 class NormStats:
     """Per-dimension statistics of one quantity, each an array [dims] (float64 as computed and as read from a file).
 
-    `quantile` maps [q01, q99] to [-1, 1] (pi0.5: the state must lie there to be discretised); `z_score` maps to zero mean
-    and unit deviation (pi0). Values outside the quantiles are not clipped.
+    `quantile` maps [q01, q99] to [-1, 1] (pi0.5: the state must lie there to be discretised); `z_score` maps to zero
+    mean and unit deviation (pi0). Values outside the quantiles are not clipped.
     """
 
     mean: np.ndarray
@@ -72,8 +72,8 @@ class NormStats:
     def floored(self) -> "NormStats":
         """The same with every near-constant dimension centred and left in its own unit (deviation 1, quantiles -+1).
 
-        For statistics that a new run will train with. Not for a released checkpoint's: its model has learnt the stretched
-        numbers, and would move such a dimension by whole units.
+        For statistics that a new run will train with. Not for a released checkpoint's: its model has learnt the
+        stretched numbers, and would move such a dimension by whole units.
         """
         still, flat = self.std < NEAR_CONSTANT, self.q99 - self.q01 < NEAR_CONSTANT
         middle = (self.q01 + self.q99) / 2
@@ -86,7 +86,8 @@ class NormStats:
         )
 
     def first(self, dims: int, what: str) -> "NormStats":
-        """The first `dims` dimensions, 0: all; the rest of a longer one is padding, as openpi treats it. Raises UserError."""
+        """The first `dims` dimensions, 0: all; the rest of a longer one is padding, as openpi treats it. Raises
+        UserError."""
         dims = dims or self.dims
         if self.dims < dims:
             raise UserError(
@@ -143,8 +144,8 @@ def check_mode(path: Path, mode: Mode, required: Mode | None) -> None:
 def save_norm_stats(directory: str | Path, stats: Mapping[str, NormStats]) -> None:
     """Writes `norm_stats.json` in openpi's format, with the mode beside it; complete or not at all.
 
-    openpi's reader takes it: `src/openpi/shared/normalize.py` parses the top level with a pydantic model of the one field
-    `norm_stats`, and pydantic ignores fields it does not know unless told otherwise.
+    openpi's reader takes it: `src/openpi/shared/normalize.py` parses the top level with a pydantic model of the one
+    field `norm_stats`, and pydantic ignores fields it does not know unless told otherwise.
     """
     body = {
         "mode": next(iter(stats.values())).mode,
@@ -166,7 +167,8 @@ def load_norm_stats(
         required_mode: what the model needs (`ModelConfig.norm_mode`); also the default then.
 
     Raises:
-        UserError: the file, a quantity or an array is missing or does not fit, or the stored mode is not the required one.
+        UserError: the file, a quantity or an array is missing or does not fit, or the stored mode is not the required
+            one.
     """
     path = Path(directory) / FILE
     body = read_object(path)
@@ -185,8 +187,8 @@ def load_norm_stats(
 def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, known: Sequence[str] = ()) -> Path:
     """The directory of a checkpoint's `norm_stats.json`.
 
-    openpi's place is `<checkpoint>/assets/<asset id>/`, where an id may contain "/" (physical-intelligence/libero); ours is
-    `<checkpoint>/assets/`.
+    openpi's place is `<checkpoint>/assets/<asset id>/`, where an id may contain "/" (physical-intelligence/libero);
+    ours is `<checkpoint>/assets/`.
 
     Args:
         checkpoint: directory that holds `assets/`.

@@ -1,7 +1,8 @@
 """Robots as data: the table of those that released models were trained for, and files of your own.
 
-A row of `ROBOTS` says everything, so that a released checkpoint and a robot's name are enough to act; a robot of your own is
-the same fields in a YAML or JSON file. Values are openpi's (`src/openpi/policies/*_policy.py`, `src/openpi/training/config.py`).
+A row of `ROBOTS` says everything, so that a released checkpoint and a robot's name are enough to act; a robot of your
+own is the same fields in a YAML or JSON file. Values are openpi's (`src/openpi/policies/*_policy.py`,
+`src/openpi/training/config.py`).
 """
 
 import dataclasses
@@ -69,9 +70,9 @@ ROBOTS: dict[str, RobotSpec] = {
             pi05=Variant(horizon=15, template="openpi"),
             asset_ids=("droid",),
         ),
-        # openpi's pi0_libero and pi05_libero. LIBERO's actions are relative already; pi0's were made so once more. pi0.5
-        # was trained with discrete_state_input=False, that is pi0's prompt: it does not see the state at all. Both were
-        # trained on images turned by 180 degrees, which openpi's client does before sending them.
+        # openpi's pi0_libero and pi05_libero. LIBERO's actions are relative already; pi0's were made so once more.
+        # pi0.5 was trained with discrete_state_input=False, that is pi0's prompt: it does not see the state at all.
+        # Both were trained on images turned by 180 degrees, which openpi's client does before sending them.
         RobotSpec(
             name="libero",
             cameras={"observation/image": "base_0_rgb", "observation/wrist_image": "left_wrist_0_rgb"},
@@ -102,7 +103,8 @@ ROBOTS: dict[str, RobotSpec] = {
 
 
 def get_robot(name: str) -> RobotSpec:
-    """The robot of that name in the table, or of that YAML or JSON file. Raises UserError listing the names, nearest first."""
+    """The robot of that name in the table, or of that YAML or JSON file. Raises UserError listing the names, nearest
+    first."""
     if name in ROBOTS:
         return ROBOTS[name]
     if name.endswith(_FILES):
@@ -120,7 +122,8 @@ def dumps(robot: RobotSpec) -> str:
 def loads(text: str, *, source: str = "robot.json") -> RobotSpec:
     """Inverse of `dumps`, of YAML too if `source` is not called .json.
 
-    Shorter than what `dumps` writes: `state` may be a list of keys. Raises UserError naming unknown, missing or unfit fields.
+    Shorter than what `dumps` writes: `state` may be a list of keys. Raises UserError naming unknown, missing or unfit
+    fields.
     """
     try:
         body = json.loads(text) if source.endswith(".json") else yaml.safe_load(text)

@@ -23,7 +23,8 @@ def as_given(path: str, cache_dir: str | None) -> str:
 def load_sources(cfg: TrainConfig, locate: Locate = as_given) -> tuple[TrainingSource, TrainingSource, tuple[str, ...]]:
     """(training source, held-out source, remarks for the user). Decodes what is not cached yet, with a progress bar.
 
-    `locate` turns the paths of the config into those of datasets. Raises UserError in one line for anything that does not fit.
+    `locate` turns the paths of the config into those of datasets. Raises UserError in one line for anything that does
+    not fit.
     """
     model, data = cfg.model, cfg.data
     needs_subtask = get_template(cfg.text.template).target is not None

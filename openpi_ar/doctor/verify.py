@@ -1,6 +1,7 @@
 """A checkpoint against a golden: arrays that the reference code computed from known inputs.
 
-Rows of padding and masked cameras are compared nowhere: the references attend from them to everything, which means nothing.
+Rows of padding and masked cameras are compared nowhere: the references attend from them to everything, which means
+nothing.
 """
 
 from collections.abc import Iterator
@@ -27,12 +28,12 @@ from openpi_ar.models.vlm import VLA
 from openpi_ar.textfile import read_object
 from openpi_ar.types import Array, Observation
 
-# Float32 bounds on the largest absolute difference: the rounding of two orders of summation, over 4 to 18 layers. Against
-# PyTorch they are looser because a model whose weights came from JAX computes the time embedding in float32.
+# Float32 bounds on the largest absolute difference: the rounding of two orders of summation, over 4 to 18 layers.
+# Against PyTorch they are looser because a model whose weights came from JAX computes the time embedding in float32.
 HIDDEN, VELOCITY, ACTIONS = 5e-5, 1e-4, 5e-4
 TORCH_VELOCITY, TORCH_ACTIONS = 3e-4, 1e-3
-# bfloat16 rounds differently in every order of operations: the mean is judged. The reference's own distance to its float32
-# result is 0.038 on velocities of deviation 1.43.
+# bfloat16 rounds differently in every order of operations: the mean is judged. The reference's own distance to its
+# float32 result is 0.038 on velocities of deviation 1.43.
 BFLOAT16_MEAN = 0.038
 
 # Jitted whole: op by op, a golden takes minutes.
@@ -44,7 +45,8 @@ _generate = jax.jit(generate)
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One quantity: largest and mean absolute difference over the entries that mean something, and the bound on `judged`."""
+    """One quantity: largest and mean absolute difference over the entries that mean something, and the bound on
+    `judged`."""
 
     name: str
     largest: float
@@ -63,8 +65,8 @@ def verify(
 ) -> tuple[list[Difference], tuple[str, ...]]:
     """(differences by quantity, notes of the loader).
 
-    The golden's own config.json gives what the checkpoint's shapes do not tell. Where neither tells the number of SigLIP
-    heads, the one is taken at which the image tokens agree best, and a note says so.
+    The golden's own config.json gives what the checkpoint's shapes do not tell. Where neither tells the number of
+    SigLIP heads, the one is taken at which the image tokens agree best, and a note says so.
 
     Raises UserError if the directory is no golden, or the checkpoint cannot be loaded or has other dimensions.
     """
@@ -213,7 +215,8 @@ def _flow(
 
 
 def _subtask(model: VLA, a: Golden, compare) -> Iterator[Difference]:
-    """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions conditioned on the generated text."""
+    """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions conditioned on the
+    generated text."""
     obs = observation(a, "train:", causal=True)
     out, cache = _prefill(model, obs)
     valid = np.asarray(cache.valid)

@@ -48,7 +48,8 @@ class Cache(nnx.Pytree):
         raise NotImplementedError
 
     def reserve(self, slots: int) -> "Cache":
-        """The same cache with room for `slots` more tokens. Slots that were reserved before and not written stay holes."""
+        """The same cache with room for `slots` more tokens. Slots that were reserved before and not written stay
+        holes."""
         raise NotImplementedError
 
     def compact(self) -> "Cache":
@@ -116,7 +117,8 @@ KV = tuple[Float[Array, "B K H _"], Float[Array, "B _ K H"]]
 
 @nnx.dataclass
 class LayeredCache(Cache):
-    """One entry per layer of an unrolled tower: `past`, which a decode loop only reads, and a short `tail` that it writes.
+    """One entry per layer of an unrolled tower: `past`, which a decode loop only reads, and a short `tail` that it
+    writes.
 
     A loop carries what it writes from step to step; what it only reads it does not, so no step copies the prefix.
     """

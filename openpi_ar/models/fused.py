@@ -1,8 +1,9 @@
 """The inference form of a decoder: made once at load, same numbers, fewer and larger matmuls.
 
-Layers are a list and the program is unrolled, so no slice of a stack is copied per step; queries, keys and values come from
-one matmul, gate and up from another; low-rank adapters are added into their weights. Its cache (`cache.LayeredCache`) is one
-entry per layer; a decode loop writes to short arrays of its own, so that no step copies the rest. Nothing here is trained.
+Layers are a list and the program is unrolled, so no slice of a stack is copied per step; queries, keys and values come
+from one matmul, gate and up from another; low-rank adapters are added into their weights. Its cache
+(`cache.LayeredCache`) is one entry per layer; a decode loop writes to short arrays of its own, so that no step copies
+the rest. Nothing here is trained.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from openpi_ar.types import Array
 
 
 def attend_apart(q: Float[Array, "B T N H"], runs: Sequence[KV], mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
-    """`layers.attend` with one softmax over runs that are never joined, its division after the product with the values."""
+    """`layers.attend` with one softmax over runs that are never joined, its division after the product with the
+    values."""
     q = rearrange(q, "B T (K G) H -> B K T G H", K=runs[0][0].shape[1])
     logits, start = [], 0
     for k, v in runs:
@@ -42,7 +44,8 @@ def attend_apart(q: Float[Array, "B T N H"], runs: Sequence[KV], mask: Bool[Arra
 
 
 def _merged(layer: Einsum) -> Array:
-    """The weight with its adapters. The output projection's sum over heads, each of them on its own (see `lora_specs`)."""
+    """The weight with its adapters. The output projection's sum over heads, each of them on its own (see
+    `lora_specs`)."""
     w, a, b = layer.w[...], layer.lora_a, layer.lora_b
     if a is None or b is None:
         return w
@@ -75,8 +78,8 @@ class FusedBlock(nnx.Module):
         self.qkv = nnx.Param(jnp.concatenate(flat, axis=1).astype(dtype))
         self.out = nnx.Param(_merged(block.out).reshape(heads * dim, width).astype(dtype))
         self.gate_up = nnx.Param(jnp.concatenate([gate_up[0], gate_up[1]], axis=1).astype(dtype))
-        # Transposed: XLA's CPU matrix-vector product reads a weight 1.4 times as fast along its longer axis. A product of
-        # ten rows takes 1.3 times as long that way.
+        # Transposed: XLA's CPU matrix-vector product reads a weight 1.4 times as fast along its longer axis. A product
+        # of ten rows takes 1.3 times as long that way.
         self.decodes = decodes
         self.down = nnx.Param((down.T if decodes else down).astype(dtype))
         self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
@@ -185,9 +188,9 @@ class FusedTower(nnx.Module):
     ) -> tuple[Float[Array, "B _ D"], list[KV]]:
         """Hidden states after the final norm, and keys and values by layer.
 
-        `past` has the runs of every layer that come before the tokens, in the order of the mask; `table` the modulations,
-        [m W] for all tokens alike or [B T m W]. With `at`, the tokens are written to the last run from that slot on, S counts
-        no others, and what comes back is this run.
+        `past` has the runs of every layer that come before the tokens, in the order of the mask; `table` the
+        modulations, [m W] for all tokens alike or [B T m W]. With `at`, the tokens are written to the last run from
+        that slot on, S counts no others, and what comes back is this run.
         """
         kv, last = [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):

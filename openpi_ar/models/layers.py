@@ -56,8 +56,8 @@ def matmul(x: Float[Array, "*d i"], w: Float[Array, "i o"]) -> Float[Array, "*d 
 def lora_specs(spec: str) -> tuple[str, str]:
     """The two einsums that a low-rank pair replaces `spec` by: the weight's last two axes become (in, r) and (r, out).
 
-    As openpi's `lora.py`: an axis of the weight that the output lacks (heads, in the output projection) is summed over in
-    each of the two, not across both.
+    As openpi's `lora.py`: an axis of the weight that the output lacks (heads, in the output projection) is summed over
+    in each of the two, not across both.
     """
     x, w, out = re.split(r",|->", spec)
     into, outof = w[-2], w[-1]
@@ -133,7 +133,8 @@ def _rms(x: Float[Array, "*d D"], eps: float) -> Float[Array, "*d D"]:
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm whose factor is `offset + scale`: Gemma stores the scale as its distance from 1, Llama whole (offset 0)."""
+    """RMSNorm whose factor is `offset + scale`: Gemma stores the scale as its distance from 1, Llama whole (offset
+    0)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, offset: float = 1.0):
         self.eps, self.offset = eps, offset
@@ -181,7 +182,8 @@ ACTIVATIONS: dict[str, Callable[[Array], jax.Array]] = {
 
 
 class GatedMLP(nnx.Module):
-    """Gemma's and Llama's feed-forward: `down(activation(gate(x)) * up(x))`; gate and up are one stacked weight [2 D F]."""
+    """Gemma's and Llama's feed-forward: `down(activation(gate(x)) * up(x))`; gate and up are one stacked weight [2 D
+    F]."""
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, activation: str = "gelu_tanh", lora_rank: int = 0):
         self.activation = activation
@@ -265,7 +267,8 @@ def sincos_embedding(
 
 
 def _cycles(t: Float[Array, "*b 1"], frequency: Float[np.ndarray, " d"]) -> Float[Array, "*b d"]:
-    """`t * frequency` less a whole number, to 1e-8: as float64 would give it, in float32 parts whose products are exact."""
+    """`t * frequency` less a whole number, to 1e-8: as float64 would give it, in float32 parts whose products are
+    exact."""
     high = frequency.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFF000)  # 12 bits of mantissa
     f1 = high.view(np.float32)
     f2 = (frequency - f1).astype(np.float32)

@@ -1,8 +1,9 @@
 """A stack of equal layers in either of its two forms.
 
-Stacked: one module whose every array has a leading layer axis (as openpi's checkpoints store it), run by `lax.scan` with
-optional remat; few leaves and short programs, for training. Unstacked: a list of modules, unrolled; no slice of the
-stack is copied per step, which makes one-token decoding about 3x faster on CPU. `unstacked()` converts, once, at load.
+Stacked: one module whose every array has a leading layer axis (as openpi's checkpoints store it), run by `lax.scan`
+with optional remat; few leaves and short programs, for training. Unstacked: a list of modules, unrolled; no slice of
+the stack is copied per step, which makes one-token decoding about 3x faster on CPU. `unstacked()` converts, once, at
+load.
 """
 
 from collections.abc import Callable

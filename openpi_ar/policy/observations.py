@@ -25,7 +25,8 @@ def given(
         images: camera=file for each camera.
         state: real units; in place of the file's.
         prompt: in place of the file's.
-        file: .npz with an image per camera by its name, "state" and "prompt", or of LeRobot's features (`observation.state`).
+        file: .npz with an image per camera by its name, "state" and "prompt", or of LeRobot's features
+            (`observation.state`).
         flat: the file holds what a robot sends under its raw keys (`RobotSpec`); they are left where they are.
 
     Raises:
@@ -55,7 +56,8 @@ def read_image(item: str) -> tuple[str, np.ndarray]:
 
 
 def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
-    """An .npz of one observation; all but state and prompt are images, unless `flat`. Raises UserError if the file is missing or holds anything but plain arrays."""
+    """An .npz of one observation; all but state and prompt are images, unless `flat`. Raises UserError if the file is
+    missing or holds anything but plain arrays."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

@@ -20,7 +20,8 @@ Draft = tuple[Array, Array]
 
 
 class Drawn(NamedTuple):
-    """Random numbers of one call, row by row: data of the keys of the next call, of the keys of sampled text; noise [B A X]."""
+    """Random numbers of one call, row by row: data of the keys of the next call, of the keys of sampled text; noise [B
+    A X]."""
 
     next_keys: Array
     text_keys: Array

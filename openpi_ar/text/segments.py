@@ -1,7 +1,7 @@
 """Segments: what a sequence of tokens is made of, and their packing into arrays.
 
-A prompt or a target is a list of segments. `pack` concatenates them first and pads once, at the end, so the token after a
-token is always the next valid slot. What the action tower may not see is the `hidden` bit of a segment, set where the
+A prompt or a target is a list of segments. `pack` concatenates them first and pads once, at the end, so the token after
+a token is always the next valid slot. What the action tower may not see is the `hidden` bit of a segment, set where the
 segment is made (`text/templates.py`) and nowhere else.
 """
 

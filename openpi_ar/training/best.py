@@ -17,7 +17,8 @@ FOLDER = "best"
 
 
 class KeepBest:
-    """`<exp>/best/<step>`: parameters and assets of the step whose `cfg.keep_best` was best; does nothing if that is empty.
+    """`<exp>/best/<step>`: parameters and assets of the step whose `cfg.keep_best` was best; does nothing if that is
+    empty.
 
     A resumed run knows the earlier values from `metrics.jsonl`.
     """
@@ -43,7 +44,8 @@ class KeepBest:
         return self._sign * value
 
     def offer(self, step: int, values: Mapping[str, float], state: TrainState) -> bool:
-        """Saves the state's best parameters if these held-out values are better than any before. Returns whether it did.
+        """Saves the state's best parameters if these held-out values are better than any before. Returns whether it
+        did.
 
         Raises UserError if there is no such metric.
         """

@@ -1,8 +1,9 @@
 """One run in several processes: setup, agreement, and output of the first process alone.
 
-JAX runs the same program in every process and joins their devices into one mesh, so `training/sharding.py` is the same for
-one process and for many. What differs is here: how processes find each other, files that one of them writes, and decisions
-that all must take alike. `data/shards.py` has the rows of a batch that each process makes for its own devices.
+JAX runs the same program in every process and joins their devices into one mesh, so `training/sharding.py` is the same
+for one process and for many. What differs is here: how processes find each other, files that one of them writes, and
+decisions that all must take alike. `data/shards.py` has the rows of a batch that each process makes for its own
+devices.
 """
 
 from collections.abc import Iterator, Mapping
@@ -202,7 +203,8 @@ def spread(tree: Any, where: Any) -> Any:
 
 
 class PreemptionNotice:
-    """True at a step that all processes have agreed on after any of them got SIGTERM; must be asked once a step, in every process.
+    """True at a step that all processes have agreed on after any of them got SIGTERM; must be asked once a step, in
+    every process.
 
     jax catches the signal and agrees on the step; Ctrl-C is passed on as that signal.
     """

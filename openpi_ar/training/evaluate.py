@@ -1,5 +1,5 @@
-"""Held-out evaluation: losses, generated text, how far actions are off in the robot's units, and whether the prompt matters
-to the model at all.
+"""Held-out evaluation: losses, generated text, how far actions are off in the robot's units, and whether the prompt
+matters to the model at all.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,12 @@ class Evaluator:
     batches and, from talking and acting on the first batch:
 
         <kind>_generated_exact   fraction of generated texts that equal the truth, over rows with a target of the kind
-        action_error, action_mse mean absolute and squared error over valid steps and dimensions of rows with actions; also by
+        action_error, action_mse mean absolute and squared error over valid steps and dimensions of rows with actions;
+        also by
                                  dimension, `action_error_<i>` and `action_mse_<i>`
         swap_action, swap_text   if rows with actions have different prompts: each is asked again with the same images, state
-                                 and noise but the prompt of another one. Mean absolute change of its actions, and fraction
-                                 of rows whose text changes; both near zero mean that the prompt is ignored
+                                 and noise but the prompt of another one. Mean absolute change of its actions, and
+                                 fraction of rows whose text changes; both near zero mean that the prompt is ignored
 
     What no row can be measured on is left out. Rows without actions (questions) change no figure of the others.
     """

@@ -1,7 +1,8 @@
 """Which parameters are frozen: a table of path patterns (`TrainConfig.frozen`).
 
-Frozen parameters take part in the forward pass only: no gradient, no optimizer moments and no average exist for them. The
-others are a nested dict, named as in a checkpoint (`params.split`); where nothing is frozen they are the model itself.
+Frozen parameters take part in the forward pass only: no gradient, no optimizer moments and no average exist for them.
+The others are a nested dict, named as in a checkpoint (`params.split`); where nothing is frozen they are the model
+itself.
 """
 
 from fnmatch import fnmatchcase

@@ -16,9 +16,9 @@ _ADAPTERS = ("lora_a", "lora_b")
 def load_initial(cfg: TrainConfig) -> tuple[VLA, tuple[str, ...]]:
     """(model of `cfg` with the parameters of `cfg.init_from`, what the user should know).
 
-    Adapters that the checkpoint lacks keep their init, so training starts at exactly what was loaded. Anything else that is
-    missing, left over or of another shape is an error that lists it all. Each array is converted to the dtype that training
-    stores, and its source freed, before the next.
+    Adapters that the checkpoint lacks keep their init, so training starts at exactly what was loaded. Anything else
+    that is missing, left over or of another shape is an error that lists it all. Each array is converted to the dtype
+    that training stores, and its source freed, before the next.
 
     Raises UserError, also for whatever `checkpoints.load.load_model` refuses.
     """

@@ -26,8 +26,8 @@ class MetricsLog:
     """Appends one JSON object a line: `{"step": n, "kind": "train" | "eval", ...}`.
 
     On resume, lines after the resumed step are dropped first, so that no step appears twice; TensorBoard drops what it
-    has of those steps, and W&B continues the run whose id is in a file beside it. Of several processes one writes. Raises
-    UserError if an extra (TensorBoard, W&B) is asked for and not installed.
+    has of those steps, and W&B continues the run whose id is in a file beside it. Of several processes one writes.
+    Raises UserError if an extra (TensorBoard, W&B) is asked for and not installed.
     """
 
     def __init__(self, directory: Path, cfg: TrainConfig, *, start_step: int):
@@ -105,8 +105,8 @@ def plot_losses(source: Path, target: Path) -> None:
 def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means by name over the steps or batches that measured something.
 
-    A part of the loss (flow, or a kind of token) whose `<part>_count` is 0 in a row has nothing there; one that is 0 in all
-    rows is left out, as are the counts.
+    A part of the loss (flow, or a kind of token) whose `<part>_count` is 0 in a row has nothing there; one that is 0 in
+    all rows is left out, as are the counts.
     """
     means = {}
     for name in rows[0]:
@@ -157,7 +157,8 @@ class Window:
 
 
 class Display:
-    """A progress bar on a terminal, plain lines elsewhere (logs, notebooks, pipes). Of several processes one shows it."""
+    """A progress bar on a terminal, plain lines elsewhere (logs, notebooks, pipes). Of several processes one shows
+    it."""
 
     def __init__(self, num_steps: int, start_step: int, title: str):
         self.console = Console(soft_wrap=True, markup=False)

@@ -18,8 +18,9 @@ _INIT, _TRAIN = 0, 1
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates done. model: all parameters. opt_state, ema: of what is trained alone (`params.split`);
-    ema is None when no average is kept. All float32, but for what the config asks to be stored in bfloat16.
+    """step: int32 scalar, updates done. model: all parameters. opt_state, ema: of what is trained alone
+    (`params.split`); ema is None when no average is kept. All float32, but for what the config asks to be stored in
+    bfloat16.
     """
 
     step: jax.Array

@@ -34,8 +34,8 @@ def ema_decay(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
 def train_step(
     state: TrainState, batch: Batch, key: jax.Array, *, cfg: TrainConfig, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One update of what is trained. Metrics are those of `compute_loss`, the counts they are over (`Counts.metrics`), and
-    `grad_norm` (before clipping)."""
+    """One update of what is trained. Metrics are those of `compute_loss`, the counts they are over (`Counts.metrics`),
+    and `grad_norm` (before clipping)."""
     step_key = jax.random.fold_in(key, state.step)
     # Any: optax's types know only its own notion of parameters, but every pytree will do.
     params: Any = split(state.model, freeze.frozen_paths(cfg, state.model))

@@ -1,4 +1,5 @@
-"""Writes the checkpoints of a run and restores its train state. `checkpoints/store.py` has the layout and reads the rest.
+"""Writes the checkpoints of a run and restores its train state. `checkpoints/store.py` has the layout and reads the
+rest.
 
 <step>/train_state   step, data position, optimizer, and the raw parameters if `params` holds their moving average
 """
@@ -44,9 +45,10 @@ ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)(
 class CheckpointStore:
     """The writer of one experiment's directory.
 
-    Keeps the last `keep_last` checkpoints besides the newest, and those of steps that are multiples of `keep_every`. One save
-    is in flight at a time: the next waits for it, so the host holds one copy of the state at most. What a killed run left
-    half-written is deleted. Of several processes each writes what lies on its devices; all must make the same calls.
+    Keeps the last `keep_last` checkpoints besides the newest, and those of steps that are multiples of `keep_every`.
+    One save is in flight at a time: the next waits for it, so the host holds one copy of the state at most. What a
+    killed run left half-written is deleted. Of several processes each writes what lies on its devices; all must make
+    the same calls.
     """
 
     def __init__(self, directory: Path, *, keep_last: int, keep_every: int = 0):
@@ -84,8 +86,8 @@ class CheckpointStore:
 def restore_train_state(
     step_dir: Path, template: TrainState, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[TrainState, int]:
-    """The state saved in a step directory and its data position. `template` may be abstract (`jax.eval_shape`); what in it
-    carries a sharding is restored to that one, the rest to `sharding`.
+    """The state saved in a step directory and its data position. `template` may be abstract (`jax.eval_shape`); what in
+    it carries a sharding is restored to that one, the rest to `sharding`.
 
     Raises UserError if the directory holds no train state, or one that does not fit the template.
     """

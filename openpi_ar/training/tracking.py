@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases, the extras that show a run's metrics elsewhere; a resumed run goes on with its curves."""
+"""TensorBoard and Weights & Biases, the extras that show a run's metrics elsewhere; a resumed run goes on with its
+curves."""
 
 from pathlib import Path
 import secrets
@@ -29,9 +30,9 @@ def wandb(directory: Path, cfg: TrainConfig) -> Any:
     """The W&B run of an experiment: the one whose id is kept in its directory, else a new one.
 
     Steps that were reported before the run was stopped come again with the same values, and W&B keeps the first. With
-    `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and `wandb sync` of
-    all these folders puts them together (older versions of wandb: `wandb sync --append`). Raises UserError if wandb is not
-    installed.
+    `WANDB_MODE=offline` each part of the run is a folder of its own under `<exp>/wandb` with the same id, and `wandb
+    sync` of all these folders puts them together (older versions of wandb: `wandb sync --append`). Raises UserError if
+    wandb is not installed.
     """
     try:
         import wandb  # pyright: ignore[reportMissingImports]

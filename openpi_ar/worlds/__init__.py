@@ -11,8 +11,8 @@ NAMES = ("tabletop", "libero")
 
 
 def open_world(name: str) -> ModuleType:
-    """The module `episodes` of a world: `open_episodes(play)` makes what `rollout.run_rollouts` plays, `ACTION_NAMES` are for
-    people. Raises UserError if there is no such world.
+    """The module `episodes` of a world: `open_episodes(play)` makes what `rollout.run_rollouts` plays, `ACTION_NAMES`
+    are for people. Raises UserError if there is no such world.
     """
     if name not in NAMES:
         raise UserError(f"there is no world {name!r}: there are {', '.join(nearest(name, NAMES))}")

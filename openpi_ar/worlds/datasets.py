@@ -1,7 +1,7 @@
 """Datasets that worlds write, by address: `world://tabletop?episodes=1000&seed=2`.
 
-The first use writes the dataset into the cache. A config keeps the address, so the same run finds or writes the dataset on any
-machine.
+The first use writes the dataset into the cache. A config keeps the address, so the same run finds or writes the dataset
+on any machine.
 """
 
 import math

@@ -33,8 +33,8 @@ class World(Protocol):
     fps      control steps a second.
     forced   the subtask that the policy is made to output in this episode; None: its own.
 
-    Observations are {"images", "state", "prompt"}, as policies read them. Info holds at least `subtask`, the true one now, and
-    `success`. Actions are the world's own.
+    Observations are {"images", "state", "prompt"}, as policies read them. Info holds at least `subtask`, the true one
+    now, and `success`. Actions are the world's own.
     """
 
     @property

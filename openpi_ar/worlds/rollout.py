@@ -1,8 +1,9 @@
-"""Closed-loop episodes in a simulated world: does the policy do the task, and does it name the right subtask on the way?
+"""Closed-loop episodes in a simulated world: does the policy do the task, and does it name the right subtask on the
+way?
 
-Several episodes run at once, each in its own world, so that the policy sees batches: all worlds re-plan together, then each
-executes the first `execute` actions of its chunk. A world whose episode is over takes the next one. Every episode has its own
-session of the policy, so results do not depend on how many run at once.
+Several episodes run at once, each in its own world, so that the policy sees batches: all worlds re-plan together, then
+each executes the first `execute` actions of its chunk. A world whose episode is over takes the next one. Every episode
+has its own session of the policy, so results do not depend on how many run at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,8 @@ class EpisodeResult:
     label             what names it.
     prompt            what was asked of the policy.
     success           the whole task was done within the step limit.
-    subtask_accuracy  fraction of re-plans at which the generated subtask was the true one; None if it was forced or the model
+    subtask_accuracy  fraction of re-plans at which the generated subtask was the true one; None if it was forced or the
+    model
                       generates none.
     text_trouble      fraction of re-plans whose text had no end or looped.
     steps             control steps.
@@ -116,8 +118,8 @@ def run_rollouts(
     """Runs the episodes.
 
     Args:
-        policy: is asked with the world's observations; its actions must be in the world's units. None: the scripted expert
-            acts and names the true subtask, which checks the world itself.
+        policy: is asked with the world's observations; its actions must be in the world's units. None: the scripted
+            expert acts and names the true subtask, which checks the world itself.
         cfg: how to run them.
         make_world: makes the worlds, `cfg.batch` at most.
         video: .mp4 or .gif to write, episodes in the order in which they end.

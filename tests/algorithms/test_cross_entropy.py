@@ -1,4 +1,5 @@
-"""If this fails, the text loss is not the cross-entropy of the whole vocabulary, or it holds all of it in memory again."""
+"""If this fails, the text loss is not the cross-entropy of the whole vocabulary, or it holds all of it in memory
+again."""
 
 import re
 

@@ -86,7 +86,8 @@ def test_options_out_of_range_and_missing_keys_are_refused():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """Only these texts [K T], each ended by EOS. Its state: which of them the row may still be in, and how far it is."""
+    """Only these texts [K T], each ended by EOS. Its state: which of them the row may still be in, and how far it
+    is."""
 
     texts: jax.Array
 

@@ -21,7 +21,8 @@ def photograph() -> np.ndarray:
 
 
 def resample(x: np.ndarray, size: int) -> np.ndarray:
-    """Pillow's bilinear filter along axis 0, in its 22-bit fixed point: triangle as wide as the reduction, 8-bit result."""
+    """Pillow's bilinear filter along axis 0, in its 22-bit fixed point: triangle as wide as the reduction, 8-bit
+    result."""
     scale = len(x) / size
     width = max(scale, 1.0)
     out = np.empty((size, *x.shape[1:]), np.uint8)
@@ -61,7 +62,8 @@ def test_openpi_clients_own_pixels():
 
 
 def test_openpis_jax_version_is_a_rounding_away():
-    """openpi resizes on the client and the server with Pillow; its jax version, never reached at the right size, rounds once."""
+    """openpi resizes on the client and the server with Pillow; its jax version, never reached at the right size, rounds
+    once."""
     golden = np.load(GOLDEN)
     ours, want = resize_with_pad(golden["jax_in"], 28, 28).astype(int), golden["jax_28x28"]
     assert 0 < np.abs(ours - want).max() <= 1

@@ -1,4 +1,5 @@
-"""Broken if this fails: some damaged dataset ends in a stack trace, or is read as something that its files do not hold."""
+"""Broken if this fails: some damaged dataset ends in a stack trace, or is read as something that its files do not
+hold."""
 
 from collections.abc import Callable
 import contextlib

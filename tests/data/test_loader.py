@@ -1,4 +1,5 @@
-"""Broken if this fails: training reads wrong chunks, trains on held-out episodes, or a resumed run sees other batches."""
+"""Broken if this fails: training reads wrong chunks, trains on held-out episodes, or a resumed run sees other
+batches."""
 
 import dataclasses
 import pickle

@@ -1,4 +1,5 @@
-"""Broken if this fails: joints move the wrong way, or by the wrong amount, on a robot whose units are not the model's."""
+"""Broken if this fails: joints move the wrong way, or by the wrong amount, on a robot whose units are not the
+model's."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""If this fails, robots that share a policy share noise or texts, or a robot's calls differ from one run to the next."""
+"""If this fails, robots that share a policy share noise or texts, or a robot's calls differ from one run to the
+next."""
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ def rows(call: int) -> list[dict]:
 
 
 def test_rows_of_a_batch_get_what_each_session_would_get_alone(tiny_policy: Policy):
-    """Three robots in one batch, three calls, against three batches of one; texts, drafts and keys are the same bits."""
+    """Three robots in one batch, three calls, against three batches of one; texts, drafts and keys are the same
+    bits."""
     together, alone = ([Session(seed) for seed in (3, 4, 5)] for _ in range(2))
     noises = []
     for call in range(3):

@@ -177,8 +177,8 @@ def test_two_processes_learn_what_one_does_and_lose_nothing_when_one_is_killed(t
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     assert launch(one, 1).finish()[0] == [0]
 
-    # Parameters whole in each process: gloo, the collectives of CPUs, mixes up those of a step that also gathers pieces.
-    # Each makes its rows in a worker process of its own.
+    # Parameters whole in each process: gloo, the collectives of CPUs, mixes up those of a step that also gathers
+    # pieces. Each makes its rows in a worker process of its own.
     run = launch(two, 2, "--workers", "1")
     codes, errors = run.finish()
     assert codes == [0, 0], errors

@@ -1,4 +1,5 @@
-"""If this fails, something frozen is trained, something trained is frozen, or frozen weights cost what trained ones do."""
+"""If this fails, something frozen is trained, something trained is frozen, or frozen weights cost what trained ones
+do."""
 
 import dataclasses
 
@@ -54,7 +55,8 @@ def batch():
 def stepped():
     """(config, state before, state after two steps, metrics)."""
     cfg = tiny_lora()
-    # Not as initialised: gates of an untrained action tower are zero, and frozen they would stop every gradient behind them.
+    # Not as initialised: gates of an untrained action tower are zero, and frozen they would stop every gradient behind
+    # them.
     model = random_like(jax.eval_shape(lambda: init_model(cfg)), 0.2)
     state = jax.jit(lambda model: state_of(cfg, optimizer(cfg), model))(model)
     before = jax.tree.map(np.array, state)

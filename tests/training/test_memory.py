@@ -1,4 +1,5 @@
-"""Broken if this fails: a run that cannot fit starts anyway, one that would fit is refused, or a step takes twice its memory."""
+"""Broken if this fails: a run that cannot fit starts anyway, one that would fit is refused, or a step takes twice its
+memory."""
 
 import dataclasses
 import functools
@@ -132,8 +133,8 @@ def test_state_is_donated():
 def test_the_compiled_plan_is_what_a_process_takes():
     small, large = (memory_plan.measure(f"debug:{rows}") for rows in (64, 512))
     assert abs(large.errors[1]) < 0.15
-    # What no plan of a program lists is of one size whatever the program takes: panels into which the threads pack matrices
-    # for their products, and code of the libraries that runs for the first time.
+    # What no plan of a program lists is of one size whatever the program takes: panels into which the threads pack
+    # matrices for their products, and code of the libraries that runs for the first time.
     beside = [plan.measured - plan.compiled for plan in (small, large)]
     assert all(0 < size < 40 * memory_plan.MIB for size in beside), beside
     assert large.measured - small.measured == pytest.approx(large.compiled - small.compiled, rel=0.1)

@@ -1,4 +1,5 @@
-"""If this fails, a killed run leaves a checkpoint that cannot be read, or saving fills the host's memory or the disk."""
+"""If this fails, a killed run leaves a checkpoint that cannot be read, or saving fills the host's memory or the
+disk."""
 
 import dataclasses
 import multiprocessing
@@ -89,8 +90,8 @@ def test_many_saves_take_no_more_memory_than_a_few(tmp_path):
             most = max(most, int(status.split("VmRSS:")[1].split()[0]) / 1024)
         return most
 
-    # The allocator's arenas fill during the first quarter; after it 0.2 MiB a save remain, strings that tensorstore does not
-    # give back. A copy of the state would be 16 MiB a save and more.
+    # The allocator's arenas fill during the first quarter; after it 0.2 MiB a save remain, strings that tensorstore
+    # does not give back. A copy of the state would be 16 MiB a save and more.
     warm = saves // 4
     save(1, warm - 5)
     few, _, many = save(warm - 4, 5), save(warm + 1, saves - warm - 5), save(saves - 4, 5)

@@ -1,4 +1,5 @@
-"""Broken if this fails: rows of questions cannot be trained or evaluated beside robot rows, or change the robot's figures."""
+"""Broken if this fails: rows of questions cannot be trained or evaluated beside robot rows, or change the robot's
+figures."""
 
 import dataclasses
 

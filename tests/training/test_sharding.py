@@ -70,8 +70,8 @@ print("RESULT " + json.dumps(out))
 @pytest.mark.timeout(900)
 def test_eight_devices_learn_what_one_does_and_hold_their_share():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    # XLA:CPU's collectives block a thread each until all devices are there: with as many threads as cores, eight devices on
-    # two cores wait for one another for ever now and then. It takes the size of its pool from NPROC.
+    # XLA:CPU's collectives block a thread each until all devices are there: with as many threads as cores, eight
+    # devices on two cores wait for one another for ever now and then. It takes the size of its pool from NPROC.
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": "64"}
     done = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, env=env, capture_output=True, text=True, timeout=870)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""If this fails, an option that should only save time or memory changes what is learnt, or an augmentation does damage."""
+"""If this fails, an option that should only save time or memory changes what is learnt, or an augmentation does
+damage."""
 
 import dataclasses
 import functools

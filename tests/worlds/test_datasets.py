@@ -1,4 +1,5 @@
-"""Broken if this fails: the address of a world's dataset gives another dataset than it says, a half-written one, or none."""
+"""Broken if this fails: the address of a world's dataset gives another dataset than it says, a half-written one, or
+none."""
 
 import dataclasses
 from pathlib import Path

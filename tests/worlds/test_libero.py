@@ -95,7 +95,8 @@ def test_a_grasp_avoids_the_neighbour():
 
 
 class Numbers(LiberoWorld):
-    """Without LIBERO: the hand goes a third of the way that an action commands; what its closing fingers meet moves with it."""
+    """Without LIBERO: the hand goes a third of the way that an action commands; what its closing fingers meet moves
+    with it."""
 
     max_steps = 300
 

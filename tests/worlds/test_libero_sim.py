@@ -1,4 +1,5 @@
-"""If this fails, the LIBERO world is not LIBERO: other pictures, states or starts than openpi's client sees; or its expert fails."""
+"""If this fails, the LIBERO world is not LIBERO: other pictures, states or starts than openpi's client sees; or its
+expert fails."""
 
 from importlib.util import find_spec
 import itertools

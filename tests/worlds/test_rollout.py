@@ -1,4 +1,5 @@
-"""Broken if this fails: closed-loop figures (success, blocks placed, subtask accuracy, ablations) are not what they say."""
+"""Broken if this fails: closed-loop figures (success, blocks placed, subtask accuracy, ablations) are not what they
+say."""
 
 import dataclasses
 import json

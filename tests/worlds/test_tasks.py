@@ -24,7 +24,8 @@ def test_training_never_asks_for_what_is_held_out():
     assert not combos & tasks.HELD_OUT_COMBOS
     pairs = {task.targets[0] + task.targets[1] for task in drawn if task.kind == "pair"}
     assert not pairs & tasks.HELD_OUT_PAIRS
-    # Everything else is seen, or "held out" would be a gap in the sampling: all other combinations, prompts and subtasks.
+    # Everything else is seen, or "held out" would be a gap in the sampling: all other combinations, prompts and
+    # subtasks.
     assert combos == {(color, name) for color in scene.COLORS for name in scene.BINS} - tasks.HELD_OUT_COMBOS
     unseen = set(tasks.known_prompts()) - {task.prompt for task in drawn}
     assert all(tasks.parse_prompt(prompt, scene.COLORS).is_held_out for prompt in unseen)

@@ -69,7 +69,8 @@ class Frames:
     def vector(self, keys: Sequence[str]) -> np.ndarray:
         """Features side by side, float32 [N dims]; "name[0:7]" is some dimensions of one.
 
-        Raises UserError at the first value that is not finite, if a feature lacks the dimensions, and if it holds no numbers.
+        Raises UserError at the first value that is not finite, if a feature lacks the dimensions, and if it holds no
+        numbers.
         """
         out = np.concatenate([self._part(key) for key in keys], axis=1)
         bad = ~np.isfinite(out)
@@ -211,7 +212,8 @@ def _array(meta: Meta, column: pa.ChunkedArray, key: str, where: str) -> np.ndar
 
 
 def _places(indices: np.ndarray) -> dict[int, slice]:
-    """Rows of each episode in a file. An episode in two pieces is left with the last, and then found to be too short."""
+    """Rows of each episode in a file. An episode in two pieces is left with the last, and then found to be too
+    short."""
     borders = np.concatenate([[0], np.flatnonzero(np.diff(indices)) + 1, [len(indices)]])
     indices = np.nan_to_num(indices, nan=-1)
     return {int(indices[a]): slice(int(a), int(b)) for a, b in itertools.pairwise(borders) if b > a}

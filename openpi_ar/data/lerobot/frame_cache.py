@@ -1,7 +1,7 @@
 """Decoded, resized frames on disk: a video is decoded once, training then reads a memory map.
 
-One array per camera and size. Its directory's name is a digest of everything the pixels depend on, and it appears by one
-rename when it is complete: a half-written one is never read.
+One array per camera and size. Its directory's name is a digest of everything the pixels depend on, and it appears by
+one rename when it is complete: a half-written one is never read.
 """
 
 from collections.abc import Callable, Sequence

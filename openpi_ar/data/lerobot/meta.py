@@ -26,14 +26,16 @@ INFO = "meta/info.json"
 SUBTASK_INDEX = "subtask_index"
 LANGUAGE = "language_persistent"
 SUPERVISE = "supervise_text"
-"""Optional boolean feature: False where the subtask does not follow from the prompt, so that its text is not trained."""
+"""Optional boolean feature: False where the subtask does not follow from the prompt, so that its text is not
+trained."""
 
 _LAYOUT = {"v2.0": 2, "v2.1": 2, "v3.0": 3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One entry of `features` in info.json. `fault` says why it cannot be read; features that are not used may have one."""
+    """One entry of `features` in info.json. `fault` says why it cannot be read; features that are not used may have
+    one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,7 +67,8 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Meta:
-    """A dataset without its frames. Texts are read when they are asked for: a damaged file of them may not be needed."""
+    """A dataset without its frames. Texts are read when they are asked for: a damaged file of them may not be
+    needed."""
 
     root: Path
     version: str
@@ -101,7 +104,8 @@ class Meta:
         return tuple(key for key, f in self.features.items() if f.dtype in ("image", "video"))
 
     def find(self, key: str) -> str:
-        """The feature that a key means (`openpi_ar/lookup.py`). Raises UserError listing what there is, or why it cannot be used."""
+        """The feature that a key means (`openpi_ar/lookup.py`). Raises UserError listing what there is, or why it
+        cannot be used."""
         name = resolve(key, self.features, f"{self.root / INFO} has no feature")
         self.feature(name)
         return name
@@ -142,8 +146,8 @@ class Meta:
 def read_meta(path: str | Path) -> Meta:
     """Reads and checks `meta/` of a directory, or of a dataset of the Hugging Face hub by its name.
 
-    Raises UserError naming the file and what was expected of it. What may not be needed is not checked here: texts, files
-    of frames, features that nobody asked for.
+    Raises UserError naming the file and what was expected of it. What may not be needed is not checked here: texts,
+    files of frames, features that nobody asked for.
     """
     root = local_dataset(path)
     if not root.is_dir():
@@ -244,7 +248,8 @@ def _episode_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str], row:
 
 
 def _path(root: Path, info: Mapping[str, Any], template: str, **place: int | str) -> Path:
-    """A file by its template in info.json. Raises UserError if there is no such template, or it asks for other fields."""
+    """A file by its template in info.json. Raises UserError if there is no such template, or it asks for other
+    fields."""
     try:
         return root / info[template].format(**place)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:

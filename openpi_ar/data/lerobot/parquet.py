@@ -22,7 +22,8 @@ def read_table(
     where: str = "",
     only: pc.Expression | None = None,
 ) -> pa.Table:
-    """These columns of a parquet file, and those of `optional` that are there, of the rows that `only` holds for; None: all.
+    """These columns of a parquet file, and those of `optional` that are there, of the rows that `only` holds for; None:
+    all.
 
     Raises UserError naming the file, `where` (an episode, say) and the column.
     """
@@ -52,7 +53,8 @@ def to_rows(table: pa.Table, path: Path) -> list[dict[str, Any]]:
 
 
 def to_array(column: pa.ChunkedArray, shape: Sequence[int], *, texts: bool, where: str) -> np.ndarray:
-    """Numbers [rows dims], `dims` the product of `shape`: a scalar is one dimension, arrays are flattened. Texts [rows], objects.
+    """Numbers [rows dims], `dims` the product of `shape`: a scalar is one dimension, arrays are flattened. Texts
+    [rows], objects.
 
     Empty numbers are NaN. Raises UserError, beginning with `where`, if the column holds something else.
     """

@@ -102,8 +102,8 @@ def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames
 def _decode(container: InputContainer, wanted: float, back: float) -> Iterator[VideoFrame]:
     """Frames in order of time, from one at or before `wanted` seconds on, if the file holds one.
 
-    Seeks to the key frame before `wanted - back`. Some streams (MPEG-4 with B-frames) are indexed by decoding time and land
-    too late: then from further back.
+    Seeks to the key frame before `wanted - back`. Some streams (MPEG-4 with B-frames) are indexed by decoding time and
+    land too late: then from further back.
     """
     stream = container.streams.video[0]
     while stream.time_base is not None and wanted > back:

@@ -1,7 +1,7 @@
 """Writes LeRobot v3.0 datasets with pyarrow, Pillow and PyAV, laid out as LeRobot's own library does it.
 
-One parquet row group per episode; files roll over at LeRobot's size limits; subtasks in either or both of its conventions.
-The dataset appears by one rename when it is complete.
+One parquet row group per episode; files roll over at LeRobot's size limits; subtasks in either or both of its
+conventions. The dataset appears by one rename when it is complete.
 """
 
 from collections.abc import Mapping, Sequence

@@ -39,9 +39,11 @@ def spread(episodes: int, tasks: Sequence[int]) -> dict[int, int]:
 
 
 def open_episodes(play: Play) -> Callable[[], "LiberoEpisodes"]:
-    """Makes the worlds in which these episodes are played, spread evenly over the tasks; `play.seed` is the first initial state.
+    """Makes the worlds in which these episodes are played, spread evenly over the tasks; `play.seed` is the first
+    initial state.
 
-    Raises UserError if LIBERO is not installed, the model is for another robot, or something is asked that LIBERO has not.
+    Raises UserError if LIBERO is not installed, the model is for another robot, or something is asked that LIBERO has
+    not.
     """
     if play.split != "train" or play.subtask is not None or play.wrong_subtask:
         raise UserError(
@@ -64,8 +66,8 @@ def check_dims(dims: tuple[int, int]) -> None:
 class LiberoEpisodes:
     """A `protocol.World`. Figure: `objects_placed`, the fraction of the task's objects in the basket at the end.
 
-    `plan` holds the task and the initial state of each episode; in order of their task they start fastest. `seed` is that of the
-    policy's session in the first one.
+    `plan` holds the task and the initial state of each episode; in order of their task they start fastest. `seed` is
+    that of the policy's session in the first one.
     """
 
     fps = FPS

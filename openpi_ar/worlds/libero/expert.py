@@ -1,8 +1,9 @@
-"""The scripted expert for LIBERO: one rule from (what can be seen now, subtask) to LIBERO's action. It remembers nothing.
+"""The scripted expert for LIBERO: one rule from (what can be seen now, subtask) to LIBERO's action. It remembers
+nothing.
 
-As on the tabletop, having no memory makes it a fair teacher for a policy that sees one frame, and lets it recover: a slipped
-object is simply one that is not held. Grasps are planned on boxes: along which edge, and where, the open hand fits between
-the neighbours.
+As on the tabletop, having no memory makes it a fair teacher for a policy that sees one frame, and lets it recover: a
+slipped object is simply one that is not held. Grasps are planned on boxes: along which edge, and where, the open hand
+fits between the neighbours.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ _CLEAR_ENOUGH = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Grasp:
-    """Where the hand closes: tool point [3] (metres), direction [2] along which the fingers open, free room (metres)."""
+    """Where the hand closes: tool point [3] (metres), direction [2] along which the fingers open, free room
+    (metres)."""
 
     point: np.ndarray
     across: np.ndarray

@@ -1,4 +1,5 @@
-"""What is asked for, and what is to be done next: LIBERO-10's three "put both ... in the basket" tasks. Needs no simulator."""
+"""What is asked for, and what is to be done next: LIBERO-10's three "put both ... in the basket" tasks. Needs no
+simulator."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -43,7 +44,8 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """An object as a box: `center` [3] and `half` sizes [3] in metres, `axes` [3 3] whose columns are its edges' directions."""
+    """An object as a box: `center` [3] and `half` sizes [3] in metres, `axes` [3 3] whose columns are its edges'
+    directions."""
 
     center: np.ndarray
     axes: np.ndarray
@@ -127,8 +129,8 @@ def is_lifted(facts: Facts, name: str) -> bool:
 def next_subtask(task: Task, facts: Facts) -> str:
     """The true subtask at this moment; depends on nothing but the task and what can be seen.
 
-    An object of the task that is in the air goes into the basket; else the first of the prompt's that is not there yet is
-    picked up.
+    An object of the task that is in the air goes into the basket; else the first of the prompt's that is not there yet
+    is picked up.
     """
     todo = [name for name in task.objects if not is_placed(facts, name)]
     lifted = [name for name in todo if is_lifted(facts, name)]

@@ -1,4 +1,5 @@
-"""LIBERO's environment in the tabletop's form: gymnasium-style `reset` and `step`, true subtasks, openpi's observations.
+"""LIBERO's environment in the tabletop's form: gymnasium-style `reset` and `step`, true subtasks, openpi's
+observations.
 
 Physics, controller, success and initial states are LIBERO's own; only rendering is replaced (`render.py`).
 """
@@ -43,15 +44,15 @@ _PADS = 0.012
 class LiberoWorld:
     """LIBERO-10's tasks 0, 1 and 7. One task's scene is held at a time: episodes in order of their task start fastest.
 
-    Observation: {"images": {"image", "wrist_image": uint8 [H, W, 3]}, "state": float32 [8], "prompt": str}, what openpi's
-    client sends: the state is the tool's position (metres), orientation (axis times angle) and the two fingers' positions.
-    Its images are LIBERO's turned by 180 degrees; as LIBERO's have the bottom row first, that is the camera's picture the
-    right way up, mirrored left to right.
+    Observation: {"images": {"image", "wrist_image": uint8 [H, W, 3]}, "state": float32 [8], "prompt": str}, what
+    openpi's client sends: the state is the tool's position (metres), orientation (axis times angle) and the two
+    fingers' positions. Its images are LIBERO's turned by 180 degrees; as LIBERO's have the bottom row first, that is
+    the camera's picture the right way up, mirrored left to right.
 
     Action: float [7] in [-1, 1], LIBERO's: translation (1 is 5 cm), turn (1 is 0.5 rad), grip (-1 opens, +1 closes).
 
-    Info: `subtask` (the true one now), `success` (LIBERO's own goal), `objects_placed` (fraction of the task's objects in
-    the basket), `held` (name or None), `task`, `state` (index of the initial state, None for a drawn one), `steps`.
+    Info: `subtask` (the true one now), `success` (LIBERO's own goal), `objects_placed` (fraction of the task's objects
+    in the basket), `held` (name or None), `task`, `state` (index of the initial state, None for a drawn one), `steps`.
 
     Args:
         image_size: height and width in pixels.

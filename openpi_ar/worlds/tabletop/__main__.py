@@ -1,5 +1,5 @@
-"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout`: demonstrations, a model that knows where things are before it
-imitates, and closed-loop episodes."""
+"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout`: demonstrations, a model that knows where things are
+before it imitates, and closed-loop episodes."""
 
 import dataclasses
 import json
@@ -42,14 +42,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """A checkpoint for `train.py --init-from`: a vision tower that has learned where everything is, and a tower 1 that has learned
-    what a text names, both from the positions that the simulator knows."""
+    """A checkpoint for `train.py --init-from`: a vision tower that has learned where everything is, and a tower 1 that
+    has learned what a text names, both from the positions that the simulator knows."""
 
     out: Annotated[Path, tyro.conf.Positional]
     """Directory to write; must not exist."""
     like: str = "tabletop"
-    """Checkpoint whose model sizes and texts it gets; `tabletop`, which comes with the package, has those of the tabletop's
-    presets."""
+    """Checkpoint whose model sizes and texts it gets; `tabletop`, which comes with the package, has those of the
+    tabletop's presets."""
     vision_steps: int = 1_000
     """Steps of the vision tower, 64 frames each; 0: none."""
     naming_steps: int = 600

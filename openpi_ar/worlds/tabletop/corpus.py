@@ -1,4 +1,5 @@
-"""The language the embedded tokenizer is trained on: the tabletop's own, and everyday English of robots and questions."""
+"""The language the embedded tokenizer is trained on: the tabletop's own, and everyday English of robots and
+questions."""
 
 import itertools
 

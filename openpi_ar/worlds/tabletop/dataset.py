@@ -29,7 +29,8 @@ GENERATOR_VERSION = 6
 """Raise when the scene, the expert or the recording changes: datasets in the cache are then left alone and not read."""
 
 POSES = "observation.environment_state"
-"""Feature with the true place of every block: x, y, z in metres and whether it is there (0 or 1). Never a policy's input."""
+"""Feature with the true place of every block: x, y, z in metres and whether it is there (0 or 1). Never a policy's
+input."""
 
 _CHUNK = 4
 """Episodes per job: small enough for an even load and a lively progress bar, large enough that sending is cheap."""
@@ -50,8 +51,8 @@ class Demonstrations:
     noise: float = 1.0
     """Strength of the disturbances that the expert recovers from; 1 is the usual amount, 0 none."""
     commanded: float = 0.0
-    """Fraction of the episodes in which the expert follows a random plan that the prompt does not tell. Their text is not
-    supervised: their actions follow from the subtask alone, which teaches a model to obey it."""
+    """Fraction of the episodes in which the expert follows a random plan that the prompt does not tell. Their text is
+    not supervised: their actions follow from the subtask alone, which teaches a model to obey it."""
     asked: tuple[str, ...] = COLORS
     """Colours of the blocks that tasks ask for; others only stand by."""
     pairs: float = 1 / 3
@@ -90,8 +91,8 @@ def cache_path(demos: Demonstrations, cache_dir: str | None = None) -> Path:
 def cached_dataset(demos: Demonstrations, cache_dir: str | None = None) -> Path:
     """The dataset's directory in the cache, recorded with a progress bar if it is not there.
 
-    Images are lossless. A half-written dataset is never seen, and of two processes that record the same one the first to
-    end provides it. Raises UserError for values out of range.
+    Images are lossless. A half-written dataset is never seen, and of two processes that record the same one the first
+    to end provides it. Raises UserError for values out of range.
     """
     demos.check()
     path = cache_path(demos, cache_dir)
@@ -111,8 +112,8 @@ def record_dataset(
 ) -> Path:
     """Records the demonstrations and returns the dataset's directory, which appears when it is complete.
 
-    States and actions are exact, images with `png` too. `supervise_text` is False on commanded episodes, `POSES` holds where
-    the blocks are.
+    States and actions are exact, images with `png` too. `supervise_text` is False on commanded episodes, `POSES` holds
+    where the blocks are.
 
     Args:
         out: must not exist.

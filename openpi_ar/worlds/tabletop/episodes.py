@@ -65,7 +65,8 @@ def open_episodes(play: Play) -> Callable[[], "TabletopEpisodes"]:
 class TabletopEpisodes:
     """A `protocol.World`. Figures: `blocks_placed`, the fraction of the task's blocks in their bins at the end;
     `approached_named`, whether the first block that the hand went down to is the one that the forced subtask names, and
-    `approached_true`, whether it is the one that the task needed; None without a forced subtask for a block on the table.
+    `approached_true`, whether it is the one that the task needed; None without a forced subtask for a block on the
+    table.
     """
 
     fps = FPS

@@ -1,7 +1,7 @@
 """The scripted expert: one smooth rule from (what can be seen now, subtask) to the tool target. It remembers nothing.
 
-Having no memory is what makes it a fair teacher for a policy that sees one frame, and it recovers from anything: a slipped
-or dropped block is simply a block that is not held.
+Having no memory is what makes it a fair teacher for a policy that sees one frame, and it recovers from anything: a
+slipped or dropped block is simply a block that is not held.
 """
 
 import numpy as np

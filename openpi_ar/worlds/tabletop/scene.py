@@ -1,7 +1,7 @@
 """The tabletop in numbers: one MJCF model of primitives, and the geometry every other module reads from here.
 
-World frame, metres: x to the right and y away from the front camera, z up, table top at z = 0. So "left" is x < 0 and is
-left in the front image. Blocks start near the camera; three open bins stand side by side behind them:
+World frame, metres: x to the right and y away from the front camera, z up, table top at z = 0. So "left" is x < 0 and
+is left in the front image. Blocks start near the camera; three open bins stand side by side behind them:
 
     y 0.205 +--------+--------+--------+
             |  left  | middle | right  |     light grey / brown / dark grey; walls 5 cm, outer ones 8 cm
@@ -18,7 +18,8 @@ import numpy as np
 COLORS: tuple[str, ...] = ("red", "yellow", "green", "blue", "purple")
 """Every block colour, in the order in which tasks that do not name an order take them."""
 BINS: tuple[str, ...] = ("left", "middle", "right")
-"""Three, so that a colour never shown with one of them is still shown with two: which one must be read in the prompt."""
+"""Three, so that a colour never shown with one of them is still shown with two: which one must be read in the
+prompt."""
 
 RGB: dict[str, tuple[float, float, float]] = {
     "red": (0.95, 0.08, 0.06),
@@ -47,7 +48,8 @@ WALL_HALF = 0.003
 
 TOOL_LOW = np.array([-0.18, -0.18, 0.022])
 TOOL_HIGH = np.array([0.18, 0.20, 0.20])
-"""Limits of the tool point, the middle between the two pads. At the lowest z the finger tips are 2 mm above the table."""
+"""Limits of the tool point, the middle between the two pads. At the lowest z the finger tips are 2 mm above the
+table."""
 MAX_OPENING = 0.09
 """Distance between the pads of the open hand: 5 cm wider than a block."""
 
