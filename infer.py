@@ -183,8 +183,8 @@ def _open_world(args: Args, policy: Policy) -> Callable[[], World]:
     name = args.world or policy.cfg.world or (args.robot if args.robot in NAMES else None)
     if not name:
         raise UserError(
-            f"this checkpoint names no simulated world: name one with --world ({', '.join(NAMES)}), or give an observation with "
-            f"--images, --state and --prompt"
+            f"this checkpoint names no simulated world: name one with --world ({', '.join(NAMES)}), or give an "
+            f"observation with --images, --state and --prompt"
         )
     forced = {"subtask": args.subtask, "wrong_subtask": args.wrong_subtask} if args.rollout else {}
     play = Play.of(policy, episodes=max(args.rollout, 1), seed=args.seed, split=args.split, **forced)

@@ -43,8 +43,8 @@ usage: python -m benchmarks.loader PATH
        python -m benchmarks.loader --config NAME [any flag of train.py]
 
 Measures how fast samples are made: decoding, resizing, reading, tokenizing, and the loader with threads, 1 and 2 worker
-processes. PATH: a LeRobot dataset, for a model of full size. --config: as that run would, and the training step too; says
-whether data or compute is the bottleneck.
+processes. PATH: a LeRobot dataset, for a model of full size. --config: as that run would, and the training step too;
+tells whether data or compute is the bottleneck.
 """
 
 WORKERS = (0, 1, 2)
@@ -111,8 +111,8 @@ def verdict(step: float, loader: dict[int, float], workers: int) -> str:
     now, best = loader.get(workers, loader[0]), max(loader, key=lambda w: loader[w])
     if now >= step:
         return (
-            f"compute is the bottleneck: the step takes {step:,.0f} samples/s, the loader makes {now:,.0f} with --workers "
-            f"{workers} ({now / step:.1f} times as many)"
+            f"compute is the bottleneck: the step takes {step:,.0f} samples/s, the loader makes {now:,.0f} with "
+            f"--workers {workers} ({now / step:.1f} times as many)"
         )
     advice = (
         f"--workers {best} makes {loader[best]:,.0f}"
@@ -120,8 +120,8 @@ def verdict(step: float, loader: dict[int, float], workers: int) -> str:
         else "more workers do not help: cache the frames (--data.frames cache), or give the machine more cores"
     )
     return (
-        f"data is the bottleneck: the step could take {step:,.0f} samples/s, the loader makes {now:,.0f} with --workers "
-        f"{workers}; {advice}"
+        f"data is the bottleneck: the step could take {step:,.0f} samples/s, the loader makes {now:,.0f} with "
+        f"--workers {workers}; {advice}"
     )
 
 

@@ -123,9 +123,9 @@ class RobotSpec:
         """Raises UserError if the robot feeds cameras that the model lacks."""
         if strange := [camera for camera in self.cameras.values() if camera not in cameras]:
             raise UserError(
-                f"robot {self.name} feeds camera {', '.join(strange)}, but the model reads {', '.join(cameras)}: it is not a "
-                f"model for this robot. To train one set --model.cameras {' '.join(self.cameras.values())}, or name the "
-                "model's cameras in the robot's file"
+                f"robot {self.name} feeds camera {', '.join(strange)}, but the model reads {', '.join(cameras)}: it is "
+                f"not a model for this robot. To train one set --model.cameras {' '.join(self.cameras.values())}, or "
+                "name the model's cameras in the robot's file"
             )
 
     def check_dims(self, state: int, actions: int) -> None:

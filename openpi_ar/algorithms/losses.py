@@ -95,8 +95,8 @@ def text_loss(
     kind:
 
         <kind>_ce            cross-entropy
-        <kind>_exact_match   fraction of rows with supervised tokens of the kind in which each is the arg max, which is when
-                             greedy decoding returns exactly the target
+        <kind>_exact_match   fraction of rows with supervised tokens of the kind in which each is the arg max, which is
+                             when greedy decoding returns exactly the target
         <kind>_first_token   fraction of rows in which the first one is
     """
     counts = text_counts(target) if counts is None else counts

@@ -59,8 +59,8 @@ class Sampling:
     max_new_tokens  most tokens of a row, the end included; 0: no text.
     temperature     divides the logits; 0 is greedy, and `top_k` and `top_p` then change nothing.
     top_k           only the k most likely ids, and those as likely as the last of them; 0: all.
-    top_p           only the most likely ids that together reach this probability (A. Holtzman et al., "The Curious Case of
-                    Neural Text Degeneration", ICLR 2020), after temperature and `top_k`; 1: all.
+    top_p           only the most likely ids that together reach this probability (A. Holtzman et al., "The Curious Case
+                    of Neural Text Degeneration", ICLR 2020), after temperature and `top_k`; 1: all.
     constraint      which ids may come next; None: all.
     """
 

@@ -63,8 +63,8 @@ def recognise(source: Source, families: Sequence[Family]) -> Matched:
     if len(best.left) > len(source.specs) // 2:
         known = "; ".join(family.title for family in families)
         raise UserError(
-            f"{source.path} holds another model: {len(best.left)} of its {len(source.specs)} tensors are unknown to {known} "
-            f"({', '.join(sorted(best.left)[:4])}, ...)"
+            f"{source.path} holds another model: {len(best.left)} of its {len(source.specs)} tensors are unknown to "
+            f"{known} ({', '.join(sorted(best.left)[:4])}, ...)"
         )
     seen: dict[str, str] = {}
     twice = [f"{seen[i.name]} and {i.raw}" for i in best.found if seen.setdefault(i.name, i.raw) != i.raw]

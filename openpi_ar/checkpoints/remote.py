@@ -35,8 +35,8 @@ def shipped(path: str | Path) -> str | Path:
         return path
     if not SHIPPED[path].is_dir():
         raise UserError(
-            f"the checkpoint {path!r} is not in this installation: expected at {SHIPPED[path]}. Train one with `python train.py "
-            f"--config pi05_subtask_tabletop` and give its directory; a directory called {path} is ./{path}"
+            f"the checkpoint {path!r} is not in this installation: expected at {SHIPPED[path]}. Train one with `python "
+            f"train.py --config pi05_subtask_tabletop` and give its directory; a directory called {path} is ./{path}"
         )
     return SHIPPED[path]
 

@@ -89,8 +89,8 @@ def _open(path: Path) -> Source:
         raise UserError(f"{path} holds an orbax checkpoint without its _METADATA: it is half-written or half-copied")
     found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise UserError(
-        f"{path} is no checkpoint that is known: expected params/ (orbax), model.safetensors or a step directory in it, "
-        f"found {found}"
+        f"{path} is no checkpoint that is known: expected params/ (orbax), model.safetensors or a step directory in "
+        f"it, found {found}"
     )
 
 
@@ -154,8 +154,8 @@ def _open_npz(path: Path) -> Source:
         headers = {name: spec for name, spec in headers.items() if name.startswith("params/")}
     if not headers:
         raise UserError(
-            f"{path} is no checkpoint: expected arrays named params/llm/... and params/img/... (PaliGemma), or openpi's "
-            f"PaliGemma/..."
+            f"{path} is no checkpoint: expected arrays named params/llm/... and params/img/... (PaliGemma), or "
+            f"openpi's PaliGemma/..."
         )
 
     def read(name: str) -> np.ndarray:

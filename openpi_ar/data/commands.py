@@ -94,7 +94,8 @@ class Stats:
                 _stats_table(name, s, values[name], [n for key in keys[name] for n in meta.dimension_names(key)])
             )
         console().print(
-            f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video decoded"
+            f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video "
+            "decoded"
         )
         if out:
             try:
@@ -161,8 +162,8 @@ def _cameras(meta: Meta) -> tuple[Table, list[str]]:
             faults.append(f"camera {key}: {_missing(absent, files, 'video')}")
         if placeless := [e.index for e in meta.episodes if key not in e.videos]:
             faults.append(
-                f"camera {key}: meta/ does not say where the video of {len(placeless)} of {len(meta.episodes)} episodes is, "
-                f"the first is episode {placeless[0]}"
+                f"camera {key}: meta/ does not say where the video of {len(placeless)} of {len(meta.episodes)} "
+                f"episodes is, the first is episode {placeless[0]}"
             )
     return table, faults
 
@@ -181,7 +182,10 @@ def _absent(files: Mapping[Path, Episode]) -> list[Path]:
 
 
 def _missing(absent: Sequence[Path], files: Mapping[Path, Episode], what: str) -> str:
-    return f"{len(absent)} of {len(files)} {what} files missing, the first is {absent[0]} (episode {files[absent[0]].index})"
+    return (
+        f"{len(absent)} of {len(files)} {what} files missing, the first is {absent[0]} (episode "
+        f"{files[absent[0]].index})"
+    )
 
 
 def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Table:

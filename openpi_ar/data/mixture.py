@@ -30,8 +30,9 @@ class Mixture:
                 a, b = (len(getattr(source.layout, what)) for source in (first, other))
                 if a != b:
                     raise UserError(
-                        f"{first.name} and {other.name} cannot be mixed: their {what} have {a} and {b} dimensions; pick the "
-                        f"same of both with data.{what}, such as --data.{what} 'observation.state[0:{min(a, b)}]'"
+                        f"{first.name} and {other.name} cannot be mixed: their {what} have {a} and {b} dimensions; "
+                        f"pick the same of both with data.{what}, such as --data.{what} "
+                        f"'observation.state[0:{min(a, b)}]'"
                     )
 
     def __len__(self) -> int:

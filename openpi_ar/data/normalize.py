@@ -91,8 +91,8 @@ class NormStats:
         dims = dims or self.dims
         if self.dims < dims:
             raise UserError(
-                f"the statistics of the {what} have {self.dims} dimensions but the robot has {dims}: they are of another "
-                "robot; pick others with --asset-id, or another --robot"
+                f"the statistics of the {what} have {self.dims} dimensions but the robot has {dims}: they are of "
+                "another robot; pick others with --asset-id, or another --robot"
             )
         return dataclasses.replace(self, **{key: getattr(self, key)[:dims] for key in _ARRAYS})
 
@@ -136,7 +136,8 @@ def check_mode(path: Path, mode: Mode, required: Mode | None) -> None:
     if required is not None and mode != required:
         model = "pi0.5" if required == "quantile" else "pi0"
         raise UserError(
-            f"{path}: these statistics are for mode {mode}, but {model} is trained with {required}; put the checkpoint's "
+            f"{path}: these statistics are for mode {mode}, but {model} is trained with {required}; put the "
+            "checkpoint's "
             f'own file there, or, if its arrays are right and only its mode is not, write "mode": "{required}" into it'
         )
 
@@ -203,8 +204,8 @@ def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, know
     if not found:
         place = assets / (asset_id or next(iter(known), "<asset id>")) / FILE
         raise UserError(
-            f"{checkpoint} holds no normalisation statistics: expected {place} or {assets / FILE}; copy them there from the "
-            "run that trained the model"
+            f"{checkpoint} holds no normalisation statistics: expected {place} or {assets / FILE}; copy them there "
+            "from the run that trained the model"
         )
     if asset_id is not None:
         if asset_id in found:

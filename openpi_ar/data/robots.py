@@ -110,7 +110,8 @@ def get_robot(name: str) -> RobotSpec:
     if name.endswith(_FILES):
         return loads(read_text(Path(name).expanduser()), source=name)
     raise UserError(
-        f"unknown robot {name!r}: choose one of {', '.join(nearest(name, ROBOTS))}, or the path of a .yaml or .json file like them"
+        f"unknown robot {name!r}: choose one of {', '.join(nearest(name, ROBOTS))}, or the path of a .yaml or .json "
+        "file like them"
     )
 
 

@@ -57,8 +57,8 @@ def pack(tokenizer: Tokenizer, segments: Sequence[Segment], budget: int) -> Toke
     if need > budget:
         what = "target" if any(segment.kind != Kind.PROMPT for segment in segments) else "prompt"
         raise UserError(
-            f"the {what} takes {need} tokens but the budget is {budget}: set --text.max-{what}-tokens to {need} or more, "
-            f"or shorten it ({readable(segments)[:60]!r})"
+            f"the {what} takes {need} tokens but the budget is {budget}: set --text.max-{what}-tokens to {need} or "
+            f"more, or shorten it ({readable(segments)[:60]!r})"
         )
     ids = np.full(budget, tokenizer.pad_id, np.int32)
     ids[:need] = [token for run in runs for token in run]

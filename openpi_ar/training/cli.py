@@ -31,10 +31,11 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
     --auto-resume       continue if there is a complete checkpoint, start (anew) if there is none: one command for a
                         scheduler that starts jobs again
     --overwrite         delete what the experiment's directory holds and start anew
-    --data.path DATASET train on this LeRobot dataset: a directory, a name on the Hugging Face hub, or what a simulated world
-                        writes on first use: 'world://tabletop?episodes=200' (docs/data.md)
+    --data.path DATASET train on this LeRobot dataset: a directory, a name on the Hugging Face hub, or what a simulated
+                        world writes on first use: 'world://tabletop?episodes=200' (docs/data.md)
     --robot NAME|FILE   how its cameras, states and actions are read: a robot's name, or a .yaml or .json file of yours
-                        (docs/robots.md); the checkpoint keeps it. Single fields are flags too: --data.robot.delta-mask 6 -1
+                        (docs/robots.md); the checkpoint stores it. Single fields are flags too:
+                        --data.robot.delta-mask 6 -1
     --dry-run           show what the model would be fed (mapping, ranges, prompts), check all labels, and train nothing
     --plot FILE         with --dry-run: draw the ranges into this image file
     --distributed.coordinator HOST:PORT  --distributed.num-processes N  --distributed.process-id I

@@ -134,8 +134,8 @@ def _wait_for_coordinator(cfg: Distributed) -> None:
             problem = str(e)
         time.sleep(0.5)
     raise UserError(
-        f"process {cfg.process_id} cannot reach process 0 at {cfg.coordinator} within {cfg.timeout_s} s ({problem}): is it "
-        f"running, is the name one that this machine can resolve, and is the port open?"
+        f"process {cfg.process_id} cannot reach process 0 at {cfg.coordinator} within {cfg.timeout_s} s ({problem}): "
+        f"is it running, is the name one that this machine can resolve, and is the port open?"
     )
 
 
@@ -191,8 +191,8 @@ def check_shared(directory: os.PathLike[str]) -> None:
     while not os.path.isdir(directory):
         if time.monotonic() > end:
             raise UserError(
-                f"process {jax.process_index()} does not see {directory}, which process 0 has made: --checkpoint-dir must be "
-                f"on storage that all machines share"
+                f"process {jax.process_index()} does not see {directory}, which process 0 has made: --checkpoint-dir "
+                f"must be on storage that all machines share"
             )
         time.sleep(0.2)
 

@@ -31,8 +31,8 @@ class Evaluator:
         action_error, action_mse mean absolute and squared error over valid steps and dimensions of rows with actions;
         also by
                                  dimension, `action_error_<i>` and `action_mse_<i>`
-        swap_action, swap_text   if rows with actions have different prompts: each is asked again with the same images, state
-                                 and noise but the prompt of another one. Mean absolute change of its actions, and
+        swap_action, swap_text   if rows with actions have different prompts: each is asked again with the same images,
+                                 state and noise but the prompt of another one. Mean absolute change of its actions, and
                                  fraction of rows whose text changes; both near zero mean that the prompt is ignored
 
     What no row can be measured on is left out. Rows without actions (questions) change no figure of the others.

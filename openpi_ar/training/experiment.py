@@ -42,8 +42,8 @@ def check_config(cfg: TrainConfig) -> None:
         raise UserError(f"data.prompt_swap must lie in [0, 1], found {cfg.data.prompt_swap}")
     if cfg.data.prompt_swap and template.target is None:
         raise UserError(
-            f"data.prompt_swap is {cfg.data.prompt_swap}, but template {cfg.text.template!r} writes no subtask, so nothing would "
-            f"tell the actions what to do: set --data.prompt-swap 0"
+            f"data.prompt_swap is {cfg.data.prompt_swap}, but template {cfg.text.template!r} writes no subtask, so "
+            f"nothing would tell the actions what to do: set --data.prompt-swap 0"
         )
     strange = [name for name in cfg.augment.uncropped if name not in cfg.model.cameras]
     if cfg.augment.crop and strange:
@@ -59,7 +59,8 @@ def _check_optimizer(cfg: TrainConfig) -> None:
     o = cfg.optimizer
     if o.accumulate < 1 or cfg.batch_size % o.accumulate:
         raise UserError(
-            f"batch_size {cfg.batch_size} does not divide into optimizer.accumulate {o.accumulate} slices: use a multiple"
+            f"batch_size {cfg.batch_size} does not divide into optimizer.accumulate {o.accumulate} slices: use a "
+            "multiple"
         )
     # A bfloat16 has 8 bits: a second moment that moves by less than 1/512 of itself a step would never come down again.
     if o.moment_dtype == "bfloat16" and o.b2 > 0.99:
@@ -145,8 +146,8 @@ def agreed_step(cfg: TrainConfig, resume_from: Path | None) -> Path | None:
     if mine != first:
         raise UserError(
             f"process {jax.process_index()} finds {f'step {mine}' if mine >= 0 else 'no step'} to resume from in "
-            f"{experiment_dir(cfg)}, process 0 {f'step {first}' if first >= 0 else 'none'}: --checkpoint-dir must be on "
-            f"storage that all machines share"
+            f"{experiment_dir(cfg)}, process 0 {f'step {first}' if first >= 0 else 'none'}: --checkpoint-dir must be "
+            f"on storage that all machines share"
         )
     return resume_from
 
@@ -172,8 +173,8 @@ def check_data(cfg: TrainConfig) -> None:
     """Raises UserError if the configured data cannot be read."""
     if not cfg.data.path:
         raise UserError(
-            f"config {cfg.name} trains on your data: data.path must name a LeRobot dataset (--data.path DIR); to see a training "
-            f"run without one, use --config pi05_subtask_tabletop"
+            f"config {cfg.name} trains on your data: data.path must name a LeRobot dataset (--data.path DIR); to see a "
+            f"training run without one, use --config pi05_subtask_tabletop"
         )
 
 

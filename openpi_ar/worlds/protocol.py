@@ -76,8 +76,8 @@ class World(Protocol):
 class Play:
     """Which episodes of a world are asked for, and for which model. A world refuses what it does not have.
 
-    cameras, image_size, dims   of the model: camera names, height and width of its images, dimensions of the robot's state
-                                and actions. None: the world's own.
+    cameras, image_size, dims   of the model: camera names, height and width of its images, dimensions of the robot's
+                                state and actions. None: the world's own.
     episodes, seed              how many, and of the first.
     split                       tasks: those of training, or combinations never trained on.
     subtask                     the policy is made to output this, always.

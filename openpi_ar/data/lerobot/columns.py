@@ -234,8 +234,8 @@ def _check(meta: Meta, episode: Episode, part: Mapping[str, np.ndarray]) -> None
     off = np.flatnonzero(~(np.abs(stamps - np.arange(count) / meta.fps) < 0.5 / meta.fps))
     if len(off):
         raise UserError(
-            f"{where}, frame {off[0]}: timestamp is {stamps[off[0]]:g} s, at the dataset's {meta.fps:g} frames a second it "
-            f"should be {off[0] / meta.fps:g} s: fps in meta/info.json and the recording differ"
+            f"{where}, frame {off[0]}: timestamp is {stamps[off[0]]:g} s, at the dataset's {meta.fps:g} frames a "
+            f"second it should be {off[0] / meta.fps:g} s: fps in meta/info.json and the recording differ"
         )
 
 

@@ -30,8 +30,8 @@ class Codec:
             )
         if size[0] % 2 or size[1] % 2 or min(size) < self.smallest:
             raise UserError(
-                f"{self.name} needs images of even height and width, at least {self.smallest} pixels, found {list(size)}: "
-                f"choose --images png or another size"
+                f"{self.name} needs images of even height and width, at least {self.smallest} pixels, found "
+                f"{list(size)}: choose --images png or another size"
             )
 
     def describe(self, height: int, width: int, fps: int) -> dict[str, Any]:

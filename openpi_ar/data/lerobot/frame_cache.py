@@ -39,7 +39,8 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
         if path not in files:
             if not path.is_file():
                 raise UserError(
-                    f"{path} is missing (camera {camera!r}, episode {episode.index}): download or copy the dataset again"
+                    f"{path} is missing (camera {camera!r}, episode {episode.index}): download or copy the dataset "
+                    "again"
                 )
             stat = path.stat()
             files[path] = (str(path.relative_to(meta.root)), stat.st_size, stat.st_mtime_ns)
@@ -68,8 +69,8 @@ def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str 
         need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
         if need > 0.95 * free:
             raise UserError(
-                f"the decoded frames of camera {camera!r} take {need / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB "
-                f"free: set --data.cache-dir to another disk, or --data.frames decode to decode at every read"
+                f"the decoded frames of camera {camera!r} take {need / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} "
+                f"GB free: set --data.cache-dir to another disk, or --data.frames decode to decode at every read"
             )
         with when_whole(path) as scratch:
             _fill(frames, camera, size, np.lib.format.open_memmap(scratch / "frames.npy", "w+", np.uint8, shape))

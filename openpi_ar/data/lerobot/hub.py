@@ -23,8 +23,8 @@ def local_dataset(path: str | Path) -> Path:
         import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise UserError(
-            f"{path} is not a directory; to read it as a dataset of the Hugging Face hub, install the extra: pip install "
-            f"openpi-ar[remote]"
+            f"{path} is not a directory; to read it as a dataset of the Hugging Face hub, install the extra: pip "
+            f"install openpi-ar[remote]"
         ) from e
     name, _, revision = str(path).partition("@")
     try:
@@ -33,6 +33,6 @@ def local_dataset(path: str | Path) -> Path:
     except Exception as e:  # the library's, its HTTP client's and the network's errors share no base class
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"{path} is neither a directory nor a dataset that the Hugging Face hub gives: {reason}; check the name and the "
-            f"network, or copy the dataset here"
+            f"{path} is neither a directory nor a dataset that the Hugging Face hub gives: {reason}; check the name "
+            f"and the network, or copy the dataset here"
         ) from e

@@ -84,7 +84,8 @@ def to_array(column: pa.ChunkedArray, shape: Sequence[int], *, texts: bool, wher
         raise UserError(f"{where} holds {array.type}, not numbers")
     if found != dims and rows:
         raise UserError(
-            f"{where} must hold {dims} numbers in each of {rows} frames (shape {list(shape)} in meta/info.json), found {found}"
+            f"{where} must hold {dims} numbers in each of {rows} frames (shape {list(shape)} in meta/info.json), found "
+            f"{found}"
         )
     flat = array.to_numpy(zero_copy_only=False)
     if flat.dtype == object:  # booleans of which some are null

@@ -78,7 +78,8 @@ def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames
         rate = stream.average_rate
         if rate and stream.frames != 1 and abs(float(rate) - meta.fps) > 0.01 * meta.fps:
             raise UserError(
-                f"{span.path} ({where}) has {float(rate):g} frames a second, info.json says {meta.fps:g}: the fps differ"
+                f"{span.path} ({where}) has {float(rate):g} frames a second, info.json says {meta.fps:g}: the fps "
+                "differ"
             )
         decoded = _decode(container, span.start + times[0] if times else 0.0, _NEAR / meta.fps)
         before: VideoFrame | None = None

@@ -42,8 +42,8 @@ class Spec:
     images     `png`: in the parquet files, lossless; else the codec of the video files.
     vectors    float features and the names of their dimensions.
     flags      boolean features of one value.
-    subtasks   `index` (LeRobot 0.4.4 to 0.5), `language` (0.6 and newer) or `both`. Versions before 0.6 refuse a dataset
-               with language columns, so `both` needs 0.6 too.
+    subtasks   `index` (LeRobot 0.4.4 to 0.5), `language` (0.6 and newer) or `both`. Versions before 0.6 refuse a
+               dataset with language columns, so `both` needs 0.6 too.
     """
 
     fps: int

@@ -58,8 +58,9 @@ def check_dims(dims: tuple[int, int]) -> None:
     """Raises UserError if a robot with this many dimensions of state and actions is not LIBERO's."""
     if dims != (STATE_DIM, ACTION_DIM):
         raise UserError(
-            f"this checkpoint is for another robot than LIBERO's ({STATE_DIM} state and {ACTION_DIM} action dimensions): it has "
-            f"{dims[0]} and {dims[1]}. Train one on what `python -m openpi_ar.worlds.libero record` writes"
+            f"this checkpoint is for another robot than LIBERO's ({STATE_DIM} state and {ACTION_DIM} action "
+            f"dimensions): it has {dims[0]} and {dims[1]}. Train one on what `python -m openpi_ar.worlds.libero "
+            "record` writes"
         )
 
 

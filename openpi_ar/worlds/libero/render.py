@@ -38,8 +38,8 @@ class Cameras:
             self._renderer = mujoco.Renderer(model, height, width)
         except Exception as e:  # GL libraries raise whatever they like
             raise UserError(
-                f"MuJoCo cannot draw: {e}. Install EGL or OSMesa (apt-get install libegl1 libosmesa6) and set MUJOCO_GL=egl "
-                "or MUJOCO_GL=osmesa before Python starts"
+                f"MuJoCo cannot draw: {e}. Install EGL or OSMesa (apt-get install libegl1 libosmesa6) and set "
+                "MUJOCO_GL=egl or MUJOCO_GL=osmesa before Python starts"
             ) from e
         # It runs before MuJoCo's own handler, which ends the display that the context is freed from.
         atexit.register(self.close)

@@ -265,8 +265,8 @@ def _load_suite() -> Any:
         from libero.libero import benchmark
     except ImportError as e:
         raise UserError(
-            f"LIBERO is not installed ({e}): pip install 'openpi-ar[libero]' (it needs mujoco 3.3.7), and EGL or OSMesa "
-            "(apt-get install libegl1 libosmesa6)"
+            f"LIBERO is not installed ({e}): pip install 'openpi-ar[libero]' (it needs mujoco 3.3.7), and EGL or "
+            "OSMesa (apt-get install libegl1 libosmesa6)"
         ) from e
     return _quietly(benchmark.get_benchmark(_SUITE))
 

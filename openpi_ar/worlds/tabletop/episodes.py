@@ -55,8 +55,8 @@ def open_episodes(play: Play) -> Callable[[], "TabletopEpisodes"]:
     cameras, dims, size = play.cameras or CAMERAS, play.dims or own, play.image_size or (64, 64)
     if not set(cameras) <= set(CAMERAS) or dims != own:
         raise UserError(
-            f"this checkpoint is for another robot than the tabletop's (cameras {', '.join(cameras)}; {dims[0]} state and {dims[1]} "
-            f"action dimensions): give an observation with --images, --state and --prompt"
+            f"this checkpoint is for another robot than the tabletop's (cameras {', '.join(cameras)}; {dims[0]} state "
+            f"and {dims[1]} action dimensions): give an observation with --images, --state and --prompt"
         )
     cfg = EpisodeConfig(play.seed, play.split, play.subtask, play.wrong_subtask)
     return lambda: TabletopEpisodes(cfg, Tabletop(size, cameras))

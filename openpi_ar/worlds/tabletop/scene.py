@@ -113,7 +113,8 @@ def build_xml(num_blocks: int) -> str:
     right = np.array([1.0, 0.0, 0.0])
     blocks = "".join(
         f"""<body name="block{i}" pos="0 0 {BLOCK_HALF + i}"><freejoint name="block{i}"/>
-      <geom name="block{i}" type="box" size="{_vector([BLOCK_HALF] * 3)}" mass="0.05" condim="4" friction="1.2 0.02 0.001"/>
+      <geom name="block{i}" type="box" size="{_vector([BLOCK_HALF] * 3)}" mass="0.05" condim="4"
+        friction="1.2 0.02 0.001"/>
     </body>\n"""
         for i in range(num_blocks)
     )
