@@ -13,7 +13,6 @@ from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.frame_cache import CachedReader
 from openpi_ar.data.lerobot.meta import Episode, Meta
 from openpi_ar.data.lerobot.source import LeRobotSource, Table
-from openpi_ar.data.robot import Robot
 from openpi_ar.text.tokenizer import load_tokenizer
 
 LENGTHS = (7, 5, 9, 6)
@@ -55,7 +54,7 @@ def table(shift: int = 0) -> Table:
 def sources(data: Table | None = None) -> tuple[LeRobotSource, LeRobotSource]:
     """(training, held-out): three episodes and one."""
     data = data or table()
-    robot = Robot(DEBUG.data.reader(DEBUG.model.cameras), DEBUG.model.cameras, 4, 4)
+    robot = DEBUG.data.reader(DEBUG.model.cameras)
     split = sum(LENGTHS[:-1])
     parts = np.arange(split), np.arange(split, sum(LENGTHS))
     train, held_out = (LeRobotSource(data, rows, HORIZON, robot) for rows in parts)

@@ -191,7 +191,9 @@ def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -
         raw = train[int(i)]
         arrays = transform.sample(raw)
         reading = transform.robot.read(raw)
-        prompt = transform.prompt_segments(reading, transform.normalised_state(reading))
+        state = None if reading.state is None else transform.state_stats.normalize(reading.state)
+        template = transform.template(reading.template)
+        prompt = template.prompt_segments(template.task(reading.prompt, reading.question), state)
         table.add_row(train.where(int(i)), "prompt", *_row(prompt, arrays["prompt"]["valid"]))
         if target := transform.target_segments(raw):
             note = "" if arrays["target"]["loss"].any() else " (not supervised)"

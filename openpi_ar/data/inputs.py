@@ -11,6 +11,7 @@ actions come back in those. Real dimensions come from the normalisation statisti
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ from openpi_ar.config import InferenceConfig, TrainConfig
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot import Reading, Robot
 from openpi_ar.data.shards import place
-from openpi_ar.data.transforms import pad_dims
+from openpi_ar.data.transforms import actions_from_model, actions_to_model, pad_dims
 from openpi_ar.errors import UserError
 from openpi_ar.images import resize_with_pad
 from openpi_ar.robot_spec import plain
 from openpi_ar.text.segments import Segment, TokenArrays, pack
-from openpi_ar.text.templates import Template, get_template
+from openpi_ar.text.templates import Template, get_template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Batch, Observation, Tokens
 
@@ -89,21 +90,34 @@ class InputTransform:
         """Arrays of one observation, no batch axis. Raises UserError naming what is missing or does not fit."""
         return self.arrays(self.robot.read(raw))
 
+    def observations(self, readings: Sequence[Reading], rows: int, *, resize: bool = True) -> Observation:
+        """A batch of that many rows, numpy, in as few tokens as it takes (`shrink`). Raises UserError as `arrays`.
+
+        Rows that are not read repeat the first one. Without `resize`, images stay as they are if all are of one size.
+        """
+        native = not resize and len({image.shape for reading in readings for image in reading.images.values()}) == 1
+        arrays = [self.arrays(reading, resize=not native) for reading in readings]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *arrays, *arrays[:1] * (rows - len(arrays)))
+        return shrink(Observation(**{**stacked, "prompt": Tokens(**stacked["prompt"])}), self.cfg.decode.prompt_buckets)
+
     def arrays(self, reading: Reading, *, needs_state: bool = False, resize: bool = True) -> Arrays:
         """Arrays of what was read. Raises UserError naming what is missing or does not fit.
 
         A state that is missing becomes zeros, unless the template or `needs_state` asks for it. Without `resize`, images of
         one size stay as they are, for the model to resize them.
         """
-        state = self.normalised_state(reading, needed=needs_state)
-        # The state enters the prompt before it is padded: openpi's order, and padding says nothing.
-        prompt = pack(self.tokenizer, self.prompt_segments(reading, state), self.cfg.text.max_prompt_tokens)
         images, mask = self._images(reading, resize)
+        state = None if reading.state is None else self.state_stats.normalize(reading.state)
+        template = get_template(reading.template or self.cfg.text.template)
+        if state is None and (needs_state or template.needs_state):
+            raise self.robot.no_state()
+        # The state enters the prompt before it is padded: openpi's order, and padding says nothing.
+        segments = template.prompt_segments(template.task(reading.prompt, reading.question), state)
         state = np.zeros(self.state_stats.dims, np.float32) if state is None else state
         return {
             "images": images,
             "image_mask": mask,
-            "prompt": prompt,
+            "prompt": pack(self.tokenizer, segments, self.cfg.text.max_prompt_tokens),
             "state": pad_dims(state, self.cfg.model.state_dim),
         }
 
@@ -123,7 +137,8 @@ class InputTransform:
                     f"sample['actions'] must be finite numbers [{horizon} {self.action_stats.dims}] (action_horizon, "
                     f"dimensions of the statistics), found {actions.dtype} {list(actions.shape)}"
                 )
-            actions = self.robot.actions_to_model(actions, self.robot.state_of(reading))
+            assert reading.state is not None  # otherwise `arrays` has refused the row
+            actions = actions_to_model(self.robot.spec, actions, reading.state)
             arrays["actions"] = pad_dims(self.action_stats.normalize(actions), dims)
             counted = dims if self._average_padded_dims else self.action_stats.dims
             valid = np.asarray(raw["action_valid"], bool)
@@ -134,21 +149,6 @@ class InputTransform:
     def target(self, raw: Mapping[str, Any]) -> TokenArrays:
         """What the model is to write, as arrays; all padding if the row's template has no target."""
         return pack(self.tokenizer, self.target_segments(raw), self.cfg.text.max_target_tokens)
-
-    def normalised_state(self, reading: Reading, *, needed: bool = False) -> np.ndarray | None:
-        """The normalised state [P_real]. None if there is none and neither the template nor `needed` asks for it, else UserError."""
-        if reading.state is None and not (needed or self.template(reading.template).needs_state):
-            return None
-        return self.state_stats.normalize(self.robot.state_of(reading))
-
-    def prompt_segments(self, reading: Reading, state: np.ndarray | None) -> list[Segment]:
-        """Segments of the row's prompt, from its `normalised_state`. Raises UserError as `Template.prompt_text`."""
-        template = self.template(reading.template)
-        name = "question" if template.key == "answer" and reading.question is not None else "prompt"
-        task = getattr(reading, name)
-        if not isinstance(task, str) or not task.strip():
-            raise UserError(f"observation[{name!r}] must be a text that says what to do, found {task!r}")
-        return template.prompt_segments(task, state)
 
     def target_segments(self, raw: Mapping[str, Any]) -> list[Segment]:
         """Segments of what the model is to write; none if the row's template has no target. Raises UserError."""
@@ -169,8 +169,15 @@ class InputTransform:
         They may be relative to the states of the B readings that they were asked for with.
         """
         real = self.action_stats.unnormalize(np.asarray(actions)[..., : self.action_stats.dims])
-        states = np.stack([self.robot.state_of(reading) for reading in readings])
-        return self.robot.actions_from_model(real, states).astype(np.float32)
+        states = [reading.state for reading in readings if reading.state is not None]
+        if len(states) < len(readings):
+            raise self.robot.no_state()
+        return actions_from_model(self.robot.spec, real, np.stack(states)).astype(np.float32)
+
+    def text(self, reading: Reading, ids: Sequence[int]) -> tuple[str, str]:
+        """What the row's template has written with the ids that were generated, and `text_status` of them."""
+        template = self.template(reading.template)
+        return template.parse(self.tokenizer, list(ids)), text_status(ids, self.tokenizer.eos_id)
 
     def _images(self, reading: Reading, resize: bool) -> tuple[np.ndarray, np.ndarray]:
         cameras, images = self.cfg.model.cameras, reading.images
@@ -200,3 +207,19 @@ def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> 
 def collate(rows: Sequence[Arrays]) -> Batch | Observation:
     """A Batch of `sample` rows, or an Observation of `observation` rows."""
     return to_device(stack_rows(rows))
+
+
+def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
+    """The same observation (numpy) in fewer tokens: cameras that no row has are dropped, and prompts cut to the smallest bucket.
+
+    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket is a program of its own.
+    """
+    seen = np.asarray(obs.image_mask).any(0)
+    longest = int(np.flatnonzero(np.asarray(obs.prompt.valid).any(0)).max(initial=0)) + 1
+    size = min((b for b in buckets if b >= longest), default=obs.prompt.ids.shape[1])
+    return dataclasses.replace(
+        obs,
+        images=obs.images[:, seen],
+        image_mask=obs.image_mask[:, seen],
+        prompt=jax.tree.map(lambda a: a[:, :size], obs.prompt),
+    )

@@ -1,4 +1,4 @@
-"""One robot as a model meets it: its observations are read here, once, and its numbers converted, forward beside inverse."""
+"""One robot as a model meets it: its observations are read here, once. `data/transforms.py` converts its numbers."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -30,7 +30,7 @@ class Reading:
 
 
 class Robot:
-    """Reads raw observations by a robot's schema and converts its states and actions.
+    """Reads raw observations by a robot's schema.
 
     Args:
         spec: the robot, as models of one kind are trained on it (`RobotSpec.of_model`).
@@ -52,11 +52,6 @@ class Robot:
         self._known = {place for _, places in self._places.values() for place in places}
         self._known |= {f"{IMAGES}/{name}" for name in spec.unused}
         self._state = [(key, *_part(key), dims) for key, dims in spec.state.items()]
-        self._grippers, self._inverted = list(spec.aloha_grippers), list(spec.inverted_grippers)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # observations
-    # ------------------------------------------------------------------------------------------------------------------
 
     def read(self, raw: Mapping[str, Any]) -> Reading:
         """What an observation says. Raises UserError naming, as the robot calls it, what is missing or does not fit.
@@ -66,8 +61,8 @@ class Robot:
         "state"; without any of it the reading has none.
         """
         flat = _flatten(raw)
-        images, state = self._images(flat, set(raw.get("masked", ()))), self._state_vector(flat)
-        return Reading(images, state, self.prompt(raw), raw.get("question"), raw.get("template"))
+        images, prompt = self._images(flat, set(raw.get("masked", ()))), self.prompt(raw)
+        return Reading(images, self._state_vector(flat), prompt, raw.get("question"), raw.get("template"))
 
     def prompt(self, raw: Mapping[str, Any]) -> Any:
         """What the observation says to do, as text if it is bytes or a numpy scalar; by default the robot's own prompt."""
@@ -78,11 +73,9 @@ class Robot:
             prompt = prompt.decode(errors="replace")
         return self.spec.prompt if prompt is None else prompt
 
-    def state_of(self, reading: Reading) -> np.ndarray:
-        """The reading's state. Raises UserError if there is none."""
-        if reading.state is None:
-            raise UserError(f"{self._state_names} must be {self.state_dims} numbers, found none")
-        return reading.state
+    def no_state(self) -> UserError:
+        """The error for a reading that lacks the state it needs."""
+        return UserError(f"{self._state_names} must be {self.state_dims} numbers, found none")
 
     def _images(self, flat: Mapping[str, Any], masked: set[str]) -> dict[str, np.ndarray]:
         found = {}
@@ -96,7 +89,7 @@ class Robot:
                     f"image {_first(key)!r} of camera {camera!r} is missing: {self._who} {', '.join(map(_first, self._places))}; found "
                     f"{', '.join(others) or 'no image'}; name the camera in observation['masked'] to go without it"
                 )
-            image = transforms.to_uint8_image(flat[place], _first(key))
+            image = to_uint8_image(flat[place], _first(key))
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
                 raise UserError(
                     f"image {_first(key)!r} of camera {camera!r} must be a uint8 RGB image [height width 3], found "
@@ -121,7 +114,7 @@ class Robot:
             raise UserError(f"{self._state_names} must be {self.state_dims} numbers, found {list(x.shape)}")
         if not np.isfinite(x).all():
             raise UserError(f"{self._state_names} holds values that are not finite: {x.tolist()}")
-        return self.state_to_model(x).astype(np.float32)
+        return transforms.state_to_model(self.spec, x).astype(np.float32)
 
     def _numbers(self, flat: Mapping[str, Any], key: str, path: str, part: slice, dims: int) -> np.ndarray:
         """One part of the state."""
@@ -136,38 +129,6 @@ class Robot:
     @property
     def _state_names(self) -> str:
         return " and ".join(f"observation[{name!r}]" for name in self.spec.state)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # numbers
-    # ------------------------------------------------------------------------------------------------------------------
-
-    def state_to_model(self, state: np.ndarray) -> np.ndarray:
-        """The robot's states [... P_real] as models know them, before normalisation; float64."""
-        x = transforms.flip(np.asarray(state, np.float64), self.spec.flips)
-        x[..., self._grippers] = transforms.aloha_gripper_state_to_pi(x[..., self._grippers])
-        x[..., self._inverted] = transforms.invert(x[..., self._inverted])
-        return x
-
-    def absolute_to_model(self, actions: np.ndarray) -> np.ndarray:
-        """`actions_to_model` [... X_real] without its last part, which makes them relative to the state."""
-        x = transforms.flip(np.asarray(actions, np.float64), self.spec.flips)
-        x[..., self._grippers] = transforms.aloha_gripper_action_to_pi(x[..., self._grippers])
-        x[..., self._inverted] = transforms.invert(x[..., self._inverted])
-        return x
-
-    def actions_to_model(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """The robot's actions [... A X_real] as a model predicts them before normalisation; float64.
-
-        `state` [... P_real] is a reading's.
-        """
-        return transforms.to_delta(self.absolute_to_model(actions), state, self.spec.delta)
-
-    def actions_from_model(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """Inverse of `actions_to_model`."""
-        x = transforms.to_absolute(np.asarray(actions, np.float64), state, self.spec.delta)
-        x[..., self._inverted] = transforms.invert(x[..., self._inverted])
-        x[..., self._grippers] = transforms.aloha_gripper_action_from_pi(x[..., self._grippers])
-        return transforms.flip(x, self.spec.flips)
 
 
 def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -193,3 +154,20 @@ def _places(key: str, camera: str) -> tuple[str, ...]:
     """Where the image of a raw key is looked for, in this order."""
     names = [n for k in key.replace(".", "/").split("|") for n in (k, k.rsplit("/", 1)[-1])]
     return tuple(place for name in (*names, camera) for place in (name, f"{IMAGES}/{name}"))
+
+
+def to_uint8_image(image: np.ndarray, name: str) -> np.ndarray:
+    """An image as robots send it to uint8 [h w 3]: floats in [0, 1] are scaled and cut off, channels may come first.
+
+    As openpi's `_parse_image`. Raises UserError naming the camera if floats leave [0, 1].
+    """
+    image = np.asarray(image)
+    if image.dtype.kind == "f":
+        # An epsilon above 1 (decoders, resizing) still gives 255; anything more is another scale.
+        if image.size and not (image.min() >= 0 and 255 * image.max() < 256):
+            raise UserError(
+                f"camera {name!r}: a float image must lie in [0, 1], found {image.min():.4g} to {image.max():.4g}; "
+                "send uint8 or divide by 255"
+            )
+        image = (255 * image).astype(np.uint8)
+    return np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 else image

@@ -1,6 +1,6 @@
 """Robot units to the units a model is trained in, each map beside its inverse. Plain numpy, before normalisation.
 
-    images    float or channels-first         -> uint8 [h w 3]
+    states, actions of a robot, by its schema  <-> as models know them, from the four below
     actions   absolute                        <-> relative to the state the chunk starts from
     ALOHA     its own joint signs and grippers <-> those of the runtime that pi's base models were trained with
     vectors   the robot's dimensions          <-> the model's
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openpi_ar.errors import UserError
+from openpi_ar.robot_spec import RobotSpec
 
 # Interbotix: the gripper's linear travel in metres (closed, open), and the arm and horn of its crank in metres.
 _TRAVEL = (0.01844, 0.05800)
@@ -21,6 +21,35 @@ _ARM, _HORN = 0.036, 0.022
 _PI_ANGLES = (0.5476, 1.6296)
 # ALOHA's commands: joint angles of the closed and the open gripper in radians.
 _COMMAND_ANGLES = (-0.6213, 1.4910)
+
+
+def state_to_model(spec: RobotSpec, state: np.ndarray) -> np.ndarray:
+    """The robot's states [... P_real] as models know them; float64."""
+    x, grippers, inverted = flip(np.asarray(state, np.float64), spec.flips), *_grippers(spec)
+    x[..., grippers] = aloha_gripper_state_to_pi(x[..., grippers])
+    x[..., inverted] = invert(x[..., inverted])
+    return x
+
+
+def absolute_to_model(spec: RobotSpec, actions: np.ndarray) -> np.ndarray:
+    """`actions_to_model` [... X_real] without its last part, which makes them relative to the state."""
+    x, grippers, inverted = flip(np.asarray(actions, np.float64), spec.flips), *_grippers(spec)
+    x[..., grippers] = aloha_gripper_action_to_pi(x[..., grippers])
+    x[..., inverted] = invert(x[..., inverted])
+    return x
+
+
+def actions_to_model(spec: RobotSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """The robot's actions [... A X_real] as a model predicts them; float64. `state` [... P_real] as `state_to_model` gives it."""
+    return to_delta(absolute_to_model(spec, actions), state, spec.delta)
+
+
+def actions_from_model(spec: RobotSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """Inverse of `actions_to_model`."""
+    x, grippers, inverted = to_absolute(np.asarray(actions, np.float64), state, spec.delta), *_grippers(spec)
+    x[..., inverted] = invert(x[..., inverted])
+    x[..., grippers] = aloha_gripper_action_from_pi(x[..., grippers])
+    return flip(x, spec.flips)
 
 
 def to_delta(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
@@ -78,21 +107,9 @@ def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dims - x.shape[-1])])
 
 
-def to_uint8_image(image: np.ndarray, name: str) -> np.ndarray:
-    """An image as robots send it to uint8 [h w 3]: floats in [0, 1] are scaled and cut off, channels may come first.
-
-    As openpi's `_parse_image`. Raises UserError naming the camera if floats leave [0, 1].
-    """
-    image = np.asarray(image)
-    if image.dtype.kind == "f":
-        # An epsilon above 1 (decoders, resizing) still gives 255; anything more is another scale.
-        if image.size and not (image.min() >= 0 and 255 * image.max() < 256):
-            raise UserError(
-                f"camera {name!r}: a float image must lie in [0, 1], found {image.min():.4g} to {image.max():.4g}; "
-                "send uint8 or divide by 255"
-            )
-        image = (255 * image).astype(np.uint8)
-    return np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 else image
+def _grippers(spec: RobotSpec) -> tuple[list[int], list[int]]:
+    """Dimensions of ALOHA's grippers, and of inverted ones."""
+    return list(spec.aloha_grippers), list(spec.inverted_grippers)
 
 
 def _reference(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:

@@ -1,7 +1,5 @@
-"""What the host does around compiled programs: picks the smallest that fits a batch, times them."""
+"""What the host does around compiled programs: what they compute in, what warms them up, and their times."""
 
-from collections.abc import Sequence
-import dataclasses
 import time
 from typing import Any
 
@@ -17,22 +15,6 @@ def inference_dtype(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
-    """The same observation (numpy) in fewer tokens: cameras that no row has are dropped, and prompts cut to the smallest bucket.
-
-    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket is a program of its own.
-    """
-    seen = np.asarray(obs.image_mask).any(0)
-    longest = int(np.flatnonzero(np.asarray(obs.prompt.valid).any(0)).max(initial=0)) + 1
-    size = min((b for b in buckets if b >= longest), default=obs.prompt.ids.shape[1])
-    return dataclasses.replace(
-        obs,
-        images=obs.images[:, seen],
-        image_mask=obs.image_mask[:, seen],
-        prompt=jax.tree.map(lambda a: a[:, :size], obs.prompt),
-    )
 
 
 def resizes_on_device(wanted: str) -> bool:

@@ -20,9 +20,9 @@ from openpi_ar.algorithms.flow import flow_table
 from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
-from openpi_ar.data.inputs import InputTransform, collate
+from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robot import Reading, Robot
+from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.host import (
@@ -30,13 +30,11 @@ from openpi_ar.policy.host import (
     inference_dtype,
     milliseconds,
     resizes_on_device,
-    shrink,
 )
 from openpi_ar.policy.programs import Drawn, Programs, stacked_drafts
-from openpi_ar.policy.session import Session, one_for_each_row
-from openpi_ar.text.templates import text_status
+from openpi_ar.policy.session import Session
 from openpi_ar.text.tokenizer import Tokenizer
-from openpi_ar.types import Observation, Tokens
+from openpi_ar.types import Tokens
 
 Raw = Mapping[str, Any]
 Result = dict[str, Any]
@@ -170,14 +168,16 @@ class Policy:
             timing: as in `infer`.
         """
         start = time.perf_counter()
-        readings = [self.robot.read(raw) for raw in raws]
-        sessions = one_for_each_row(sessions, len(readings), seed)
-        obs, text = self._observation(readings, batch_size), self._forced_text(subtasks, len(readings), batch_size)
-        drawn = self._drawn(sessions, obs.images.shape[0], noise)
-        drafts = [session.draft for session in sessions] + [sessions[0].draft] * (len(obs.images) - len(readings))
+        rows = _rows(raws, batch_size)
+        sessions = _sessions(sessions, len(raws), seed)
+        text = self._forced_text(subtasks, len(raws), rows)
+        drawn = self._drawn(sessions, rows, noise)
         draft = None
         if text is None and self._programs.drafts:
-            draft = stacked_drafts(drafts, self._programs.budget)
+            drafts = [session.draft for session in sessions]
+            draft = stacked_drafts(drafts + drafts[:1] * (rows - len(drafts)), self._programs.budget)
+        readings = [self.robot.read(raw) for raw in raws]
+        obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
         arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
         if timing:
@@ -188,11 +188,11 @@ class Policy:
         chunks, ids, valid = (np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid))
         for row, (session, key) in enumerate(zip(sessions, np.asarray(drawn.next_keys), strict=False)):
             session.advance(key, (ids[row], valid[row]) if text is None else None, chunks[row])
-        actions = self.transform.actions_to_real(chunks[: len(readings)], readings)
+        actions = self.transform.actions_to_real(chunks[: len(raws)], readings)
         ms["total"] = milliseconds(time.perf_counter() - start)
         results = []
         for row, reading in enumerate(readings):
-            written, status = self._read(reading, ids[row][valid[row]])
+            written, status = self.transform.text(reading, ids[row][valid[row]].tolist())
             results.append({"subtask": written, "text_status": status, "actions": actions[row], "timing": ms})
         return results
 
@@ -210,9 +210,10 @@ class Policy:
         start = time.perf_counter()
         reading = self.robot.read({**raw, "question": question, "template": "vqa"})
         keys = self._drawn([Session(seed)], 1, None).text_keys
-        out, ms = self._programs.answer(self._model, self._observation([reading], None), keys)
+        obs = self.transform.observations([reading], 1, resize=not self._resizes)
+        out, ms = self._programs.answer(self._model, obs, keys)
         ms["total"] = milliseconds(time.perf_counter() - start)
-        answer, status = self._read(reading, np.asarray(out.ids)[0][np.asarray(out.valid)[0]])
+        answer, status = self.transform.text(reading, np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist())
         return {"answer": answer, "text_status": status, "timing": ms}
 
     def measure(
@@ -259,36 +260,35 @@ class Policy:
         given = np.broadcast_to(given, (rows, *chunk))
         return drawn._replace(noise=np.concatenate([given, *[given[:1]] * (batch - rows)]))
 
-    def _observation(self, readings: Sequence[Reading], batch_size: int | None) -> Observation:
-        """The batch's observation, in as few tokens as it takes. Rows of padding are the first row."""
-        missing = _missing(len(readings), batch_size)
-        # Images of one size are resized on the device, where that costs the control loop nothing.
-        native = self._resizes and len({image.shape for reading in readings for image in reading.images.values()}) == 1
-        rows = [self.transform.arrays(reading, resize=not native) for reading in readings]
-        obs = collate([*rows, *rows[:1] * missing])
-        assert isinstance(obs, Observation)
-        return shrink(obs, self.cfg.decode.prompt_buckets)
-
-    def _forced_text(self, subtasks: Sequence[str | None] | None, rows: int, batch_size: int | None) -> Tokens | None:
+    def _forced_text(self, subtasks: Sequence[str | None] | None, given: int, rows: int) -> Tokens | None:
+        """The texts of the batch's rows; None if none is forced."""
         if subtasks is None or all(s is None for s in subtasks):
             return None
-        if len(subtasks) != rows or any(s is None for s in subtasks):
-            raise UserError(f"give a subtask for each of the {rows} observations or for none, found {list(subtasks)}")
+        if len(subtasks) != given or any(s is None for s in subtasks):
+            raise UserError(f"give a subtask for each of the {given} observations or for none, found {list(subtasks)}")
         if not self.transform.writes_text:
             raise UserError(
                 f"template {self.cfg.text.template!r} has no subtask: this model only acts, so none can be forced"
             )
         targets = [self.transform.target({"subtask": s}) for s in subtasks]
-        targets += targets[:1] * _missing(rows, batch_size)
+        targets += targets[:1] * (rows - given)
         return Tokens(**{name: jnp.asarray(np.stack([t[name] for t in targets])) for name in targets[0]})
 
-    def _read(self, reading: Reading, ids: np.ndarray) -> tuple[str, str]:
-        """The text of generated ids, and whether it has a proper end."""
-        text = self.transform.template(reading.template).parse(self.tokenizer, ids.tolist())
-        return text, text_status(ids.tolist(), self.tokenizer.eos_id)
+
+def _rows(raws: Sequence[Raw], batch_size: int | None) -> int:
+    """Rows of the batch, padding included."""
+    if not raws or (batch_size is not None and len(raws) > batch_size):
+        raise UserError(f"a batch must hold 1 to {batch_size or 'any number of'} observations, found {len(raws)}")
+    return batch_size or len(raws)
 
 
-def _missing(rows: int, batch_size: int | None) -> int:
-    if not rows or (batch_size is not None and rows > batch_size):
-        raise UserError(f"a batch must hold 1 to {batch_size or 'any number of'} observations, found {rows}")
-    return 0 if batch_size is None else batch_size - rows
+def _sessions(sessions: Sequence[Session] | None, given: int, seed: int) -> Sequence[Session]:
+    """The sessions of a batch; None: new ones of that seed. Raises UserError unless each row has one of its own."""
+    if sessions is None:
+        return [Session(seed) for _ in range(given)]
+    if len(sessions) != given or len({id(session) for session in sessions}) != given:
+        raise UserError(
+            f"a batch needs a session of its own for each of the {given} observations, found {len(sessions)} sessions, "
+            f"{len({id(session) for session in sessions})} of them different: make one for each robot with policy.session(seed)"
+        )
+    return sessions

@@ -1,10 +1,6 @@
 """What lasts from one call of a policy to the next. It belongs to the caller, so two robots never share noise or drafts."""
 
-from collections.abc import Sequence
-
 import numpy as np
-
-from openpi_ar.errors import UserError
 
 Draft = tuple[np.ndarray, np.ndarray]
 """ids int32 [M] and valid bool [M] of a text that may be generated again."""
@@ -39,15 +35,3 @@ class Session:
         """Records one call: the next key, the text that was generated (None: it was given) and the actions."""
         self.key, self.chunk, self.executed = key, chunk, 0
         self.draft = draft or self.draft
-
-
-def one_for_each_row(sessions: Sequence[Session] | None, rows: int, seed: int) -> Sequence[Session]:
-    """The sessions of a batch; None: new ones of that seed. Raises UserError unless each row has one of its own."""
-    if sessions is None:
-        return [Session(seed) for _ in range(rows)]
-    if len(sessions) != rows or len({id(session) for session in sessions}) != rows:
-        raise UserError(
-            f"a batch needs a session of its own for each of the {rows} observations, found {len(sessions)} sessions, "
-            f"{len({id(session) for session in sessions})} of them different: make one for each robot with policy.session(seed)"
-        )
-    return sessions

@@ -69,6 +69,16 @@ class Template:
             raise UserError(f"the {self.key} is empty: annotate it or leave the sample out of the text loss")
         return self.target.format(text=words)
 
+    def task(self, prompt: Any, question: Any = None) -> str:
+        """What the row asks: of a template that answers the question, if there is one, else the prompt.
+
+        Raises UserError if it is no text or empty.
+        """
+        name, task = ("question", question) if self.key == "answer" and question is not None else ("prompt", prompt)
+        if not isinstance(task, str) or not task.strip():
+            raise UserError(f"observation[{name!r}] must be a text that says what to do, found {task!r}")
+        return task
+
     def prompt_segments(self, task: str, state: np.ndarray | None = None) -> list[Segment]:
         """BOS and the prompt: bidirectional and not supervised. Raises UserError as `prompt_text`."""
         return [Segment(Special.BOS), Segment(self.prompt_text(task, state))]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from openpi_ar.data.transforms import to_uint8_image
+from openpi_ar.data.robot import to_uint8_image
 from openpi_ar.errors import UserError
 from openpi_ar.images import resize_with_pad, resize_with_pad_on_device
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from openpi_ar.checkpoints import store
+from openpi_ar.data.inputs import shrink
 from openpi_ar.policy import Policy, programs
 from openpi_ar.policy import host as runtime
 from tests.model_fixtures import act, greedy, max_diff, noise_for, ragged_observation, tiny_config, tiny_model
@@ -20,9 +21,9 @@ def test_dropped_cameras_and_cut_prompts_change_nothing():
     masks[:, 0] = False
     wide = jax.tree.map(lambda a: np.pad(a, [(0, 0), (0, 9)]), obs.prompt)
     obs = dataclasses.replace(obs, image_mask=masks, prompt=wide)
-    small = runtime.shrink(obs, (5, 8, 12))
+    small = shrink(obs, (5, 8, 12))
     assert small.images.shape[1] == 1 and small.prompt.ids.shape == (3, 8)  # the longest prompt has 7 tokens
-    assert runtime.shrink(obs, (5,)).prompt.ids.shape == (3, 16)
+    assert shrink(obs, (5,)).prompt.ids.shape == (3, 16)
     a, b = (act(model, o, noise_for(cfg), greedy(4), num_steps=2) for o in (obs, small))
     np.testing.assert_array_equal(a.text.ids, b.text.ids)
     assert max_diff(a.actions, b.actions) < 2e-5

@@ -35,22 +35,28 @@ def policy(tiny_policy: Policy) -> Policy:
 
 
 def test_images_resized_on_the_device_are_those_resized_on_the_host(policy, monkeypatch):
-    monkeypatch.setattr(policy, "_resizes", True)
     raws = [raw_observation(1), raw_observation(2)]
     rng = np.random.default_rng(3)
     for raw in raws:
         raw["images"] = {name: rng.integers(0, 256, (45, 60, 3), np.uint8) for name in raw["images"]}
     readings = [policy.robot.read(raw) for raw in raws]
-    native = policy._observation(readings, None)
+    native = policy.transform.observations(readings, 2, resize=False)
     assert native.images.shape == (2, 2, 45, 60, 3)
     seen, want = (
         jax.jit(lambda m, o: m.embed_images(o))(policy._model, obs)
         for obs in (native, collate([policy.transform.observation(raw) for raw in raws]))
     )
     np.testing.assert_array_equal(seen, want)
+    shapes, read = [], policy.transform.observations
+    monkeypatch.setattr(policy.transform, "observations", lambda *a, **k: shapes.append(k) or read(*a, **k))
+    for on_device in (False, True):
+        monkeypatch.setattr(policy, "_resizes", on_device)
+        policy.infer(raws[0])
+    assert [k["resize"] for k in shapes] == [True, False]
+    monkeypatch.undo()
     raws[1]["images"]["front"] = raws[1]["images"]["front"][:40]  # of several sizes: the host makes them one
     readings = [policy.robot.read(raw) for raw in raws]
-    assert policy._observation(readings, None).images.shape == (2, 2, 32, 32, 3)
+    assert policy.transform.observations(readings, 2, resize=False).images.shape == (2, 2, 32, 32, 3)
 
 
 def test_infer_is_the_three_calls_on_the_stored_parameters(policy, tiny_checkpoint):
@@ -187,7 +193,7 @@ def test_only_text_is_ever_said(policy):
     table[forbidden] = sign * table[100 + np.arange(len(forbidden)) // 2]
     loud.embedder.table = nnx.Param(jnp.asarray(table))
     for i in range(4):
-        obs = policy._observation([policy.robot.read(raw_observation(i))], None)
+        obs = policy.transform.observations([policy.robot.read(raw_observation(i))], 1)
         run, drawn = policy._programs, policy._drawn([policy.session()], 1, None)
         out, _ = prefill(loud, obs)
         assert int(loud.logits(out.prompt_last)[0].argmax()) in forbidden

@@ -11,6 +11,7 @@ from openpi_ar.config import LeRobotData
 from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.robot import Robot
+from openpi_ar.data.transforms import actions_to_model
 from openpi_ar.errors import UserError
 from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.text.tokenizer import load_tokenizer
@@ -161,7 +162,9 @@ def test_a_robot_of_the_table_can_be_trained_and_is_the_same_after(name, pi05):
     assert {k: v.tolist() for k, v in got.images.items()} == {k: v.tolist() for k, v in want.images.items()}
     assert got.prompt == want.prompt
     actions = rng.uniform(0.1, 0.9, (3, spec.action_dims))
-    np.testing.assert_array_equal(b.actions_to_model(actions, got.state), a.actions_to_model(actions, want.state))
+    np.testing.assert_array_equal(
+        actions_to_model(b.spec, actions, got.state), actions_to_model(a.spec, actions, want.state)
+    )
     # Features of a dataset go by the last part of the robot's keys.
     assert set(spec.optional) == {
         key for key in spec.optional if f"{key}|none" in " ".join(data.filled(cameras).cameras)

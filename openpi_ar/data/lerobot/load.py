@@ -18,7 +18,6 @@ from openpi_ar.data.lerobot.columns import (
 from openpi_ar.data.lerobot.frame_cache import CachedReader, DecodingReader, cached_frames
 from openpi_ar.data.lerobot.meta import SUPERVISE, Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.source import LeRobotSource, Table
-from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import matches
 from openpi_ar.robot_spec import MASKED, split_key
@@ -78,7 +77,8 @@ def load_lerobot(
     judged = usable & table.supervise
     episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
     held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
-    robot = Robot(cfg.reader(cameras), cameras, table.state.shape[1], table.actions.shape[1])
+    robot = cfg.reader(cameras)
+    robot.check_dims(table.state.shape[1], table.actions.shape[1])
     train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot)
     if cfg.held_out == 0:
         remarks.append("data.held_out is 0: evaluation runs on training frames")

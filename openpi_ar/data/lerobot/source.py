@@ -8,7 +8,8 @@ import numpy as np
 from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
 from openpi_ar.data.lerobot.columns import Frames, runs
 from openpi_ar.data.normalize import Mode, NormStats
-from openpi_ar.data.robot import Robot
+from openpi_ar.data.transforms import absolute_to_model, state_to_model
+from openpi_ar.robot_spec import RobotSpec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class LeRobotSource:
     rows: np.ndarray
     """Indices into the table [rows]."""
     horizon: int
-    robot: Robot
+    robot: RobotSpec
     """What is done to states and actions before normalisation; samples are as recorded."""
 
     def __len__(self) -> int:
@@ -104,9 +105,9 @@ class LeRobotSource:
         Actions relative to the state are those of all chunks, each from its own state; absolute ones count once a frame.
         """
         t, rows, all_rows = self.table, self.rows, np.arange(len(self.rows))
-        state = self.robot.state_to_model(t.state[rows])
-        actions = self.robot.absolute_to_model(t.actions)
-        delta = self.robot.spec.delta
+        state = state_to_model(self.robot, t.state[rows])
+        actions = absolute_to_model(self.robot, t.actions)
+        delta = self.robot.delta
         by_dimension = [
             self._relative(actions[:, i], state[:, i])
             if i < len(delta) and delta[i]
