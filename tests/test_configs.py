@@ -220,3 +220,23 @@ def test_text_budgets_hold_everything_the_tabletop_says(name):
     if template.target is not None:
         for subtask in known_subtasks():
             assert pack(tok, template.target_segments(subtask), text.max_target_tokens)["valid"].any()
+
+
+@pytest.mark.parametrize("flag", ["--data.vision-steps 0", "--data.naming_steps=0", "--data lerobot"])
+def test_a_retired_flag_that_changes_nothing_is_left_out(flag):
+    assert parse(f"--config debug {flag} --seed 3").config == parse("--config debug --seed 3").config
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("--data.vision-steps 100", "worlds.NAME pretrain"),
+        ("--data.naming-steps", "worlds.NAME pretrain"),
+        ("--data tabletop", "--data.path"),
+        ("--data.commanded=0.5", "world://"),
+        ("--loss.text-weight 2", "--loss.subtask-weight"),
+    ],
+)
+def test_a_retired_flag_says_what_took_its_place(flag, advice):
+    with pytest.raises(UserError, match=f"earlier version: .*{advice}"):
+        parse(f"--config debug {flag}")

@@ -45,6 +45,20 @@ Presets:
 """
 
 
+_PRETRAINING = "a world's own command trains towers on its poses: python -m openpi_ar.worlds.NAME pretrain OUT, then --init-from OUT"
+_IN_ADDRESS = (
+    "what a world's demonstrations are like stands in their address: --data.path 'world://NAME?parameter=value'"
+)
+_RETIRED: dict[str, tuple[str, str]] = {
+    "--data": ("lerobot", "every dataset is named by --data.path"),
+    "--data.vision-steps": ("0", _PRETRAINING),
+    "--data.naming-steps": ("0", _PRETRAINING),
+    "--loss.text-weight": ("", "--loss.subtask-weight and --loss.answer-weight have taken its place"),
+    **{f"--data.{name}": ("", _IN_ADDRESS) for name in ("seed", "image-size", "noise", "commanded", "asked", "pairs")},
+}
+"""Flags of earlier versions: the value that changes nothing (such a flag is left out), and what to do for any other one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What one call of `train.py` asks for."""
@@ -78,7 +92,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
             print(USAGE + names, end="")
             raise SystemExit(0)
         raise UserError(f"--config NAME is needed; presets: {', '.join(presets)}; see python train.py --help")
-    processes, rest = _parse_processes(rest)
+    processes, rest = _parse_processes(_without_retired(rest))
     preset = get_preset(own.config)
     cfg = _parse_fields(preset, rest)
     if own.robot is not None:
@@ -95,6 +109,24 @@ def _with_robot(preset: TrainConfig, robot: str, cfg: TrainConfig) -> TrainConfi
     spec = get_robot(robot).of_model(cfg.model.kind)
     spec.check_cameras(cfg.model.cameras)
     return dataclasses.replace(preset, data=dataclasses.replace(preset.data, robot=spec))
+
+
+def _without_retired(args: Sequence[str]) -> list[str]:
+    """The arguments without flags of earlier versions that change nothing. Raises UserError for one that would."""
+    kept, rest = [], list(args)
+    while rest:
+        flag, is_pair, value = rest[0].partition("=")
+        name = flag.replace("_", "-")
+        if name not in _RETIRED:
+            kept.append(rest.pop(0))
+            continue
+        neutral, advice = _RETIRED[name]
+        if not is_pair:
+            value = rest[1] if len(rest) > 1 else ""
+        if not neutral or value != neutral:
+            raise UserError(f"{flag} is a flag of an earlier version: {advice}")
+        del rest[: 1 if is_pair else 2]
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
