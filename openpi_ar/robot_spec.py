@@ -75,6 +75,10 @@ class RobotSpec:
     pi05: Variant | None = None
     """Of released pi0.5 models."""
 
+    def __hash__(self) -> int:
+        # The one that dataclasses write cannot hash dicts, and a config is a static argument of jitted functions.
+        return hash((self.name, frozenset(self.cameras.items()), frozenset(self.state.items()), self.actions))
+
     def __post_init__(self):
         problems = []
         if len(set(self.cameras.values())) != len(self.cameras):
