@@ -23,7 +23,7 @@ from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten
 from openpi_ar.types import Observation, Tokens

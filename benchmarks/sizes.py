@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.config_model import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
 from openpi_ar.models import family
 from openpi_ar.models.vlm import VLA
 from openpi_ar.types import Batch, Kind, Observation, Tokens

@@ -13,7 +13,7 @@ from benchmarks.sizes import Size, make_batch, make_model
 from benchmarks.timing import Program, compile_program, run_in_turns
 from openpi_ar.algorithms.losses import text_loss
 from openpi_ar.config import LossConfig, OptimizerConfig, TrainConfig
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models import family
 from openpi_ar.models.vlm import VLA
 from openpi_ar.training.state import TrainState

@@ -4,7 +4,7 @@ import dataclasses
 
 from configs.pi05_subtask import TABLETOP_FROM_NOTHING as TABLETOP
 from openpi_ar.config import LeRobotData, OptimizerConfig
-from openpi_ar.config_model import TowerConfig, VitConfig
+from openpi_ar.model_config import TowerConfig, VitConfig
 
 DEBUG = dataclasses.replace(
     TABLETOP,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from openpi_ar.config import AugmentConfig, LeRobotData, LossConfig, OptimizerConfig, TextConfig, TrainConfig
-from openpi_ar.config_model import ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import ModelConfig, TowerConfig, VitConfig
 
 # Sizes of the released pi05_base: 32 state and action dimensions (a robot's own are padded), chunks of 50 actions
 # (openpi fine-tunes LIBERO with 10 and DROID with 15: set --model.action-horizon), 200 prompt tokens.

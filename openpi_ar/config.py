@@ -6,8 +6,8 @@ Every field is a tyro flag: `python train.py --config debug --model.action-horiz
 import dataclasses
 from typing import Literal
 
-from openpi_ar.config_model import PI05, ModelConfig
 from openpi_ar.data_config import LeRobotData
+from openpi_ar.model_config import PI05, ModelConfig
 from openpi_ar.robot_spec import RobotSpec
 
 

@@ -12,7 +12,7 @@ from openpi_ar.algorithms import flow, losses
 from openpi_ar.algorithms import generate as generating
 from openpi_ar.algorithms import prefill as prefilling
 from openpi_ar.algorithms.sampling import Sampling
-from openpi_ar.config_model import ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import ModelConfig, TowerConfig, VitConfig
 from openpi_ar.models import family
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.types import Batch, Kind, Observation, Tokens

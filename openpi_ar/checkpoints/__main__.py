@@ -13,8 +13,8 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.checkpoints.options import AS_IT_IS, Format, LoadOptions
-from openpi_ar.config_model import TowerConfig
 from openpi_ar.errors import UserError, command_line
+from openpi_ar.model_config import TowerConfig
 
 Where = Annotated[str, tyro.conf.Positional]
 """Directory, file, address (gs://, https://, hf://) or hub id of a checkpoint."""

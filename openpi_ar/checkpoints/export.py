@@ -20,9 +20,9 @@ from openpi_ar.checkpoints.family import Family, expected_shape
 from openpi_ar.checkpoints.load import FAMILIES, Loaded
 from openpi_ar.checkpoints.options import Format
 from openpi_ar.config import InferenceConfig, TextConfig
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.params import flatten, unflatten
 from openpi_ar.types import Array
 

@@ -10,7 +10,7 @@ import functools
 import re
 from typing import Any, Literal
 
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 
 Column = Literal["ours", "openpi", "torch"]
 Sizes = dict[str, int]

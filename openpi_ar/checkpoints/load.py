@@ -26,8 +26,8 @@ from openpi_ar.checkpoints.family import Family, Sizes, expected_shape
 from openpi_ar.checkpoints.match import Matched, Shape, Stored
 from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
 from openpi_ar.checkpoints.sources import open_source
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models import family
 from openpi_ar.models.vit import resample_pos_embedding
 from openpi_ar.models.vlm import VLA

@@ -11,8 +11,8 @@ import re
 
 import numpy as np
 
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.types import Kind, Observation, Tokens
 
 Golden = Mapping[str, np.ndarray]

@@ -8,7 +8,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.config_model import TowerConfig
+from openpi_ar.model_config import TowerConfig
 from openpi_ar.models.cache import Cache, StackedCache, action_mask, positions, prefix_lm_mask
 from openpi_ar.models.layers import AdaRMSNorm, Einsum, GatedMLP, RMSNorm, attend, normal_init, rotary, rotate
 from openpi_ar.models.stack import Stack, narrow

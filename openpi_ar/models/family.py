@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.layers import ShapesOnly
 from openpi_ar.models.pi0 import Pi0
 from openpi_ar.models.vlm import VLA

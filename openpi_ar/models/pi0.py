@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.images import resize_with_pad_on_device
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.decoder import Embedder, Tower
 from openpi_ar.models.fused import FusedTower, cast_matrices
 from openpi_ar.models.layers import Linear, sincos_embedding

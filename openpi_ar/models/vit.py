@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
 
-from openpi_ar.config_model import VitConfig
+from openpi_ar.model_config import VitConfig
 from openpi_ar.models.layers import ACTIVATIONS, Einsum, LayerNorm, Linear, fan_in_init, matmul, normal_init
 from openpi_ar.models.stack import Stack, narrow
 from openpi_ar.types import Array

@@ -9,7 +9,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.cache import Cache
 from openpi_ar.types import Array, Observation, Tokens
 

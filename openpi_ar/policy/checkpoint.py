@@ -14,10 +14,10 @@ from openpi_ar.checkpoints import remote, store
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.compilation import keep_compiled_programs
 from openpi_ar.config import InferenceConfig, TextConfig
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.policy import Policy
 from openpi_ar.robot_spec import RobotSpec

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.types import Observation, Tokens
 
 

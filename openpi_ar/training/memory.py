@@ -14,8 +14,8 @@ import numpy as np
 
 from openpi_ar.algorithms.cross_entropy import SLICE
 from openpi_ar.config import TrainConfig
-from openpi_ar.config_model import ModelConfig, TowerConfig
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig, TowerConfig
 from openpi_ar.params import split
 from openpi_ar.training import freeze, sharding
 from openpi_ar.training.optimizer import make_optimizer

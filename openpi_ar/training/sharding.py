@@ -16,8 +16,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from openpi_ar.config import TrainConfig
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.params import leaf_paths
 from openpi_ar.training.sharding_pi0 import PI0
 

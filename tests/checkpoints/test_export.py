@@ -15,7 +15,7 @@ from openpi_ar.checkpoints import export, store
 from openpi_ar.checkpoints.load import Loaded, load_model
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.checkpoints.pi0 import names
-from openpi_ar.config_model import ModelConfig, TowerConfig
+from openpi_ar.model_config import ModelConfig, TowerConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten
 from tests.format_fixtures import GOLDEN, LEROBOT, TORCH, assert_equal, golden, params, refused

@@ -14,8 +14,8 @@ from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.checkpoints.pi0 import FAMILY, names
-from openpi_ar.config_model import TowerConfig
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import TowerConfig
 from openpi_ar.models.vit import resample_pos_embedding
 from openpi_ar.types import Observation, Tokens
 from tests.format_fixtures import GOLDEN, HEADS, LEROBOT, TORCH, assert_equal, damaged, golden, params

@@ -11,8 +11,8 @@ import pytest
 from openpi_ar.checkpoints import match, sources
 from openpi_ar.checkpoints.family import expected_shape
 from openpi_ar.checkpoints.pi0 import FAMILY
-from openpi_ar.config_model import GEMMA_2B, GEMMA_300M, ModelConfig, VitConfig
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import GEMMA_2B, GEMMA_300M, ModelConfig, VitConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten, misfits
 from tests.format_fixtures import GOLDEN

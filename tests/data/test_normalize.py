@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.data import normalize
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 
 ROWS = np.random.default_rng(0).normal([1.0, -20.0, 0.3], [2.0, 5.0, 0.01], (5_000, 3))
 

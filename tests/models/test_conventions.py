@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from openpi_ar.algorithms.generate import generate
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
-from openpi_ar.config_model import ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import ModelConfig, TowerConfig, VitConfig
 from openpi_ar.models.decoder import Embedder, Tower
 from openpi_ar.models.fused import FusedTower
 from openpi_ar.models.vit import VisionTransformer

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import get_preset
-from openpi_ar.config_model import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
 from openpi_ar.models import family, layers
 from openpi_ar.models.cache import StackedCache, positions, prefix_lm_mask
 from openpi_ar.models.vit import VisionTransformer

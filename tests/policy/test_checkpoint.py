@@ -14,10 +14,10 @@ import pytest
 import infer
 from openpi_ar.checkpoints import remote
 from openpi_ar.checkpoints.options import LoadOptions
-from openpi_ar.config_model import ModelConfig
 from openpi_ar.data.normalize import NormStats, save_norm_stats
 from openpi_ar.data.robots import ROBOTS, dumps
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy import Policy
 from openpi_ar.policy import checkpoint as foreign

@@ -2,7 +2,7 @@
 
 from openpi_ar.checkpoints.family import Family, Writer
 from openpi_ar.checkpoints.pi0 import config, names
-from openpi_ar.config_model import ModelConfig
+from openpi_ar.model_config import ModelConfig
 
 FAMILY = Family(
     title="pi0, pi0.5 and PaliGemma",

@@ -5,7 +5,7 @@ from typing import Any
 
 from openpi_ar.checkpoints.family import Sizes, axes
 from openpi_ar.checkpoints.pi0.names import FIXED, ROWS
-from openpi_ar.config_model import GEMMA_300M, ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import GEMMA_300M, ModelConfig, TowerConfig, VitConfig
 
 
 def build(paths: set[str], sizes: Sizes, overrides: dict[str, Any], base: ModelConfig | None) -> ModelConfig:
