@@ -47,7 +47,7 @@ class LeRobotData:
     can only be predicted from the subtask, which makes the conditioning on it real."""
 
     def filled(self, cameras: Sequence[str]) -> "LeRobotData":
-        """The same with what its robot says in place of what is not given. `cameras` are the model's."""
+        """The same with the fields of its robot in place of what is not given. `cameras` are the model's."""
         robot, given = self.robot, {entry.partition("=")[0]: entry for entry in self.cameras}
         if robot.cameras:
             keys = {camera: key + "|none" * (key in robot.optional) for key, camera in robot.cameras.items()}

@@ -67,7 +67,7 @@ class RobotSpec:
     unused: tuple[str, ...] = ()
     """Names in raw["images"] that the robot sends and no model reads."""
     prompt: str | None = None
-    """What to do if an observation does not say it."""
+    """What to do, for observations without a prompt."""
     asset_ids: tuple[str, ...] = ()
     """Directories under a checkpoint's `assets/` that openpi puts this robot's statistics in."""
     pi0: Variant | None = None

@@ -24,6 +24,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
 from openpi_ar.model_config import ModelConfig
 from openpi_ar.params import flatten, unflatten
+from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.types import Array
 
 SAFETENSORS = "model.safetensors"
@@ -126,7 +127,7 @@ def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
     if own is not None and own.is_file():
         cfg = config_json.read(own)
     else:
-        cfg = InferenceConfig(text=TextConfig(tokenizer="paligemma", template="openpi"))
+        cfg = InferenceConfig(text=TextConfig("paligemma", RobotSpec().variant(model.kind).template))
     (folder / store.CONFIG).write_text(config_json.dumps(dataclasses.replace(cfg, model=model)))
 
 

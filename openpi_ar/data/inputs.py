@@ -111,7 +111,7 @@ class InputTransform:
         template = get_template(reading.template or self.cfg.text.template)
         if state is None and (needs_state or template.needs_state):
             raise self.robot.no_state()
-        # The state enters the prompt before it is padded: openpi's order, and padding says nothing.
+        # The state enters the prompt before it is padded: openpi's order, and padding carries nothing.
         segments = template.prompt_segments(template.task(reading.prompt, reading.question), state)
         state = np.zeros(self.state_stats.dims, np.float32) if state is None else state
         return {

@@ -24,7 +24,7 @@ Mode = Literal["quantile", "z_score"]
 _ARRAYS = ("mean", "std", "q01", "q99")
 _MODE_ARRAYS: dict[Mode, tuple[str, str]] = {"quantile": ("q01", "q99"), "z_score": ("mean", "std")}
 
-# openpi's guard against division by zero; kept so that its statistics give its numbers.
+# openpi's guard against division by zero; added so that its statistics give its numbers.
 _EPSILON = 1e-6
 # A dimension that moves less than this (0.1 mm, 0.1 mrad) over the whole training set carries sensor noise only.
 # Stretching that to [-1, 1] would feed the model pure noise, so such a dimension is centred and left in its own unit.
@@ -116,7 +116,7 @@ def column_stats(
 ) -> NormStats:
     """`compute_stats` of dimensions [rows] that need not have the same number of rows.
 
-    `weights`, of the same shapes, say how much each value counts; quantiles are then values that occur.
+    `weights`, of the same shapes, are how much each value counts; quantiles are then values that occur.
     """
     rows = []
     for i, column in enumerate(columns):
@@ -164,7 +164,7 @@ def load_norm_stats(
 
     Args:
         directory: that holds the file.
-        default_mode: of a file that does not say its mode, as openpi's.
+        default_mode: of a file that does not name its mode, as openpi's.
         required_mode: what the model needs (`ModelConfig.norm_mode`); also the default then.
 
     Raises:
@@ -197,7 +197,7 @@ def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, know
         known: ids to prefer if `asset_id` is not given: the robot's in openpi's configurations.
 
     Raises:
-        UserError: there is none, none of that id, or several and nothing says which.
+        UserError: there is none, none of that id, or several and nothing tells which.
     """
     assets = Path(checkpoint) / ASSETS
     found = {path.parent.relative_to(assets).as_posix(): path.parent for path in sorted(assets.rglob(FILE))}

@@ -13,12 +13,12 @@ from openpi_ar.robot_spec import ANY, IMAGES, PROMPT, STATE, RobotSpec, split_ke
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What an observation says.
+    """The parts of one observation.
 
     images    uint8 [h w 3] by the model's camera names; the model's other cameras are masked. At least one.
     state     float32 [P_real], in the units and signs that models know, before normalisation. None: there is none.
-    prompt    what to do. None: it does not say, and the robot has no prompt of its own.
-    question  what to answer instead. None: nothing.
+    prompt    what to do. None: the observation has none, and neither has the robot.
+    question  what to answer, of a template that answers questions. None: there is none.
     template  name of the row's template. None: the config's.
     """
 
@@ -39,7 +39,7 @@ class Robot:
         action_dims: the same for actions.
 
     Raises:
-        UserError: the robot feeds cameras that the model lacks, or says something of dimensions that are not there.
+        UserError: the robot feeds cameras that the model lacks, or names dimensions that are not there.
     """
 
     def __init__(self, spec: RobotSpec, cameras: Sequence[str], state_dims: int, action_dims: int):
@@ -54,7 +54,7 @@ class Robot:
         self._state = [(key, *_part(key), dims) for key, dims in spec.state.items()]
 
     def read(self, raw: Mapping[str, Any]) -> Reading:
-        """What an observation says. Raises UserError naming, as the robot calls it, what is missing or does not fit.
+        """Reads an observation. Raises UserError naming, as the robot calls it, what is missing or does not fit.
 
         Besides its raw key an image may go by the key's last part or by the model's camera name, alone or in raw["images"];
         cameras that raw["masked"] names are left out. The state is either its parts under their keys or the whole under
@@ -65,7 +65,7 @@ class Robot:
         return Reading(images, self._state_vector(flat), prompt, raw.get("question"), raw.get("template"))
 
     def prompt(self, raw: Mapping[str, Any]) -> Any:
-        """What the observation says to do, as text if it is bytes or a numpy scalar; by default the robot's own prompt."""
+        """The observation's prompt, as text if it is bytes or a numpy scalar; by default the robot's own."""
         prompt = raw.get(PROMPT)
         if isinstance(prompt, np.ndarray | np.generic) and np.ndim(prompt) == 0:
             prompt = prompt.item()

@@ -1,6 +1,6 @@
 """Robots as data: the table of those that released models were trained for, and files of your own.
 
-A row of `ROBOTS` says everything, so that a released checkpoint and a robot's name are enough to act; a robot of your
+A row of `ROBOTS` is complete: a released checkpoint and a robot's name are enough to act; a robot of your
 own is the same fields in a YAML or JSON file. Values are openpi's (`src/openpi/policies/*_policy.py`,
 `src/openpi/training/config.py`).
 """

@@ -1,14 +1,15 @@
 """Robot units to the units a model is trained in, each map beside its inverse. Plain numpy, before normalisation.
 
-    states, actions of a robot, by its schema  <-> as models know them, from the four below
-    actions   absolute                        <-> relative to the state the chunk starts from
+    actions   absolute                         <-> relative to the state the chunk starts from
     ALOHA     its own joint signs and grippers <-> those of the runtime that pi's base models were trained with
-    vectors   the robot's dimensions          <-> the model's
+    vectors   the robot's dimensions           <-> the model's
+
+`state_to_model`, `actions_to_model` and `actions_from_model` apply what a robot's schema asks for.
 
 The formulas are openpi's (`src/openpi/transforms.py`, `src/openpi/policies/aloha_policy.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,44 +26,36 @@ _COMMAND_ANGLES = (-0.6213, 1.4910)
 
 def state_to_model(spec: RobotSpec, state: np.ndarray) -> np.ndarray:
     """The robot's states [... P_real] as models know them; float64."""
-    x, grippers, inverted = flip(np.asarray(state, np.float64), spec.flips), *_grippers(spec)
-    x[..., grippers] = aloha_gripper_state_to_pi(x[..., grippers])
-    x[..., inverted] = invert(x[..., inverted])
-    return x
+    return _converted(spec, flip(np.asarray(state, np.float64), spec.flips), aloha_gripper_state_to_pi)
 
 
 def absolute_to_model(spec: RobotSpec, actions: np.ndarray) -> np.ndarray:
     """`actions_to_model` [... X_real] without its last part, which makes them relative to the state."""
-    x, grippers, inverted = flip(np.asarray(actions, np.float64), spec.flips), *_grippers(spec)
-    x[..., grippers] = aloha_gripper_action_to_pi(x[..., grippers])
-    x[..., inverted] = invert(x[..., inverted])
-    return x
+    return _converted(spec, flip(np.asarray(actions, np.float64), spec.flips), aloha_gripper_action_to_pi)
 
 
 def actions_to_model(spec: RobotSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """The robot's actions [... A X_real] as a model predicts them; float64. `state` [... P_real] as `state_to_model` gives it."""
+    """The robot's actions [... A X_real] as a model predicts them; float64. `state` [... P_real]: of `state_to_model`."""
     return to_delta(absolute_to_model(spec, actions), state, spec.delta)
 
 
 def actions_from_model(spec: RobotSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
     """Inverse of `actions_to_model`."""
-    x, grippers, inverted = to_absolute(np.asarray(actions, np.float64), state, spec.delta), *_grippers(spec)
-    x[..., inverted] = invert(x[..., inverted])
-    x[..., grippers] = aloha_gripper_action_from_pi(x[..., grippers])
-    return flip(x, spec.flips)
+    x = np.array(to_absolute(np.asarray(actions, np.float64), state, spec.delta))
+    return flip(_converted(spec, x, aloha_gripper_action_from_pi), spec.flips)
 
 
 def to_delta(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
-    """Actions [... A X] relative to state [... P], both in real units, where the mask says so.
+    """Actions [... A X] relative to state [... P], both in real units, where the mask is True.
 
     The mask may be shorter than X: dimensions past its end stay absolute, as do those where it is False (grippers).
     """
-    return np.asarray(actions) - _reference(actions, state, mask)
+    return np.asarray(actions) - _reference(actions, state, mask) if len(mask) else np.asarray(actions)
 
 
 def to_absolute(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
     """Inverse of `to_delta`; `state` is the one that the chunk was asked for with."""
-    return np.asarray(actions) + _reference(actions, state, mask)
+    return np.asarray(actions) + _reference(actions, state, mask) if len(mask) else np.asarray(actions)
 
 
 def flip(x: np.ndarray, signs: Sequence[int]) -> np.ndarray:
@@ -104,12 +97,17 @@ def aloha_gripper_action_from_pi(x: np.ndarray) -> np.ndarray:
 
 def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
     """Zeros appended to the last axis up to `dims`. Inverse: `x[..., :real]`."""
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dims - x.shape[-1])])
+    out = np.zeros((*x.shape[:-1], dims), x.dtype)
+    out[..., : x.shape[-1]] = x
+    return out
 
 
-def _grippers(spec: RobotSpec) -> tuple[list[int], list[int]]:
-    """Dimensions of ALOHA's grippers, and of inverted ones."""
-    return list(spec.aloha_grippers), list(spec.inverted_grippers)
+def _converted(spec: RobotSpec, x: np.ndarray, aloha: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The array itself with its grippers converted: ALOHA's by `aloha`, inverted ones inverted."""
+    for dims, convert in ((spec.aloha_grippers, aloha), (spec.inverted_grippers, invert)):
+        if dims:
+            x[..., list(dims)] = convert(x[..., list(dims)])
+    return x
 
 
 def _reference(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""All that a policy needs, from a checkpoint of ours or of openpi's or LeRobot's models.
+"""All that a policy needs, from a checkpoint of openpi_ar or from openpi's or LeRobot's models.
 
-Ours say everything themselves. Others are parameters and, beside them, statistics: what they were fed is known only by the
-robot they were trained for, so that has to be named.
+A checkpoint of openpi_ar holds everything. Others hold parameters and statistics: what the model was fed depends on the robot
+that it was trained for, so the robot has to be named.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class PolicyParts(NamedTuple):
 def load(
     path: str | Path, *, robot: str | None = None, asset_id: str | None = None, horizon: int | None = None
 ) -> Policy:
-    """The policy of a checkpoint, whoever wrote it: `load("tabletop")` is the one that comes with the package.
+    """The policy of a checkpoint of any known format: `load("tabletop")` is the one that comes with the package.
 
-    Compiled programs are kept on disk for the next start. Arguments and errors: see `load_policy_parts`.
+    Compiled programs are stored on disk for the next start. Arguments and errors: see `load_policy_parts`.
     """
     keep_compiled_programs()
     return Policy(*load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon))
@@ -50,18 +50,18 @@ def load(
 def load_policy_parts(
     path: str | Path, robot: str | None = None, *, asset_id: str | None = None, horizon: int | None = None
 ) -> PolicyParts:
-    """Configuration, model, tokenizer, statistics and robot of a checkpoint, whoever wrote it.
+    """Configuration with the robot, model, tokenizer and statistics of a checkpoint of any known format.
 
     Args:
-        path: `tabletop`, which comes with the package; a step or experiment of ours; or an openpi or LeRobot checkpoint,
-            local or remote (`load_model`).
-        robot: name in `ROBOTS` or a .yaml or .json file. Others' checkpoints need it; ours then take its observations, unless
-            they were trained with a robot of their own: that one is used, and another one is an error.
+        path: `tabletop`, which comes with the package; a step or experiment of openpi_ar; or an openpi or LeRobot
+            checkpoint, local or remote (`load_model`). A directory called `tabletop` is `./tabletop`.
+        robot: name in `ROBOTS` or a .yaml or .json file. Checkpoints of openpi and LeRobot need it. Those of openpi_ar then
+            take its observations, unless they were trained with a named robot: that one is used, and another is an error.
         asset_id: directory under `assets/` with the statistics, where there are several.
         horizon: actions in a chunk. None: the checkpoint's config.json, else the robot's in openpi's configurations.
 
     Raises:
-        UserError: something is missing, unknown or does not fit; said before parameters are read where possible.
+        UserError: something is missing, unknown or does not fit; raised before parameters are read where possible.
     """
     path = remote.shipped(path)
     spec = None if robot is None else get_robot(robot)
@@ -69,12 +69,12 @@ def load_policy_parts(
         raise UserError(f"the horizon must be 1 action or more, found {horizon}")
     if _is_ours(path):
         if asset_id is not None or horizon is not None:
-            raise UserError(f"{path} says its statistics and its horizon itself: leave out --asset-id and --horizon")
+            raise UserError(f"{path} holds its own statistics and horizon: leave out --asset-id and --horizon")
         parts = PolicyParts(*store.load_policy_checkpoint(path))
         return parts if spec is None else parts._replace(cfg=_with_robot(parts.cfg, spec, path))
     if spec is None:
         _refuse_without_robot(path)
-        raise AssertionError("a checkpoint that is not ours was read as ours")
+        raise AssertionError("a complete checkpoint was taken for an incomplete one")
     return _load_foreign(path, spec, asset_id, horizon)
 
 
@@ -115,7 +115,7 @@ def _with_config(model: VLA, cfg: ModelConfig) -> VLA:
 
 
 def _is_ours(path: str | Path) -> bool:
-    """Complete, that is: one converted from another format has no tokenizer or statistics of its own."""
+    """Whether it is a complete checkpoint of openpi_ar; one converted from another format may lack tokenizer and statistics."""
     try:
         return not store.missing_parts(store.resolve_step_dir(path))
     except UserError:
@@ -131,12 +131,12 @@ def _with_robot(cfg: InferenceConfig, spec: RobotSpec, path: str | Path) -> Infe
 
 
 def _refuse_without_robot(path: str | Path) -> None:
-    """What is wrong with the path as a checkpoint of ours, and what to do if it never was one."""
+    """Raises UserError: what is wrong with the path as a checkpoint of openpi_ar, and what to do if it is not one."""
     try:
         store.load_assets(store.resolve_step_dir(path))
     except UserError as e:
         raise UserError(
-            f"{e}. If it is a checkpoint of openpi or LeRobot, say which robot it is for: --robot {' | '.join(ROBOTS)}"
+            f"{e}. If it is a checkpoint of openpi or LeRobot, name the robot it is for: --robot {' | '.join(ROBOTS)}"
         ) from e
 
 

@@ -70,7 +70,7 @@ def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
         raw["state"] = arrays.pop("state")
     if "prompt" in arrays:
         raw["prompt"] = str(arrays.pop("prompt"))
-    # What LeRobot calls its features says itself what it is; anything else is an image.
+    # LeRobot's names of features tell what they are; anything else is an image.
     own = {key: value for key, value in arrays.items() if flat or key.startswith(("observation.", "observation/"))}
     images = {key: value for key, value in arrays.items() if key not in own}
     return {**raw, **own} | ({} if own and not images else {"images": images})

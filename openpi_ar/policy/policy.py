@@ -1,6 +1,7 @@
 """The host's side of the model: a raw observation in, a subtask and actions in real units out.
 
-    raw dict -> InputTransform -> one jitted `act` (uint8 images in, tokens and normalised actions out) -> text, real units
+    raw dict -> Robot.read -> InputTransform -> one jitted `act` (uint8 images in, tokens and normalised actions out)
+             -> text, real units
 
 `infer(..., timing=True)` runs the same stages jitted apart, so that each can be timed; the numbers it returns are the same.
 """
@@ -123,7 +124,7 @@ class Policy:
         session: Session | None = None,
         timing: bool = False,
     ) -> Result:
-        """What to say and do now. Without a session the same arguments give the same result.
+        """Generates the subtask and the actions. Without a session the same arguments give the same result.
 
         Args:
             raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units; with a robot, what it
@@ -135,7 +136,7 @@ class Policy:
             timing: time the stages apart (slower than the usual path, which is one program).
 
         Returns:
-            `subtask` (empty for models that say nothing), `text_status` ("ok"; "truncated": no EOS within the budget;
+            `subtask` (empty for models that only act), `text_status` ("ok"; "truncated": no EOS within the budget;
             "loop": the same token 8 times in a row), `actions` float32 [A X_real] in real units, and `timing` in ms:
             `prepare` and `model`, or `images`, `prefill`, `text`, `flow`; and `total`. The first call compiles.
 

@@ -20,8 +20,12 @@ Draft = tuple[Array, Array]
 
 
 class Drawn(NamedTuple):
-    """Random numbers of one call, row by row: data of the keys of the next call, of the keys of sampled text; noise [B
-    A X]."""
+    """Random numbers of one call, row by row.
+
+    next_keys  data of the keys of the sessions' next call [B k].
+    text_keys  data of the keys that text is sampled with [B k].
+    noise      [B A X].
+    """
 
     next_keys: Array
     text_keys: Array
@@ -73,7 +77,7 @@ class Programs:
         return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run)[0], clock.ms
 
     def _draw(self, keys: Array) -> Drawn:
-        """From the key data [B k] of the rows, each row by itself, so that none depends on its batch."""
+        """Splits the rows' keys (their data, [B k]), each row by itself, so that none depends on its batch."""
         split = jax.vmap(jax.random.split)
         after = split(jax.random.wrap_key_data(jnp.asarray(keys)))
         now = split(after[:, 1])

@@ -10,11 +10,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from openpi_ar import config_json
 from openpi_ar.checkpoints import __main__ as cli
 from openpi_ar.checkpoints import export, store
 from openpi_ar.checkpoints.load import Loaded, load_model
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.checkpoints.pi0 import names
+from openpi_ar.config import InferenceConfig
 from openpi_ar.model_config import ModelConfig, TowerConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten
@@ -33,6 +35,11 @@ def test_round_trip_through_all_formats_is_exact(start, tmp_path, capsys):
         target = tmp_path / f"{to}{i + 1}"
         cli.main(["convert", str(source), str(target), "--to", to, "--siglip-heads", heads, "--action-horizon", "6"])
         assert (target / "assets" / "arm" / "norm_stats.json").read_text() == '{"norm_stats": {}}'
+        if to == "ours":
+            cfg = config_json.read(target / "assets" / "config.json")
+            assert isinstance(cfg, InferenceConfig)
+            assert (cfg.model.kind, cfg.model.vlm) == (before.config.kind, before.config.vlm)
+            assert cfg.text.template == {"pi0": "openpi_pi0", "pi05": "openpi"}[start]
         source = target
     after = load_model(source, LoadOptions(action_horizon=6))
     assert_equal(params(after), params(before))

@@ -1,9 +1,12 @@
 """If this fails, robots that share a policy share noise or texts, or a robot's calls differ from one run to the
 next."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from openpi_ar.checkpoints import store
 from openpi_ar.errors import UserError
 from openpi_ar.policy import Policy, Session
 from tests.policy.test_policy import raw_observation
@@ -38,6 +41,17 @@ def test_rows_of_a_batch_get_what_each_session_would_get_alone(tiny_policy: Poli
     flat = np.concatenate(noises).reshape(9, -1)
     assert min(np.abs(flat[i] - flat[j]).max() for i in range(9) for j in range(i)) > 0.1
     assert len({tuple(s.draft[0].tolist()) for s in together}) > 1
+
+
+def test_sampled_text_comes_from_each_sessions_own_key(tiny_checkpoint):
+    cfg, *parts = store.load_policy_checkpoint(tiny_checkpoint)
+    policy = Policy(dataclasses.replace(cfg, decode=dataclasses.replace(cfg.decode, temperature=1.0)), *parts)
+    raws = [rows(0)[1]] * 3
+    together, alone = ([Session(seed) for seed in (3, 4, 5)] for _ in range(2))
+    batch = [r["subtask"] for r in policy.infer_batch(raws, sessions=together)]
+    assert batch == [policy.infer(raw, session=s)["subtask"] for raw, s in zip(raws, alone, strict=True)]
+    assert len(set(batch)) == 3  # the same observation, three keys
+    assert policy.infer(raws[0], session=alone[0])["subtask"] != batch[0]  # and another key in the next call
 
 
 def test_interleaved_sessions_never_share_drafts(tiny_policy: Policy, monkeypatch):
