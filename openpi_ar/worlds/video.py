@@ -60,7 +60,8 @@ def draw_frame(images: Mapping[str, np.ndarray], prompt: str, text: str, *, righ
 
 @dataclasses.dataclass(frozen=True)
 class Shot:
-    """One control step: images by camera name, the generated subtask, and whether it is the true one (None: not judged)."""
+    """One control step: images by camera name, the generated subtask, and whether it is the true one (None: not
+    judged)."""
 
     images: Mapping[str, np.ndarray]
     text: str

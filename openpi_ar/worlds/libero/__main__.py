@@ -1,4 +1,5 @@
-"""`python -m openpi_ar.worlds.libero record OUT` and `eval --ckpt DIR`: demonstrations on LIBERO, and closed-loop episodes there."""
+"""`python -m openpi_ar.worlds.libero record OUT` and `eval --ckpt DIR`: demonstrations on LIBERO, and closed-loop
+episodes there."""
 
 import dataclasses
 import json

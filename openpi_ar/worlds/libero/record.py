@@ -1,6 +1,7 @@
 """Recording a demonstration on LIBERO: the executed action is disturbed, the recorded one is the expert's clean answer.
 
-As on the tabletop (`worlds/tabletop/record.py`). Layouts are drawn anew by LIBERO's rules, so that its initial states are never trained on.
+As on the tabletop (`worlds/tabletop/record.py`). Layouts are drawn anew by LIBERO's rules, so that its initial states
+are never trained on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ _NEAR = 0.12
 
 @dataclasses.dataclass
 class Episode:
-    """One demonstration of T frames: images uint8 [T, 2, H, W, 3], state float32 [T, 8], action float32 [T, 7], subtasks [T]."""
+    """One demonstration of T frames: images uint8 [T, 2, H, W, 3], state float32 [T, 8], action float32 [T, 7],
+    subtasks [T]."""
 
     prompt: str
     images: np.ndarray
@@ -78,7 +80,8 @@ class Disturbance:
 
 
 def record_episode(world: LiberoWorld, task: int, seed: tuple[int, ...], noise: float) -> Episode:
-    """A successful demonstration from a layout never used in evaluation; failed attempts are thrown away and drawn again.
+    """A successful demonstration from a layout never used in evaluation; failed attempts are thrown away and drawn
+    again.
 
     Args:
         world: environment to use; its state is lost.

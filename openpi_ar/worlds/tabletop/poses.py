@@ -1,4 +1,5 @@
-"""Frames of a dataset that the tabletop recorded, together with where its blocks truly are: what pre-training learns from."""
+"""Frames of a dataset that the tabletop recorded, together with where its blocks truly are: what pre-training learns
+from."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,7 +16,8 @@ from openpi_ar.worlds.tabletop.scene import COLORS
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PosedFrames:
-    """Rows of a source with the blocks' positions, float32 [rows O 3] in metres, NaN where a block is not on the table."""
+    """Rows of a source with the blocks' positions, float32 [rows O 3] in metres, NaN where a block is not on the
+    table."""
 
     source: LeRobotSource
     blocks: np.ndarray
@@ -37,8 +39,8 @@ def posed(source: TrainingSource) -> PosedFrames:
     frames = source.table.frames
     if POSES not in frames.meta.features:
         raise UserError(
-            f"{frames.meta.root} has no feature {POSES!r}, which holds the places of the blocks in the tabletop's recordings: use a "
-            f"dataset of its own, such as world://tabletop?episodes=1000"
+            f"{frames.meta.root} has no feature {POSES!r}, which holds the places of the blocks in the tabletop's "
+            f"recordings: use a dataset of its own, such as world://tabletop?episodes=1000"
         )
     encoded = read_columns(frames.meta, frames.episodes, [POSES]).columns[POSES]
     if encoded.shape[1] != 4 * len(COLORS):

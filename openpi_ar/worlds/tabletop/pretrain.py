@@ -34,8 +34,8 @@ class Pretrained:
 
 
 def pretrain(cfg: TrainConfig, *, vision_steps: int, naming_steps: int, quiet: bool = False) -> Pretrained:
-    """The model of `cfg`, from `cfg.init_from` or random, after `vision_steps` of `pretrain_vision` and `naming_steps` of
-    `pretrain_naming` on the training frames of `cfg.data`; 0 leaves a stage out.
+    """The model of `cfg`, from `cfg.init_from` or random, after `vision_steps` of `pretrain_vision` and `naming_steps`
+    of `pretrain_naming` on the training frames of `cfg.data`; 0 leaves a stage out.
 
     Raises UserError if the data does not hold the places of its blocks, or the model's template has no subtask.
     """
@@ -62,7 +62,8 @@ def pretrain(cfg: TrainConfig, *, vision_steps: int, naming_steps: int, quiet: b
 
 
 def save(found: Pretrained, out: Path, step: int) -> Path:
-    """Writes the model and its assets as step `step` of the experiment directory `out`, and returns the step's directory."""
+    """Writes the model and its assets as step `step` of the experiment directory `out`, and returns the step's
+    directory."""
     writer = CheckpointStore(out, keep_last=1)
     writer.save_for_policy(step, found.model, found.assets)
     writer.close()

@@ -1,8 +1,9 @@
 """Pre-training of tower 1 on what a text names: given "pick up the red block", it predicts where that block is.
 
-Imitation alone binds words to places slowly: of the blocks on the table the actions go to one or another, from frame to frame,
-and the loss hardly tells. Here the place of the named block is read from the values that the text's last token writes to the
-cache, which is where the action tower will look. The readout is then thrown away, as that of `pretrain_vision.py` is.
+Imitation alone binds words to places slowly: of the blocks on the table the actions go to one or another, from frame to
+frame, and the loss hardly tells. Here the place of the named block is read from the values that the text's last token
+writes to the cache, which is where the action tower will look. The readout is then thrown away, as that of
+`pretrain_vision.py` is.
 """
 
 from collections.abc import Iterator
@@ -43,11 +44,12 @@ def naming_loss(
     places: Float[Array, "B K 3"],
     present: Bool[Array, "B K"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """L1 between the places (units of `POSITION_SCALE`) of the present ones of K objects and what the upper layers' values
-    at the end of each one's text predict; its mean in centimetres.
+    """L1 between the places (units of `POSITION_SCALE`) of the present ones of K objects and what the upper layers'
+    values at the end of each one's text predict; its mean in centimetres.
 
-    `parts` stand in for the model's vision tower, embedder and tower 1. `texts` are K rows, the same for all observations:
-    they run side by side after one prefix and do not see each other, as noisy chunks do (`flow.velocities`).
+    `parts` stand in for the model's vision tower, embedder and tower 1. `texts` are K rows, the same for all
+    observations: they run side by side after one prefix and do not see each other, as noisy chunks do
+        (`flow.velocities`).
     """
     model = nnx.clone(model)
     model.img, model.embedder, model.vlm, readout = parts
@@ -83,8 +85,8 @@ def pretrain_naming(
     seed: int = 0,
     quiet: bool = False,
 ) -> tuple[VLA, float]:
-    """The model with its vision tower, embedder and tower 1 trained to find what a text names, and the mean error over the
-    last steps in centimetres. `quiet`: without a progress bar.
+    """The model with its vision tower, embedder and tower 1 trained to find what a text names, and the mean error over
+    the last steps in centimetres. `quiet`: without a progress bar.
     """
     cfg = model.cfg.vlm
     readout = PlaceReadout(cfg.depth - cfg.depth // 2, cfg.num_kv_heads * cfg.head_dim, rngs=nnx.Rngs(seed))

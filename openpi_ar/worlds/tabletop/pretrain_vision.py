@@ -1,8 +1,9 @@
 """Pre-training of the vision tower on object poses, which a simulator gives for free.
 
-A vision tower from scratch finds *which* objects there are within minutes of imitation, but *where* they are to a centimetre
-only after hours: the actions are a thin, noisy signal for it. Here the tower first learns to predict where everything is, from
-frames of the same demonstrations; the readout is then thrown away and training proper starts from the tower.
+A vision tower from scratch finds *which* objects there are within minutes of imitation, but *where* they are to a
+centimetre only after hours: the actions are a thin, noisy signal for it. Here the tower first learns to predict where
+everything is, from frames of the same demonstrations; the readout is then thrown away and training proper starts from
+the tower.
 """
 
 from collections.abc import Callable, Iterator
@@ -110,8 +111,8 @@ def fit(
     *,
     quiet: bool = False,
 ) -> tuple[Any, float]:
-    """The parts (a pytree that is used up) after `steps` of AdamW on `loss(parts, *batch) -> (loss, error in centimetres)`,
-    and the mean error over the last 100 steps. `label` heads the progress bar; `quiet`: none.
+    """The parts (a pytree that is used up) after `steps` of AdamW on `loss(parts, *batch) -> (loss, error in
+    centimetres)`, and the mean error over the last 100 steps. `label` heads the progress bar; `quiet`: none.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak_lr, min(100, steps // 10), steps, 0.01 * peak_lr)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))

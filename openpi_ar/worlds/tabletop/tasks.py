@@ -1,8 +1,8 @@
 """Tasks, their prompts and subtasks, the held-out combinations, and the sampling of episodes. No physics in here.
 
-Three kinds: `clear` (everything into one bin), `sort` (warm and cool colours apart) and `pair` (two named blocks, in the
-order asked). What to do next is a function of the task and of what one image shows, never of the past. A fourth, `command`,
-is for training only: a random plan that its prompt does not tell.
+Three kinds: `clear` (everything into one bin), `sort` (warm and cool colours apart) and `pair` (two named blocks, in
+the order asked). What to do next is a function of the task and of what one image shows, never of the past. A fourth,
+`command`, is for training only: a random plan that its prompt does not tell.
 """
 
 from collections.abc import Collection, Mapping
@@ -64,7 +64,8 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where an episode starts: block colours, xy [n, 2] metres, yaw [n] radians; tool [3] and finger opening, metres."""
+    """Where an episode starts: block colours, xy [n, 2] metres, yaw [n] radians; tool [3] and finger opening,
+    metres."""
 
     colors: tuple[str, ...]
     xy: np.ndarray
@@ -75,7 +76,8 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What one moment shows: tool point [3], finger opening, block centres [3] by colour (metres), colour held or None."""
+    """What one moment shows: tool point [3], finger opening, block centres [3] by colour (metres), colour held or
+    None."""
 
     tool: np.ndarray
     opening: float
@@ -103,8 +105,8 @@ def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
 
 
 def command_task(rng: np.random.Generator, prompt: str, colors: tuple[str, ...]) -> Task:
-    """A random plan for these blocks, whatever the prompt asks: only the subtask tells what is done next, which is why it
-    is the subtask that the actions must follow. Asks for no held-out combination."""
+    """A random plan for these blocks, whatever the prompt asks: only the subtask tells what is done next, which is why
+    it is the subtask that the actions must follow. Asks for no held-out combination."""
     allowed = {c: [b for b in BINS if (c, b) not in HELD_OUT_COMBOS] for c in colors}
     order = [str(color) for color in rng.permutation(colors)]
     return Task("command", prompt, tuple((c, allowed[c][int(rng.integers(len(allowed[c])))]) for c in order))

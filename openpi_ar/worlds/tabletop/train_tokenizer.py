@@ -1,4 +1,5 @@
-"""Trains the embedded tokenizer: `python -m openpi_ar.worlds.tabletop.train_tokenizer [--out FILE]`. Takes under a second."""
+"""Trains the embedded tokenizer: `python -m openpi_ar.worlds.tabletop.train_tokenizer [--out FILE]`. Takes under a
+second."""
 
 import dataclasses
 import io
@@ -13,8 +14,8 @@ from openpi_ar.worlds.tabletop.corpus import sentences
 VOCAB_SIZE = 1024
 
 MARKERS = ("Task:", "▁State:", "Subtask:", "▁Subtask:", "Action:", "\n")
-"""Fixed words of the prompt templates, one piece each. Being atomic they also keep a prompt's end from merging with what
-is said next."""
+"""Fixed words of the prompt templates, one piece each. Being atomic they also keep a prompt's end from merging with
+what is said next."""
 STATE_BINS = tuple(f"▁{n}" for n in range(-1, 256))
 """Every value of a discretised state, with the space before it."""
 DIGITS = tuple("0123456789")
