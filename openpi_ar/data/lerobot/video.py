@@ -25,6 +25,9 @@ _NEAR = 0.45
 
 _EPISODES_IN_MEMORY = 8
 
+# A title in another encoding does no harm. Before version 19 PyAV has to be told to decode it all the same.
+_ANY_TITLE: Any = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
 _EIGHT_BIT = ("RGB", "RGBA", "L", "LA", "P", "1")
 """Pillow's modes that become RGB without loss of anything but transparency; 16-bit depth, for one, would be clipped."""
 
@@ -137,7 +140,7 @@ def _open(path: Path, where: str) -> InputContainer:
     if not path.is_file():
         raise UserError(f"{path} is missing ({where}): download or copy the dataset again")
     try:
-        container = av.open(str(path), metadata_errors="replace")  # a title in another encoding does no harm
+        container = av.open(str(path), **_ANY_TITLE)
     except (av.error.FFmpegError, OSError) as e:
         raise UserError(
             f"{path} ({where}, frame 0) cannot be opened as a video: {e.strerror}; truncated? Copy it again"
