@@ -14,7 +14,8 @@ from openpi_ar.types import Batch, Kind, Observation, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model, and how much it reads and generates: prompt tokens, decoded tokens, denoising steps, rows of a training batch."""
+    """A model, and how much it reads and generates: prompt tokens, decoded tokens, denoising steps, rows of a training
+    batch."""
 
     model: ModelConfig
     prompt: int

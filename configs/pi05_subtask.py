@@ -20,8 +20,9 @@ PI05_SUBTASK = TrainConfig(
     batch_size=32,
 )
 
-# openpi's LoRA ranks, and what its LoRA configurations freeze, plus the vision tower, which theirs train although their names do not suggest it.
-# The projections and the time MLP around the action tower are small and trained whole. Start it from a released model:
+# openpi's LoRA ranks, and what its LoRA configurations freeze, plus the vision tower, which theirs train although their
+# names do not suggest it. The projections and the time MLP around the action tower are small and trained whole. Start
+# it from a released model:
 # --init-from gs://openpi-assets/checkpoints/pi05_base/params
 PI05_SUBTASK_LORA = dataclasses.replace(
     PI05_SUBTASK,
@@ -53,8 +54,8 @@ TABLETOP_MODEL = ModelConfig(
 )
 
 # From random parameters, or better from what `python -m openpi_ar.worlds.tabletop pretrain` writes (docs/training.md).
-# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9; the rest is room for
-# other wordings.
+# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9; the rest is room
+# for other wordings.
 TABLETOP_FROM_NOTHING = TrainConfig(
     name="tabletop_from_nothing",
     model=TABLETOP_MODEL,
@@ -72,7 +73,8 @@ TABLETOP_FROM_NOTHING = TrainConfig(
     save_every=500,
 )
 
-# Fine-tunes the checkpoint that comes with the package, gently: about five minutes on two CPU cores, demonstrations included.
+# Fine-tunes the checkpoint that comes with the package, gently: about five minutes on two CPU cores, demonstrations
+# included.
 PI05_SUBTASK_TABLETOP = dataclasses.replace(
     TABLETOP_FROM_NOTHING,
     name="pi05_subtask_tabletop",

@@ -27,8 +27,8 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`loss = flow_weight * flow + subtask_weight * subtask_ce + answer_weight * answer_ce + action_token_weight * ...`, each
-    cross-entropy the mean over the batch's supervised tokens of that kind."""
+    """`loss = flow_weight * flow + subtask_weight * subtask_ce + answer_weight * answer_ce + action_token_weight *
+    ...`, each cross-entropy the mean over the batch's supervised tokens of that kind."""
 
     flow_weight: float = 10.0
     subtask_weight: float = 1.0
@@ -59,8 +59,8 @@ class DecodeConfig:
     prompt_buckets: tuple[int, ...] = (48, 96)
     """Prompt lengths that have a program of their own besides `text.max_prompt_tokens`: short prompts cost less."""
     resize: Literal["auto", "host", "device"] = "auto"
-    """Where a policy resizes images, to the same pixels; auto: on the device, if that is not the CPU. On the device each
-    size of images is a program of its own."""
+    """Where a policy resizes images, to the same pixels; auto: on the device, if that is not the CPU. On the device
+    each size of images is a program of its own."""
     draft: bool = True
     """Greedy text only: check the last text instead of decoding it again. The text stays the same."""
 
@@ -77,7 +77,8 @@ class OptimizerConfig:
     weight_decay: float = 1e-10
     clip_norm: float = 1.0
     ema_decay: float | None = 0.99
-    """None: no moving average. When on, the average is what `params` of a checkpoint holds. Only what is trained has one."""
+    """None: no moving average. When on, the average is what `params` of a checkpoint holds. Only what is trained has
+    one."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """How Adam's two moments are kept between steps (the update itself is float32); `bfloat16` needs b2 <= 0.99."""
     accumulate: int = 1
@@ -99,9 +100,9 @@ class AugmentConfig:
     saturation: float = 0.0
     """Factor on the distance from each pixel's own grey, drawn from 1 +- this (0.5)."""
     mistakes: float = 0.0
-    """Fraction of the rows whose subtask is fed with mistakes: a third of its tokens are those of another row. The target
-    stays. Without mistakes a model can predict the next word from its last ones, where the prompt should decide it. These
-    rows train no actions."""
+    """Fraction of the rows whose subtask is fed with mistakes: a third of its tokens are those of another row. The
+    target stays. Without mistakes a model can predict the next word from its last ones, where the prompt should decide
+    it. These rows train no actions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +135,8 @@ class TrainConfig:
     augment: AugmentConfig = AugmentConfig()
     frozen: tuple[str, ...] = ()
     """What is not trained: patterns of parameter paths, as of a shell (`*` matches anything). The last that matches
-    a parameter decides, and `!` in front means trained: `img/* vlm/* !*lora*`. `python -m openpi_ar.checkpoints inspect`
-    lists the paths."""
+    a parameter decides, and `!` in front means trained: `img/* vlm/* !*lora*`. `python -m openpi_ar.checkpoints
+    inspect` lists the paths."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """How frozen weights are kept in memory and in checkpoints; norms and biases stay float32."""
     init_from: str = ""
@@ -160,8 +161,8 @@ class TrainConfig:
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are kept for good; 0: none are."""
     keep_best: str = ""
-    """Held-out metric (`loss`, `action_mse`, ...; `-subtask_generated_exact`: the higher the better) whose best parameters are kept in
-    `<exp>/best/<step>`, ready for a policy; empty: none."""
+    """Held-out metric (`loss`, `action_mse`, ...; `-subtask_generated_exact`: the higher the better) whose best
+    parameters are kept in `<exp>/best/<step>`, ready for a policy; empty: none."""
     checkpoint_dir: str = "checkpoints"
     tensorboard: bool = False
     wandb: bool = False
@@ -184,10 +185,12 @@ class Distributed:
     process_id: int | None = None
     """0, 1, ... of this process. None: what the cluster says."""
     local_devices: tuple[int, ...] = ()
-    """Devices of this machine that are this process's. Empty: all, or one each where the cluster counts processes by machine."""
+    """Devices of this machine that are this process's. Empty: all, or one each where the cluster counts processes by
+    machine."""
     cluster: Literal["auto", "on", "off"] = "auto"
-    """`auto`: several processes if flags, Slurm, Open MPI or a TPU slice say so. `on`: ask jax's own detection in any case
-    (TPU virtual machines, Kubernetes with its API). `off`: this process is alone, whatever the environment says."""
+    """`auto`: several processes if flags, Slurm, Open MPI or a TPU slice say so. `on`: ask jax's own detection in any
+    case (TPU virtual machines, Kubernetes with its API). `off`: this process is alone, whatever the environment
+    says."""
     timeout_s: int = 300
     """How long to wait for the other processes to start."""
     heartbeat_s: int = 100

@@ -71,11 +71,13 @@ def inspect(source: Where) -> None:
         "model": {"pi0": "pi0", "pi05": "pi0.5"}[cfg.kind]
         if looked.kind != "paligemma"
         else "PaliGemma (no action tower)",
-        "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} GB",
+        "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} "
+        "GB",
         "types": ", ".join(f"{name} {n:,}" for name, n in sorted(dtypes.items())),
         "images": f"{cfg.siglip.image_size[0]} x {cfg.siglip.image_size[1]}, patch {cfg.siglip.patch_size}, "
         f"{len(cfg.cameras)} cameras: {', '.join(cfg.cameras)}",
-        "SigLIP": f"width {cfg.siglip.width}, depth {cfg.siglip.depth}, mlp {cfg.siglip.mlp_dim}, heads {cfg.siglip.num_heads}",
+        "SigLIP": f"width {cfg.siglip.width}, depth {cfg.siglip.depth}, mlp {cfg.siglip.mlp_dim}, heads "
+        f"{cfg.siglip.num_heads}",
         "first tower": _tower(cfg.vlm) + f", vocabulary {cfg.vocab_size}",
         "second tower": _tower(cfg.expert),
         "actions": f"{cfg.action_dim} dimensions, horizon {cfg.action_horizon}, state {cfg.state_dim}",
@@ -101,7 +103,10 @@ _FORMATS = {
 
 def _tower(t: TowerConfig) -> str:
     lora = f", LoRA rank {t.lora_rank}" if t.lora_rank else ""
-    return f"width {t.width}, depth {t.depth}, mlp {t.mlp_dim}, heads {t.num_heads} / {t.num_kv_heads} x {t.head_dim}{lora}"
+    return (
+        f"width {t.width}, depth {t.depth}, mlp {t.mlp_dim}, heads {t.num_heads} / {t.num_kv_heads} x "
+        f"{t.head_dim}{lora}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Writes checkpoints in the formats of others: openpi's orbax tree, openpi's and LeRobot's safetensors; and in ours.
 
-Everything is written beside the target, which appears when it is complete; a conversion that fails leaves nothing behind.
+Everything is written beside the target, which appears when it is complete; a conversion that fails leaves nothing
+behind.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,8 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
     Args:
         loaded: see `load.load_model`. Its assets (norm stats, tokenizer) travel along.
         target: new directory; must not exist.
-        to: "openpi" (orbax, what its `restore_params` reads), "torch" (openpi's `model.safetensors`), "lerobot" or "ours".
+        to: "openpi" (orbax, what its `restore_params` reads), "torch" (openpi's `model.safetensors`), "lerobot" or
+            "ours".
 
     Raises:
         UserError: the target exists, it cannot be written, or the name table lacks parameters of the model.
@@ -121,7 +123,8 @@ def _save_orbax(folder: Path, tree: Any) -> None:
 
 
 def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
-    """The checkpoint's config with this model; for one that is not ours, an inference config that says the model and no more."""
+    """The checkpoint's config with this model; for one that is not ours, an inference config that says the model and no
+    more."""
     folder.mkdir(exist_ok=True)
     own = None if assets is None else assets / store.CONFIG
     if own is not None and own.is_file():

@@ -1,7 +1,8 @@
-"""What a family of models says about its checkpoints: names, axes and sizes of its tensors. One package a family (`pi0/`).
+"""What a family of models says about its checkpoints: names, axes and sizes of its tensors. One package a family
+(`pi0/`).
 
-A layout names a tensor's axes as einops does; layers are left out of it. JAX trees stack layers on a leading axis, PyTorch
-numbers them (`{}` in a name). A digit after an axis letter tells axes of equal size apart.
+A layout names a tensor's axes as einops does; layers are left out of it. JAX trees stack layers on a leading axis,
+PyTorch numbers them (`{}` in a name). A digit after an axis letter tells axes of equal size apart.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ class Row:
     ours      path of the parameter (`params.flatten`).
     openpi    path in openpi's tree.
     layout    axes of ours, per layer.
-    torch     names of the PyTorch tensors: two if our leading axis `c` is two tensors there; none if there is no such one.
+    torch     names of the PyTorch tensors: two if our leading axis `c` is two tensors there; none if there is none.
     to_torch  axes of each of them.
     lead      openpi's array has an axis of size 1 before ours.
     """

@@ -111,7 +111,8 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
         progress: show a bar for large files.
 
     Raises:
-        UserError: no checkpoint that is known, or one that does not fit: all missing, unknown and misshapen tensors at once.
+        UserError: no checkpoint that is known, or one that does not fit: all missing, unknown and misshapen tensors at
+            once.
     """
     looked = inspect(path, options)
     m, cfg, notes = looked.matched, looked.config, list(looked.notes)

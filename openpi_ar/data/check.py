@@ -34,9 +34,11 @@ def dry_run(
     remarks: Sequence[str] = (),
     plot: Path | None = None,
 ) -> list[str]:
-    """Prints mapping, ranges after normalisation, labels, and prompts with targets; returns remarks on what looks wrong.
+    """Prints mapping, ranges after normalisation, labels, and prompts with targets; returns remarks on what looks
+    wrong.
 
-    `plot`: image file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the model.
+    `plot`: image file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the
+    model.
     """
     odd = list(remarks)
     stats = {"state": transform.state_stats, "actions": transform.action_stats}
@@ -127,7 +129,8 @@ def _ranges(
         if abs(x[worst]) > (_FAR if stats.mode == "quantile" else 3 * _FAR):
             value = column.values[worst]
             odd.append(f"{what} {i} ({name}) reaches {x[worst]:.1f} ({value:.5g} before normalisation) at {where}")
-        # By construction 2 % lie outside the quantiles, and the extremes; more only if the statistics are of other data.
+        # By construction 2 % lie outside the quantiles, and the extremes; more only if the statistics are of other
+        # data.
         elif stats.mode == "quantile" and outside * len(x) > 2 + 0.05 * len(x):
             odd.append(f"{what} {i} ({name}): {100 * outside:.1f} % lie outside [-1, 1], the furthest at {where}")
     return table, odd
@@ -213,12 +216,14 @@ def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform)
         used = 1 + len(tokenizer.encode(template.prompt_text(task, longest_state)))
         if used > text.max_prompt_tokens:
             odd.append(
-                f"the prompt of {task!r} can take {used} tokens, text.max_prompt_tokens is {text.max_prompt_tokens}: raise it"
+                f"the prompt of {task!r} can take {used} tokens, text.max_prompt_tokens is {text.max_prompt_tokens}: "
+                "raise it"
             )
     for subtask in train.subtasks if transform.writes_text else ():
         used = 1 + len(tokenizer.encode(template.target_text(subtask)))
         if used > text.max_target_tokens:
             odd.append(
-                f"{subtask!r} takes {used} tokens, text.max_target_tokens is {text.max_target_tokens}: raise it or shorten it"
+                f"{subtask!r} takes {used} tokens, text.max_target_tokens is {text.max_target_tokens}: raise it or "
+                "shorten it"
             )
     return odd

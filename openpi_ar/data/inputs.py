@@ -6,8 +6,9 @@
                      optional: "supervise_text": bool, whether the text is in the loss
     raw question     {"images", "question": str, "answer": str, "template": "vqa"}: a sample that only trains text
 
-This is the plain form, by the model's camera names; another robot sends its own names and units (`data/robot.py`), and its
-actions come back in those. Real dimensions come from the normalisation statistics; the model's are padded with zeros.
+This is the plain form, by the model's camera names; another robot sends its own names and units (`data/robot.py`), and
+its actions come back in those. Real dimensions come from the normalisation statistics; the model's are padded with
+zeros.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,8 +104,8 @@ class InputTransform:
     def arrays(self, reading: Reading, *, needs_state: bool = False, resize: bool = True) -> Arrays:
         """Arrays of what was read. Raises UserError naming what is missing or does not fit.
 
-        A state that is missing becomes zeros, unless the template or `needs_state` asks for it. Without `resize`, images of
-        one size stay as they are, for the model to resize them.
+        A state that is missing becomes zeros, unless the template or `needs_state` asks for it. Without `resize`,
+        images of one size stay as they are, for the model to resize them.
         """
         images, mask = self._images(reading, resize)
         state = None if reading.state is None else self.state_stats.normalize(reading.state)
@@ -158,8 +159,8 @@ class InputTransform:
         text = raw.get(template.key)
         if not isinstance(text, str) or not text.strip():
             raise UserError(
-                f"template {template.name!r} trains the model to write sample[{template.key!r}], found {text!r}: annotate "
-                f"the data or use an action-only template (--text.template openpi)"
+                f"template {template.name!r} trains the model to write sample[{template.key!r}], found {text!r}: "
+                f"annotate the data or use an action-only template (--text.template openpi)"
             )
         return template.target_segments(text, supervised=bool(raw.get("supervise_text", True)))
 
@@ -210,9 +211,11 @@ def collate(rows: Sequence[Arrays]) -> Batch | Observation:
 
 
 def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
-    """The same observation (numpy) in fewer tokens: cameras that no row has are dropped, and prompts cut to the smallest bucket.
+    """The same observation (numpy) in fewer tokens: cameras that no row has are dropped, and prompts cut to the
+    smallest bucket.
 
-    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket is a program of its own.
+    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket is a program of its
+    own.
     """
     seen = np.asarray(obs.image_mask).any(0)
     longest = int(np.flatnonzero(np.asarray(obs.prompt.valid).any(0)).max(initial=0)) + 1

@@ -56,9 +56,9 @@ class Robot:
     def read(self, raw: Mapping[str, Any]) -> Reading:
         """Reads an observation. Raises UserError naming, as the robot calls it, what is missing or does not fit.
 
-        Besides its raw key an image may go by the key's last part or by the model's camera name, alone or in raw["images"];
-        cameras that raw["masked"] names are left out. The state is either its parts under their keys or the whole under
-        "state"; without any of it the reading has none.
+        Besides its raw key an image may go by the key's last part or by the model's camera name, alone or in
+        raw["images"]; cameras that raw["masked"] names are left out. The state is either its parts under their keys or
+        the whole under "state"; without any of it the reading has none.
         """
         flat = _flatten(raw)
         images, prompt = self._images(flat, set(raw.get("masked", ()))), self.prompt(raw)
@@ -86,7 +86,8 @@ class Robot:
             if place is None:
                 others = [k for k in flat if k not in (PROMPT, STATE, *(path for _, path, _, _ in self._state))]
                 raise UserError(
-                    f"image {_first(key)!r} of camera {camera!r} is missing: {self._who} {', '.join(map(_first, self._places))}; found "
+                    f"image {_first(key)!r} of camera {camera!r} is missing: {self._who} "
+                    f"{', '.join(map(_first, self._places))}; found "
                     f"{', '.join(others) or 'no image'}; name the camera in observation['masked'] to go without it"
                 )
             image = to_uint8_image(flat[place], _first(key))

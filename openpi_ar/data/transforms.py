@@ -18,7 +18,8 @@ from openpi_ar.robot_spec import RobotSpec
 # Interbotix: the gripper's linear travel in metres (closed, open), and the arm and horn of its crank in metres.
 _TRAVEL = (0.01844, 0.05800)
 _ARM, _HORN = 0.036, 0.022
-# pi's runtime calls encoder counts 2405 and 3110 of 4096 zero and one; as angles about ALOHA's zero of 2048, in radians.
+# pi's runtime calls encoder counts 2405 and 3110 of 4096 zero and one; as angles about ALOHA's zero of 2048, in
+# radians.
 _PI_ANGLES = (0.5476, 1.6296)
 # ALOHA's commands: joint angles of the closed and the open gripper in radians.
 _COMMAND_ANGLES = (-0.6213, 1.4910)
@@ -71,7 +72,8 @@ def invert(x: np.ndarray) -> np.ndarray:
 
 
 def aloha_gripper_state_to_pi(x: np.ndarray) -> np.ndarray:
-    """Gripper positions as ALOHA reports them (0 closed, 1 open, linear in the fingers' travel) to pi's (crank angle)."""
+    """Gripper positions as ALOHA reports them (0 closed, 1 open, linear in the fingers' travel) to pi's (crank
+    angle)."""
     travel = _unscale(x, *_TRAVEL)
     sine = (_HORN**2 + travel**2 - _ARM**2) / (2 * _HORN * travel)
     return _scale(np.arcsin(np.clip(sine, -1.0, 1.0)), *_PI_ANGLES)

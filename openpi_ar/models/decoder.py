@@ -1,7 +1,7 @@
 """A decoder: Gemma or Llama by its config. Tower 1 (the VLM) and tower 2 (the action expert) are the same code.
 
-openpi runs both towers in one pass over concatenated queries, keys and values. No token of tower 1 ever attends to one of
-tower 2, so that pass factors exactly into: tower 1 writes keys and values; tower 2 reads them.
+openpi runs both towers in one pass over concatenated queries, keys and values. No token of tower 1 ever attends to one
+of tower 2, so that pass factors exactly into: tower 1 writes keys and values; tower 2 reads them.
 """
 
 from flax import nnx
@@ -120,7 +120,8 @@ class Tower(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV]:
         """Hidden states after the final norm, and the tokens' keys and values [L B T K H].
 
-        The keys and values `past` come first along S. `cond` conditions AdaRMS, one for each of n equal groups of tokens.
+        The keys and values `past` come first along S. `cond` conditions AdaRMS, one for each of n equal groups of
+        tokens.
         """
 
         def step(block: Block, x: Array, cached: KV | None) -> tuple[Array, KV]:
@@ -138,8 +139,8 @@ def action_positions(cache: Cache, causal: Bool[Array, " T"], draws: int) -> Int
 class Embedder(nnx.Module):
     """Token embedding and the vocabulary's head: the same table if it is tied, else a weight of its own.
 
-    `scaled`: embeddings are multiplied by sqrt(width) at lookup (Gemma). Logits have no soft-capping. A vocabulary may have
-    more rows than its tokenizer has pieces.
+    `scaled`: embeddings are multiplied by sqrt(width) at lookup (Gemma). Logits have no soft-capping. A vocabulary may
+    have more rows than its tokenizer has pieces.
     """
 
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs, scaled: bool = True, tied: bool = True):

@@ -118,7 +118,8 @@ class Pi0(nnx.Module):
 
     @property
     def suffix_causal(self) -> Bool[Array, " T"]:
-        """`causal` bits of the action tower's tokens: a state token (pi0) is its own block, then one block of actions."""
+        """`causal` bits of the action tower's tokens: a state token (pi0) is its own block, then one block of
+        actions."""
         opens = [True] * (1 + self.cfg.suffix_tokens - self.cfg.action_horizon)
         return jnp.array(opens + [False] * (self.cfg.action_horizon - 1))
 

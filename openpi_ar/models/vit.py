@@ -1,7 +1,7 @@
 """A vision transformer without pooling, SigLIP or DINOv2 by its config: images to one token per patch.
 
-SigLIP as in big_vision's `vit.py`, DINOv2 with registers as in timm's `vision_transformer.py`. Patch embedding and position
-embedding are float32, the pre-LN blocks in the compute dtype.
+SigLIP as in big_vision's `vit.py`, DINOv2 with registers as in timm's `vision_transformer.py`. Patch embedding and
+position embedding are float32, the pre-LN blocks in the compute dtype.
 """
 
 from einops import rearrange

@@ -48,8 +48,8 @@ class Tower(Protocol):
     ) -> tuple[Float[Array, "B _ D"], Cache]:
         """(hidden states after the final norm, the cache with the run in it).
 
-        Positions and the mask follow from the bits of run and cache. Without a cache one is made that is full: `reserve`
-        slots before the next call. With `rows`, only the hidden states of these tokens come out.
+        Positions and the mask follow from the bits of run and cache. Without a cache one is made that is full:
+        `reserve` slots before the next call. With `rows`, only the hidden states of these tokens come out.
         """
         ...
 
@@ -109,7 +109,8 @@ class VLM(Protocol):
         ...
 
     def embed(self, obs: Observation, image_tokens: Float[Array, "B _ D"] | None = None) -> Run:
-        """Images and prompt in the family's order. `image_tokens` (of `embed_images`) are computed here if not given."""
+        """Images and prompt in the family's order. `image_tokens` (of `embed_images`) are computed here if not
+        given."""
         ...
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
@@ -121,7 +122,8 @@ class VLM(Protocol):
         ...
 
     def for_inference(self, dtype: str | None = None) -> "VLM":
-        """The inference form: the same numbers, fewer and larger products, weights kept in `dtype` (None: the config's)."""
+        """The inference form: the same numbers, fewer and larger products, weights kept in `dtype` (None: the
+        config's)."""
         ...
 
 

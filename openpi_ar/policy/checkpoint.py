@@ -123,7 +123,8 @@ def _is_ours(path: str | Path) -> bool:
 
 
 def _with_robot(cfg: InferenceConfig, spec: RobotSpec, path: str | Path) -> InferenceConfig:
-    """The config for this robot; unchanged if the checkpoint has a robot of that name, which its statistics belong to."""
+    """The config for this robot; unchanged if the checkpoint has a robot of that name, which its statistics belong
+    to."""
     own = cfg.robot.name if cfg.robot is not None else ""
     if own and own != spec.name:
         raise UserError(f"{path} was trained for robot {own!r}, not {spec.name!r}: leave out --robot")

@@ -3,7 +3,8 @@
     raw dict -> Robot.read -> InputTransform -> one jitted `act` (uint8 images in, tokens and normalised actions out)
              -> text, real units
 
-`infer(..., timing=True)` runs the same stages jitted apart, so that each can be timed; the numbers it returns are the same.
+`infer(..., timing=True)` runs the same stages jitted apart, so that each can be timed; the numbers it returns are the
+same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,8 +100,9 @@ class Policy:
     ) -> dict[int, float]:
         """Compiles (and runs once) the program of every prompt bucket, so that no later call has to.
 
-        `batch_size` is that of the calls to come, `cameras` how many they show (None: all), `image_size` their height and
-        width (None: the model's), which matters where images are resized on the device. Returns seconds by prompt length.
+        `batch_size` is that of the calls to come, `cameras` how many they show (None: all), `image_size` their height
+        and width (None: the model's), which matters where images are resized on the device. Returns seconds by prompt
+        length.
         """
         cfg, took = self.cfg.model, {}
         longest = self.cfg.text.max_prompt_tokens
@@ -127,12 +129,13 @@ class Policy:
         """Generates the subtask and the actions. Without a session the same arguments give the same result.
 
         Args:
-            raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units; with a robot, what it
-                sends (`RobotSpec`).
+            raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units; with a robot, what
+                it sends (`RobotSpec`).
             seed: of the noise that actions are denoised from, and of sampled text.
             noise: [A X], normalised, in place of the seed's.
             subtask: have the model act as if it had generated this.
-            session: in place of `seed`: draws new noise in every call and checks the last text before decoding a new one.
+            session: in place of `seed`: draws new noise in every call and checks the last text before decoding a new
+                one.
             timing: time the stages apart (slower than the usual path, which is one program).
 
         Returns:
@@ -290,6 +293,7 @@ def _sessions(sessions: Sequence[Session] | None, given: int, seed: int) -> Sequ
     if len(sessions) != given or len({id(session) for session in sessions}) != given:
         raise UserError(
             f"a batch needs a session of its own for each of the {given} observations, found {len(sessions)} sessions, "
-            f"{len({id(session) for session in sessions})} of them different: make one for each robot with policy.session(seed)"
+            f"{len({id(session) for session in sessions})} of them different: make one for each robot with "
+            "policy.session(seed)"
         )
     return sessions

@@ -1,4 +1,5 @@
-"""What lasts from one call of a policy to the next. It belongs to the caller, so two robots never share noise or drafts."""
+"""What lasts from one call of a policy to the next. It belongs to the caller, so two robots never share noise or
+drafts."""
 
 import numpy as np
 

@@ -1,7 +1,9 @@
-"""Prompt templates: data that yields the segments of a row's prompt and target. Each row of a batch may have another one.
+"""Prompt templates: data that yields the segments of a row's prompt and target. Each row of a batch may have another
+one.
 
-Only the target is causal and supervised: a bidirectional target would be learnt by copying. The target's EOS is `hidden`:
-at inference nothing reads it, because decoding stops when it is chosen, so the action tower must not see it in training.
+Only the target is causal and supervised: a bidirectional target would be learnt by copying. The target's EOS is
+`hidden`: at inference nothing reads it, because decoding stops when it is chosen, so the action tower must not see it
+in training.
 """
 
 from collections.abc import Sequence
@@ -93,7 +95,8 @@ class Template:
         return text.strip() if self.verbatim else self._clean(text)
 
     def parse(self, tokenizer: Tokenizer, ids: list[int]) -> str:
-        """The bare subtask or answer in generated ids: EOS and everything after it dropped, the template's own text removed."""
+        """The bare subtask or answer in generated ids: EOS and everything after it dropped, the template's own text
+        removed."""
         if tokenizer.eos_id in ids:
             ids = ids[: ids.index(tokenizer.eos_id)]
         before, after = (self.target or "{text}").split("{text}")

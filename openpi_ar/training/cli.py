@@ -45,7 +45,10 @@ Presets:
 """
 
 
-_PRETRAINING = "a world's own command trains towers on its poses: python -m openpi_ar.worlds.NAME pretrain OUT, then --init-from OUT"
+_PRETRAINING = (
+    "a world's own command trains towers on its poses: python -m openpi_ar.worlds.NAME pretrain OUT, then "
+    "--init-from OUT"
+)
 _IN_ADDRESS = (
     "what a world's demonstrations are like stands in their address: --data.path 'world://NAME?parameter=value'"
 )
@@ -56,7 +59,8 @@ _RETIRED: dict[str, tuple[str, str]] = {
     "--loss.text-weight": ("", "--loss.subtask-weight and --loss.answer-weight have taken its place"),
     **{f"--data.{name}": ("", _IN_ADDRESS) for name in ("seed", "image-size", "noise", "commanded", "asked", "pairs")},
 }
-"""Flags of earlier versions: the value that changes nothing (such a flag is left out), and what to do for any other one."""
+"""Flags of earlier versions: the value that changes nothing (such a flag is left out), and what to do for any other
+one."""
 
 
 @dataclasses.dataclass(frozen=True)

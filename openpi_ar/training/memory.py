@@ -1,5 +1,5 @@
-"""Memory that a run needs: an estimate from shapes alone, before anything is compiled; then XLA's own account of the compiled
-step, before any data or weights are loaded.
+"""Memory that a run needs: an estimate from shapes alone, before anything is compiled; then XLA's own account of the
+compiled step, before any data or weights are loaded.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ from openpi_ar.types import Batch, Observation, Tokens
 GIB = 2**30
 _F32 = 4
 _SURE = 0.75
-"""Of an estimate before compiling. It has been up to 18 % above what a step took (docs/lab/scale.md), and what might fit is for
-the compiled step to decide."""
+"""Of an estimate before compiling. It has been up to 18 % above what a step took (docs/lab/scale.md), and what might
+fit is for the compiled step to decide."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Estimate:
 def estimate(cfg: TrainConfig, *, devices: int = 1) -> Estimate:
     """Estimate for one of `devices` devices, each with its share of the batch. Costs no memory itself.
 
-    Parameters, optimizer and average are exact, and only what is trained has the latter two; gradients count once (clipping
-    and AdamW fuse over them); activations are those that the backward pass keeps plus the working set of the most expensive block.
-    Raises UserError for a table of frozen parameters that does not fit the model.
+    Parameters, optimizer and average are exact, and only what is trained has the latter two; gradients count once
+    (clipping and AdamW fuse over them); activations are those that the backward pass keeps plus the working set of the
+    most expensive block. Raises UserError for a table of frozen parameters that does not fit the model.
     """
     state = abstract_state(cfg)
     trained = split(state.model, freeze.frozen_paths(cfg, state.model))
@@ -104,9 +104,9 @@ def nbytes(tree: Any) -> int:
 def measure(cfg: TrainConfig, step_fn: Any, state: TrainState, batch: Batch) -> Estimate:
     """Memory of the compiled step, per device, as XLA plans it: nothing is run or allocated.
 
-    `step_fn` is a jitted train step; `state` and `batch` are abstract and carry their shardings. State and batch are those
-    of the arguments; what the program needs besides (`memory_analysis`: temporaries, and outputs that take no argument's
-    place) is gradients and activations.
+    `step_fn` is a jitted train step; `state` and `batch` are abstract and carry their shardings. State and batch are
+    those of the arguments; what the program needs besides (`memory_analysis`: temporaries, and outputs that take no
+    argument's place) is gradients and activations.
     """
     return planned(cfg, step_fn.lower(state, batch, train_key(cfg)).compile().memory_analysis(), state, batch)
 
@@ -151,8 +151,8 @@ def available() -> Free:
 
 
 def check_fits(cfg: TrainConfig, presets: Mapping[str, TrainConfig], *, devices: int = 1) -> tuple[Estimate, Free]:
-    """The estimate and the free memory. Raises UserError naming the presets that would fit, if this one would not even if the
-    estimate were a quarter too high.
+    """The estimate and the free memory. Raises UserError naming the presets that would fit, if this one would not even
+    if the estimate were a quarter too high.
     """
     need, have = estimate(cfg, devices=devices), available()
     check(cfg, need, have, presets, devices=devices, sure=_SURE)
@@ -177,8 +177,8 @@ def check(
     advice = f"presets that fit: {', '.join(fitting)}" if fitting else "no preset fits"
     raise UserError(
         f"training {cfg.name} needs about {need.total / GIB:.1f} GiB ({parts}), but {have.bytes / GIB:.1f} GiB of "
-        f"{have.source} is free; {advice}; a smaller --batch-size, --optimizer.accumulate, --optimizer.moment-dtype bfloat16 or "
-        f"--optimizer.ema-decay None saves some"
+        f"{have.source} is free; {advice}; a smaller --batch-size, --optimizer.accumulate, --optimizer.moment-dtype "
+        f"bfloat16 or --optimizer.ema-decay None saves some"
     )
 
 
@@ -219,7 +219,8 @@ def _activation_bytes(cfg: TrainConfig) -> int:
     ]
     kept = [_kept(m, t, tokens, keys, size) * t.depth * copies for t, tokens, keys, copies in towers]
     working = [_block(t, tokens, keys, size) * copies for t, tokens, keys, copies in towers]
-    # Float32 logits of one slice of the vocabulary, their softmax and gradient; keys and values of every layer with theirs.
+    # Float32 logits of one slice of the vocabulary, their softmax and gradient; keys and values of every layer with
+    # theirs.
     logits = 3 * _F32 * cfg.text.max_target_tokens * min(m.vocab_size, SLICE)
     cache = 4 * m.vlm.depth * prefix * m.vlm.num_kv_heads * m.vlm.head_dim * size
     return sum(kept) + 3 * max(working) // 2 + logits + cache

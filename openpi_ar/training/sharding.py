@@ -1,11 +1,12 @@
-"""Where arrays live: one mesh of `data` x `fsdp` devices, and a table from parameter paths to logical axes to mesh axes.
+"""Where arrays live: one mesh of `data` x `fsdp` devices, and a table from parameter paths to logical axes to mesh
+axes.
 
     batch rows      over all devices, so every device computes on its own share
     parameters,     cut into `fsdp` pieces along the axis that the table calls `cut`, and whole on each of the `data`
     optimizer, EMA  replicas; XLA gathers a layer when it is used and scatters its gradient (ZeRO-3)
 
-Modules know nothing of this: each family of models has a table (`sharding_pi0.py`). A parameter that no row of it names is an
-error: a forgotten one would silently be whole on every device.
+Modules know nothing of this: each family of models has a table (`sharding_pi0.py`). A parameter that no row of it names
+is an error: a forgotten one would silently be whole on every device.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ MESH_AXES: dict[str, tuple[str, ...] | None] = {"rows": ("data", "fsdp"), "cut":
 """Logical axes -> mesh axes."""
 
 Table = tuple[tuple[str, str], ...]
-"""(pattern of parameter paths, logical axis of each array axis, or `whole`); the first row that matches decides. Patterns begin
-with `*`: a moment's path is that of its parameter behind a prefix."""
+"""(pattern of parameter paths, logical axis of each array axis, or `whole`); the first row that matches decides.
+Patterns begin with `*`: a moment's path is that of its parameter behind a prefix."""
 
 TABLES: dict[type[ModelConfig], Table] = {ModelConfig: PI0}
 """The table of each family of models, by its type of configuration."""
@@ -61,8 +62,8 @@ class Placement:
 def make_placement(cfg: TrainConfig) -> Placement:
     """Placement over all devices of all processes; `cfg.fsdp_devices` of them share one copy of the parameters.
 
-    Raises UserError if devices do not divide into such groups, or the batch among devices, and for pieces of parameters on
-    the CPUs of several processes.
+    Raises UserError if devices do not divide into such groups, or the batch among devices, and for pieces of parameters
+    on the CPUs of several processes.
     """
     devices, fsdp = jax.device_count(), cfg.fsdp_devices
     if fsdp < 1 or devices % fsdp:
@@ -71,11 +72,11 @@ def make_placement(cfg: TrainConfig) -> Placement:
             f"{', '.join(str(n) for n in range(1, devices + 1) if devices % n == 0)}"
         )
     if fsdp > 1 and jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # Seen with jaxlib 0.10.2: gathers of different size that one step has under way at once take each other's data, since
-        # XLA gives all of them one tag. One thread (NPROC=1) ends in a standstill, 64 fail at once.
+        # Seen with jaxlib 0.10.2: gathers of different size that one step has under way at once take each other's data,
+        # since XLA gives all of them one tag. One thread (NPROC=1) ends in a standstill, 64 fail at once.
         raise UserError(
-            f"fsdp_devices is {fsdp}, but gloo, which joins the CPUs of several processes, mixes up the gathers of such a step: "
-            f"use 1 (GPUs and TPUs have collectives of their own)"
+            f"fsdp_devices is {fsdp}, but gloo, which joins the CPUs of several processes, mixes up the gathers of "
+            f"such a step: use 1 (GPUs and TPUs have collectives of their own)"
         )
     slices = cfg.optimizer.accumulate
     if cfg.batch_size % (devices * slices):
@@ -104,8 +105,8 @@ def spec(table: Table, path: str, shape: tuple[int, ...], fsdp: int) -> Partitio
 def shardings(tree: Any, placement: Placement) -> Any:
     """A sharding for each leaf of a model or train state (abstract or concrete); scalars are replicated.
 
-    Moments and averages are named by the parameter they belong to. Raises UserError listing every leaf that no row names,
-    or whose row has another number of axes.
+    Moments and averages are named by the parameter they belong to. Raises UserError listing every leaf that no row
+    names, or whose row has another number of axes.
     """
     leaves, structure = jax.tree.flatten(tree)
     found, unnamed = [], []
@@ -116,8 +117,8 @@ def shardings(tree: Any, placement: Placement) -> Any:
         found.append(NamedSharding(placement.mesh, PartitionSpec() if where is None else where))
     if unnamed:
         raise UserError(
-            f"no row of the sharding table names {', '.join(unnamed)}: add one to it, in openpi_ar/training/, that says which "
-            f"axis is cut"
+            f"no row of the sharding table names {', '.join(unnamed)}: add one to it, in openpi_ar/training/, that "
+            f"says which axis is cut"
         )
     return jax.tree.unflatten(structure, found)
 

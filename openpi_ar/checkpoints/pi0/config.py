@@ -1,4 +1,5 @@
-"""The sizes of pi0, pi0.5 and PaliGemma: from a checkpoint's tensors, from a configuration, and in the words of others."""
+"""The sizes of pi0, pi0.5 and PaliGemma: from a checkpoint's tensors, from a configuration, and in the words of
+others."""
 
 import dataclasses
 from typing import Any
@@ -11,8 +12,8 @@ from openpi_ar.model_config import GEMMA_300M, ModelConfig, TowerConfig, VitConf
 def build(paths: set[str], sizes: Sizes, overrides: dict[str, Any], base: ModelConfig | None) -> ModelConfig:
     """The configuration of a model with parameters at these paths and of these sizes.
 
-    `overrides` are fields of ModelConfig and `image_size`; `base` has what neither tells. Raises ValueError if no tensor tells
-    a dimension.
+    `overrides` are fields of ModelConfig and `image_size`; `base` has what neither tells. Raises ValueError if no
+    tensor tells a dimension.
     """
     has_expert = "action_in/kernel" in paths
     needed = "w m n h p T D F N K H V l L" + (" E G X" if has_expert else "")

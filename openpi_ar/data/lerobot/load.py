@@ -32,8 +32,8 @@ def load_lerobot(
         horizon: actions in a sample.
         cameras: the model's camera names.
         size: height and width that frames are cached at.
-        needs_subtask: the model learns to write the subtask. Frames without one are then skipped; if it does not, those whose
-            subtask does not follow from the prompt. Both are counted in the remarks.
+        needs_subtask: the model learns to write the subtask. Frames without one are then skipped; if it does not, those
+            whose subtask does not follow from the prompt. Both are counted in the remarks.
 
     Raises:
         UserError: anything in the dataset or the config that does not fit; names file, episode and frame.
@@ -45,7 +45,8 @@ def load_lerobot(
     source = subtask_source(meta, cfg.subtasks)
     if source == "task" and not cfg.prompt:
         raise UserError(
-            'data.subtasks is "task": the tasks are the subtasks then, so --data.prompt must give the task of the whole episode'
+            'data.subtasks is "task": the tasks are the subtasks then, so --data.prompt must give the task of the '
+            "whole episode"
         )
     optional = [SUPERVISE] if SUPERVISE in meta.features else []
     tasks = () if cfg.prompt else ("task_index",)
@@ -64,8 +65,8 @@ def load_lerobot(
     elif not table.supervise.all():
         usable = table.supervise
         remarks.append(
-            f"{int((~usable).sum())} of {len(frames)} frames follow a subtask that their prompt does not tell ({SUPERVISE}) and are "
-            f"skipped: this model has no subtask"
+            f"{int((~usable).sum())} of {len(frames)} frames follow a subtask that their prompt does not tell "
+            f"({SUPERVISE}) and are skipped: this model has no subtask"
         )
     short = [e for e in frames.episodes if e.length < horizon]
     if short:
@@ -85,8 +86,8 @@ def load_lerobot(
     test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon, robot)
     if not len(train) or not len(test):
         raise UserError(
-            f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or set "
-            f"--data.held-out 0 to evaluate on the training frames"
+            f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or "
+            f"set --data.held-out 0 to evaluate on the training frames"
         )
     return train, test, remarks
 
@@ -95,8 +96,8 @@ def map_cameras(meta: Meta, cameras: Sequence[str], given: Sequence[str]) -> dic
     """Model camera -> feature; None: the dataset has no such camera, the model then sees none.
 
     `given` holds "model camera=feature" or "model camera=none", or both as "feature|none"; features are named as
-    `openpi_ar/lookup.py` says. Cameras that are not given take the feature of their own name. Raises UserError that spells
-    out a complete mapping, and if a feature cannot be read.
+    `openpi_ar/lookup.py` says. Cameras that are not given take the feature of their own name. Raises UserError that
+    spells out a complete mapping, and if a feature cannot be read.
     """
     asked: dict[str, str] = {name: key for name, _, key in (entry.partition("=") for entry in given)}
     mapping: dict[str, str | None] = {}
@@ -176,15 +177,17 @@ def _labelled(table: Table, source: str) -> np.ndarray:
         meta = table.frames.meta
         looked = "neither subtask_index with meta/subtasks.parquet nor language_persistent is there"
         raise UserError(
-            f"{meta.root} has no subtask labels ({looked if source == 'none' else f'data.subtasks {source}: all empty'}), but "
-            f"the config trains a model to generate subtasks: annotate the data, name another column with --data.subtasks, or "
-            f"train actions only with --text.template openpi"
+            f"{meta.root} has no subtask labels "
+            f"({looked if source == 'none' else f'data.subtasks {source}: all empty'}), but "
+            "the config trains a model to generate subtasks: annotate the data, name another column with "
+            f"--data.subtasks, or train actions only with --text.template openpi"
         )
     return usable
 
 
 def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
-    """Which episodes training never sees, bool [episodes]: that fraction of all, at least one, drawn among `candidates`.
+    """Which episodes training never sees, bool [episodes]: that fraction of all, at least one, drawn among
+    `candidates`.
 
     Drawn with a fixed seed, not taken from the end: the last episodes of a recording are often of one task.
     """

@@ -102,7 +102,8 @@ class LeRobotSource:
     def numbers(self) -> Numbers:
         """Over all frames of this source; no image is read.
 
-        Actions relative to the state are those of all chunks, each from its own state; absolute ones count once a frame.
+        Actions relative to the state are those of all chunks, each from its own state; absolute ones count once a
+        frame.
         """
         t, rows, all_rows = self.table, self.rows, np.arange(len(self.rows))
         state = state_to_model(self.robot, t.state[rows])
