@@ -36,7 +36,10 @@ def absolute_to_model(spec: RobotSpec, actions: np.ndarray) -> np.ndarray:
 
 
 def actions_to_model(spec: RobotSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """The robot's actions [... A X_real] as a model predicts them; float64. `state` [... P_real]: of `state_to_model`."""
+    """The robot's actions [... A X_real] as a model predicts them; float64.
+
+    `state` [... P_real] is that of `state_to_model`.
+    """
     return to_delta(absolute_to_model(spec, actions), state, spec.delta)
 
 

@@ -1,6 +1,7 @@
 """All that a policy needs, from a checkpoint of openpi_ar or from openpi's or LeRobot's models.
 
-A checkpoint of openpi_ar holds everything. Others hold parameters and statistics: what the model was fed depends on the robot
+A checkpoint of openpi_ar holds everything. Others hold parameters and statistics: what the model was fed depends on the
+robot
 that it was trained for, so the robot has to be named.
 """
 
@@ -55,8 +56,9 @@ def load_policy_parts(
     Args:
         path: `tabletop`, which comes with the package; a step or experiment of openpi_ar; or an openpi or LeRobot
             checkpoint, local or remote (`load_model`). A directory called `tabletop` is `./tabletop`.
-        robot: name in `ROBOTS` or a .yaml or .json file. Checkpoints of openpi and LeRobot need it. Those of openpi_ar then
-            take its observations, unless they were trained with a named robot: that one is used, and another is an error.
+        robot: name in `ROBOTS` or a .yaml or .json file. Checkpoints of openpi and LeRobot need it. Those of
+            openpi_ar then take its observations, unless they were trained with a named robot: that one is used, and
+            another is an error.
         asset_id: directory under `assets/` with the statistics, where there are several.
         horizon: actions in a chunk. None: the checkpoint's config.json, else the robot's in openpi's configurations.
 
@@ -115,7 +117,10 @@ def _with_config(model: VLA, cfg: ModelConfig) -> VLA:
 
 
 def _is_ours(path: str | Path) -> bool:
-    """Whether it is a complete checkpoint of openpi_ar; one converted from another format may lack tokenizer and statistics."""
+    """Whether it is a complete checkpoint of openpi_ar.
+
+    One converted from another format may lack tokenizer and statistics.
+    """
     try:
         return not store.missing_parts(store.resolve_step_dir(path))
     except UserError:
