@@ -137,7 +137,8 @@ def test_datasets_of_every_version_train_together_and_the_policy_moves_the_robot
     actions = policy.infer(sent)["actions"]
     # The same through the training form of the observation, and by hand from what the model gave.
     np.testing.assert_array_equal(policy.infer(frame)["actions"], actions)
-    plain = Policy(dataclasses.replace(assets.config, data=LeRobotData()), *store.load_policy_checkpoint(directory)[1:])
+    plain_config = dataclasses.replace(assets.config, data=LeRobotData()).inference
+    plain = Policy(plain_config, *store.load_policy_checkpoint(directory)[1:])
     learnt = plain.infer(frame)["actions"]
     np.testing.assert_allclose(actions[:, :6], learnt[:, :6] + frame["state"][:6], atol=1e-5)
     np.testing.assert_allclose(actions[:, 6], learnt[:, 6], atol=1e-6)

@@ -22,7 +22,8 @@ def check_every_step(experiment: Path) -> dict[int, TrainState]:
     """Everything in every step that is listed can be read, as training and as a policy would. The states by step."""
     states = {}
     for step in store.complete_steps(experiment):
-        cfg = store.load_policy_checkpoint(experiment / str(step))[0]
+        assert store.load_policy_checkpoint(experiment / str(step))
+        cfg = store.load_assets(experiment / str(step)).config
         states[step], position = restore_train_state(experiment / str(step), memory.abstract_state(cfg))
         assert int(states[step].step) == position == step
     return states
