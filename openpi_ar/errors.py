@@ -1,5 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong", and how commands end on
-it."""
+"""The one exception that means "the input is wrong", not "the program is wrong", and how commands end on it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -29,8 +28,12 @@ def command_line() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def replace_unwritable() -> None:
-    """Makes stdout replace what its encoding cannot hold (a pipe in cp1252 or ASCII). Standard error does so
-    already."""
+    """Makes stdout replace what its encoding cannot hold (a pipe in cp1252 or ASCII), as standard error does."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

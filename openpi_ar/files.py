@@ -1,15 +1,15 @@
-"""The cache directory, directories that appear when they are complete, and memory-mapped arrays that can be pickled."""
+"""The cache directory, and directories that appear when they are complete."""
 
 from collections.abc import Iterator
 import contextlib
 import errno
+import hashlib
+import json
 import os
 from pathlib import Path
 import shutil
 import tempfile
 from typing import Any
-
-import numpy as np
 
 from openpi_ar.errors import UserError
 
@@ -19,9 +19,18 @@ def cache_root(given: str | Path | None = None) -> Path:
     return Path(given or os.environ.get("OPENPI_AR_CACHE") or "~/.cache/openpi_ar").expanduser()
 
 
+def digest(content: Any) -> str:
+    """16 hexadecimal digits that differ between contents (anything that JSON can hold): the name of a cache entry."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def openpi_cache_root() -> Path:
-    """Where openpi puts its downloads, which are found and not fetched again: `$OPENPI_DATA_HOME`, else
-    `~/.cache/openpi`."""
+    """openpi's downloads, which are found and not fetched again: `$OPENPI_DATA_HOME`, else `~/.cache/openpi`."""
     return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
 
 
@@ -30,12 +39,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @contextlib.contextmanager
 def when_whole(path: Path, *, must_be_new: bool = False) -> Iterator[Path]:
-    """A scratch directory beside `path`, which takes its name at the end of the block: a half-written one is never
-    seen.
+    """A scratch directory that takes the name `path` at the end of the block; an error leaves nothing behind.
 
-    An error leaves nothing behind. If another process was faster, its directory stays: use this where both are the
-    same, or have it refused by `must_be_new`. Raises UserError if the directory cannot be written, or exists and must
-    be new.
+    If another process was faster, its directory stays, or is an error if it `must_be_new`. Raises UserError if the
+    directory cannot be written, or exists and must be new.
     """
     if must_be_new and path.exists():
         raise UserError(f"{path} exists: name a new directory, or delete this one first")
@@ -65,32 +72,3 @@ def replace_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text)
     beside.replace(path)
-
-
-class Mapped:
-    """Base of classes with memory-mapped .npy arrays as fields: pickled, these are the names of their files, not
-    gigabytes."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: _File(value.filename) if _is_file(value) else value for name, value in self.__dict__.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        opened = {name: value.open() if isinstance(value, _File) else value for name, value in state.items()}
-        self.__dict__.update(opened)
-
-
-class _File:
-    def __init__(self, name: str | Path):
-        self.name = str(name)
-
-    def open(self) -> np.ndarray:
-        return np.load(self.name, mmap_mode="r")
-
-
-def _is_file(value: object) -> bool:
-    """A whole file, that is: a part of one is a memory map too, of the same name."""
-    return (
-        isinstance(value, np.memmap)
-        and value.filename is not None
-        and value.shape == _File(value.filename).open().shape
-    )

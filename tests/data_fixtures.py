@@ -10,7 +10,6 @@ from openpi_ar.config import LeRobotData, TrainConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import Layout
 from openpi_ar.data.lerobot.columns import Frames
-from openpi_ar.data.lerobot.frame_cache import CachedReader
 from openpi_ar.data.lerobot.meta import Episode, Meta
 from openpi_ar.data.lerobot.source import LeRobotSource, Table
 from openpi_ar.text.tokenizer import load_tokenizer
@@ -37,7 +36,7 @@ def table(shift: int = 0) -> Table:
     meta = Meta(Path("/data/demos"), "v3.0", 10.0, "toy", {}, episodes)
     return Table(
         frames=Frames(meta, episodes, {}, starts, np.zeros(n, np.float32), ()),
-        images={"front": CachedReader(front), "wrist": CachedReader(front + np.uint8(100))},
+        images={"front": front.__getitem__, "wrist": (front + np.uint8(100)).__getitem__},
         masked=(),
         state=rng.normal(size=(n, 4)).astype(np.float32),
         actions=(action + 10 * shift).astype(np.float32),

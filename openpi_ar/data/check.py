@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Group
 from rich.table import Table
 
 from openpi_ar.config import TrainConfig
@@ -34,11 +33,9 @@ def dry_run(
     remarks: Sequence[str] = (),
     plot: Path | None = None,
 ) -> list[str]:
-    """Prints mapping, ranges after normalisation, labels, and prompts with targets; returns remarks on what looks
-    wrong.
+    """Prints mapping, ranges after normalisation, and prompts with targets; returns remarks on what looks wrong.
 
-    `plot`: image file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the
-    model.
+    `plot`: file to draw the ranges into. Raises UserError if it cannot be written, or a sample does not fit the model.
     """
     odd = list(remarks)
     stats = {"state": transform.state_stats, "actions": transform.action_stats}
@@ -58,10 +55,8 @@ def dry_run(
             file = plot.with_stem(f"{plot.stem}_{k}") if k else plot
             _plot(file, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
             out.print(f"drawn into {file}", soft_wrap=True)
-    odd += _labels(train, transform)
-    shown, problems = _texts(cfg, train, transform)
-    out.print(shown)
-    odd += problems
+    out.print(_texts(train, transform))
+    odd += _labels(train, transform) + _budgets(cfg, train, transform)
     for line in odd:
         out.print(f"! {line}", style="yellow", soft_wrap=True)
     out.print(f"{len(odd) or 'no'} remark{'s' * (len(odd) != 1)}; nothing was trained")
@@ -129,8 +124,7 @@ def _ranges(
         if abs(x[worst]) > (_FAR if stats.mode == "quantile" else 3 * _FAR):
             value = column.values[worst]
             odd.append(f"{what} {i} ({name}) reaches {x[worst]:.1f} ({value:.5g} before normalisation) at {where}")
-        # By construction 2 % lie outside the quantiles, and the extremes; more only if the statistics are of other
-        # data.
+        # By construction 2 % lie outside the quantiles; more only if the statistics are of other data.
         elif stats.mode == "quantile" and outside * len(x) > 2 + 0.05 * len(x):
             odd.append(f"{what} {i} ({name}): {100 * outside:.1f} % lie outside [-1, 1], the furthest at {where}")
     return table, odd
@@ -187,21 +181,18 @@ def _labels(train: TrainingSource, transform: InputTransform) -> list[str]:
     return [f"no subtask: {place}" for place in empty[:_LISTED]] + more
 
 
-def _texts(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> tuple[Group, list[str]]:
-    """Some rows' prompts and targets byte for byte, and remarks on texts over their budget."""
+def _texts(train: TrainingSource, transform: InputTransform) -> Table:
+    """Some rows' prompts and targets byte for byte."""
     table = new_table("frame", "", "text, byte for byte", "tokens", "of", title="texts")
-    for i in np.linspace(0, len(train) - 1, min(_SHOWN, len(train))).astype(int):
-        raw = train[int(i)]
+    for i in np.linspace(0, len(train) - 1, min(_SHOWN, len(train))).astype(int).tolist():
+        raw = train[i]
         arrays = transform.sample(raw)
-        reading = transform.robot.read(raw)
-        state = None if reading.state is None else transform.state_stats.normalize(reading.state)
-        template = transform.template(reading.template)
-        prompt = template.prompt_segments(template.task(reading.prompt, reading.question), state)
-        table.add_row(train.where(int(i)), "prompt", *_row(prompt, arrays["prompt"]["valid"]))
+        prompt = transform.prompt_segments(transform.robot.read(raw))
+        table.add_row(train.where(i), "prompt", *_row(prompt, arrays["prompt"]["valid"]))
         if target := transform.target_segments(raw):
             note = "" if arrays["target"]["loss"].any() else " (not supervised)"
             table.add_row("", f"target{note}", *_row(target, arrays["target"]["valid"]))
-    return Group(table), _budgets(cfg, train, transform)
+    return table
 
 
 def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]:
@@ -209,21 +200,19 @@ def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]
 
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
-    tokenizer, text, template, odd = transform.tokenizer, cfg.text, transform.template(), []
+    """Remarks on texts that can take more tokens than their budget."""
+    text, template = cfg.text, transform.template()
     # No state takes more tokens than this one: three digits a dimension.
     longest_state = np.ones(transform.state_stats.dims)
-    for task in train.prompts:
-        used = 1 + len(tokenizer.encode(template.prompt_text(task, longest_state)))
-        if used > text.max_prompt_tokens:
-            odd.append(
-                f"the prompt of {task!r} can take {used} tokens, text.max_prompt_tokens is {text.max_prompt_tokens}: "
-                "raise it"
-            )
-    for subtask in train.subtasks if transform.writes_text else ():
-        used = 1 + len(tokenizer.encode(template.target_text(subtask)))
-        if used > text.max_target_tokens:
-            odd.append(
-                f"{subtask!r} takes {used} tokens, text.max_target_tokens is {text.max_target_tokens}: raise it or "
-                "shorten it"
-            )
-    return odd
+    texts = [
+        (f"the prompt of {task!r} can take", template.prompt_text(task, longest_state), "max_prompt_tokens")
+        for task in train.prompts
+    ]
+    subtasks = train.subtasks if transform.writes_text else ()
+    texts += [(f"{subtask!r} takes", template.target_text(subtask), "max_target_tokens") for subtask in subtasks]
+    used = ((what, 1 + len(transform.tokenizer.encode(written)), budget) for what, written, budget in texts)
+    return [
+        f"{what} {tokens} tokens, text.{budget} is {limit}: raise it, or shorten the text"
+        for what, tokens, budget in used
+        if tokens > (limit := getattr(text, budget))
+    ]

@@ -87,7 +87,7 @@ class Stats:
         frames = read_columns(meta, choose_episodes(meta, self.episodes), [*self.state, *self.actions])
         keys = {"state": self.state, "actions": self.actions}
         values = {name: frames.vector(features) for name, features in keys.items()}
-        stats = {name: compute_stats(x, self.mode) for name, x in values.items()}
+        stats = {name: compute_stats(x.T, self.mode) for name, x in values.items()}
         seconds = time.perf_counter() - began
         for name, s in stats.items():
             console().print(
@@ -130,7 +130,7 @@ class Subtasks:
         for i, text in enumerate(texts):
             rows = np.flatnonzero(labels == i)
             counts = (len(rows), len(np.unique(episode_of[rows])), int((pieces == i).sum()))
-            table.add_row(text, *map(str, counts), _place(frames, int(rows[0])))
+            table.add_row(text, *map(str, counts), frames.where(int(rows[0]), file=False))
         console().print(table)
         _flag_missing(frames, labels)
 
@@ -199,11 +199,6 @@ def _stats_table(name: str, s: NormStats, x: np.ndarray, names: list[str]) -> Ta
     return table
 
 
-def _place(frames: Frames, frame: int) -> str:
-    e = int(np.searchsorted(frames.starts, frame, side="right")) - 1
-    return f"episode {frames.episodes[e].index}, frame {frame - int(frames.starts[e])}"
-
-
 def _flag_missing(frames: Frames, labels: np.ndarray) -> None:
     missing = np.flatnonzero(labels < 0)
     if not len(missing):
@@ -213,7 +208,7 @@ def _flag_missing(frames: Frames, labels: np.ndarray) -> None:
     empty = [frames.episodes[e].index for e in np.flatnonzero(counts == np.diff(frames.starts))]
     console().print(
         f"{len(missing)} of {len(frames)} frames have no subtask, in {int((counts > 0).sum())} episodes; the first is "
-        f"{_place(frames, int(missing[0]))}; training skips them",
+        f"{frames.where(int(missing[0]), file=False)}; training skips them",
         style="red",
         soft_wrap=True,
     )

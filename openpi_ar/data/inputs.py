@@ -96,31 +96,39 @@ class InputTransform:
 
         Rows that are not read repeat the first one. Without `resize`, images stay as they are if all are of one size.
         """
-        native = not resize and len({image.shape for reading in readings for image in reading.images.values()}) == 1
-        arrays = [self.arrays(reading, resize=not native) for reading in readings]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *arrays, *arrays[:1] * (rows - len(arrays)))
+        sizes = {image.shape[:2] for reading in readings for image in reading.images.values()}
+        size = sizes.pop() if len(sizes) == 1 and not resize else None
+        arrays = [self.arrays(reading, size=size) for reading in readings]
+        stacked = stack_rows([*arrays, *arrays[:1] * (rows - len(arrays))])
         return shrink(Observation(**{**stacked, "prompt": Tokens(**stacked["prompt"])}), self.cfg.decode.prompt_buckets)
 
-    def arrays(self, reading: Reading, *, needs_state: bool = False, resize: bool = True) -> Arrays:
-        """Arrays of what was read. Raises UserError naming what is missing or does not fit.
+    def arrays(self, reading: Reading, *, needs_state: bool = False, size: tuple[int, int] | None = None) -> Arrays:
+        """Arrays of what was read, images of `size` (None: the model's). Raises UserError if something does not fit.
 
-        A state that is missing becomes zeros, unless the template or `needs_state` asks for it. Without `resize`,
-        images of one size stay as they are, for the model to resize them.
+        A state that is missing becomes zeros, unless the template or `needs_state` asks for it.
         """
-        images, mask = self._images(reading, resize)
-        state = None if reading.state is None else self.state_stats.normalize(reading.state)
-        template = get_template(reading.template or self.cfg.text.template)
-        if state is None and (needs_state or template.needs_state):
+        cameras, (height, width) = self.cfg.model.cameras, size or self.cfg.model.siglip.image_size
+        images = np.zeros((len(cameras), height, width, 3), np.uint8)
+        for i, camera in enumerate(cameras):
+            if camera in reading.images:
+                images[i] = resize_with_pad(reading.images[camera], height, width)
+        if reading.state is None and (needs_state or self.template(reading.template).needs_state):
             raise self.robot.no_state()
-        # The state enters the prompt before it is padded: openpi's order, and padding carries nothing.
-        segments = template.prompt_segments(template.task(reading.prompt, reading.question), state)
-        state = np.zeros(self.state_stats.dims, np.float32) if state is None else state
+        dims = self.state_stats.dims
+        state = np.zeros(dims, np.float32) if reading.state is None else self.state_stats.normalize(reading.state)
         return {
             "images": images,
-            "image_mask": mask,
-            "prompt": pack(self.tokenizer, segments, self.cfg.text.max_prompt_tokens),
+            "image_mask": np.array([camera in reading.images for camera in cameras]),
+            "prompt": pack(self.tokenizer, self.prompt_segments(reading), self.cfg.text.max_prompt_tokens),
             "state": pad_dims(state, self.cfg.model.state_dim),
         }
+
+    def prompt_segments(self, reading: Reading) -> list[Segment]:
+        """Segments of the prompt. Raises UserError if there is no task, or no state for it."""
+        template = self.template(reading.template)
+        # The state enters the prompt before it is padded: openpi's order, and padding carries nothing.
+        state = None if reading.state is None else self.state_stats.normalize(reading.state)
+        return template.prompt_segments(template.task(reading.prompt, reading.question), state)
 
     def sample(self, raw: Mapping[str, Any]) -> Arrays:
         """Arrays of one training sample. A row without `actions` (questions and answers) trains the text only."""
@@ -160,7 +168,7 @@ class InputTransform:
         if not isinstance(text, str) or not text.strip():
             raise UserError(
                 f"template {template.name!r} trains the model to write sample[{template.key!r}], found {text!r}: "
-                f"annotate the data or use an action-only template (--text.template openpi)"
+                "annotate the data or use an action-only template (--text.template openpi)"
             )
         return template.target_segments(text, supervised=bool(raw.get("supervise_text", True)))
 
@@ -180,24 +188,14 @@ class InputTransform:
         template = self.template(reading.template)
         return template.parse(self.tokenizer, list(ids)), text_status(ids, self.tokenizer.eos_id)
 
-    def _images(self, reading: Reading, resize: bool) -> tuple[np.ndarray, np.ndarray]:
-        cameras, images = self.cfg.model.cameras, reading.images
-        sizes = {image.shape[:2] for image in images.values()}
-        height, width = sizes.pop() if len(sizes) == 1 and not resize else self.cfg.model.siglip.image_size
-        stack = np.zeros((len(cameras), height, width, 3), np.uint8)
-        for i, camera in enumerate(cameras):
-            if camera in images:
-                stack[i] = resize_with_pad(images[camera], height, width)
-        return stack, np.array([camera in images for camera in cameras])
-
 
 def stack_rows(rows: Sequence[Arrays]) -> Arrays:
     """Rows of equal structure to one with a leading batch axis, still numpy."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
-def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> Batch | Observation:
-    """Stacked arrays to the model's types, on the device. A Batch if they hold actions."""
+def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> Any:
+    """Stacked arrays to the model's types, on the device: a Batch if they hold actions, else an Observation."""
     a = place(arrays, sharding)
     obs = Observation(images=a["images"], image_mask=a["image_mask"], prompt=Tokens(**a["prompt"]), state=a["state"])
     if "actions" not in a:
@@ -205,17 +203,15 @@ def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> 
     return Batch(observation=obs, target=Tokens(**a["target"]), actions=a["actions"], action_mask=a["action_mask"])
 
 
-def collate(rows: Sequence[Arrays]) -> Batch | Observation:
+def collate(rows: Sequence[Arrays]) -> Any:
     """A Batch of `sample` rows, or an Observation of `observation` rows."""
     return to_device(stack_rows(rows))
 
 
 def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
-    """The same observation (numpy) in fewer tokens: cameras that no row has are dropped, and prompts cut to the
-    smallest bucket.
+    """The same observation (numpy) without cameras that no row has, prompts cut to the smallest bucket.
 
-    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket is a program of its
-    own.
+    Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket has its own program.
     """
     seen = np.asarray(obs.image_mask).any(0)
     longest = int(np.flatnonzero(np.asarray(obs.prompt.valid).any(0)).max(initial=0)) + 1

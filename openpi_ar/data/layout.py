@@ -6,12 +6,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from openpi_ar.data.normalize import Mode, NormStats, column_stats
+from openpi_ar.data.normalize import Mode, NormStats
 
 
 class Column(NamedTuple):
-    """One dimension of a quantity over a source: values [n] before normalisation, and the row of the source each is
-    from."""
+    """One dimension of a quantity over a source: values [n] before normalisation, and each one's row of the source."""
 
     values: np.ndarray
     rows: np.ndarray
@@ -78,8 +77,3 @@ class SingleSource(TrainingSource, Protocol):
     def numbers(self) -> Numbers:
         """What is normalised, without reading an image."""
         ...
-
-
-def stats_of(numbers: Numbers, mode: Mode) -> dict[str, NormStats]:
-    """Statistics with exact quantiles."""
-    return {name: column_stats([c.values for c in columns], mode) for name, columns in numbers.items()}

@@ -27,14 +27,12 @@ _WATCH_SECONDS = 2.0
 # Grain's worker processes ask for its absl flags, which nobody parses here.
 flags.FLAGS.mark_as_parsed()
 
-
 Source = RandomAccessDataSource[dict]
 """Random access to raw samples: `len(source)` and `source[index]`."""
 
 
 class BatchRows(grain.MapDataset):
-    """Of every `batch_size` elements of `parent`, those at `rows`; batches of `len(rows)` of these are shares of
-    batches.
+    """Of every `batch_size` elements of `parent`, those at `rows`: this process's share of each batch.
 
     Only they are computed. Random transformations before it draw what they would without it.
     """
@@ -105,7 +103,7 @@ class Loader(Iterator[Batch]):
             arrays = jax.tree.map(np.array, arrays)
         self._position += 1
         self.wait_seconds = time.perf_counter() - start
-        return _as_batch(shards.joined(arrays, self._sharding, self._batch_size), self._sharding)
+        return to_device(shards.joined(arrays, self._sharding, self._batch_size), self._sharding)
 
     @property
     def position(self) -> int:
@@ -164,10 +162,4 @@ def evaluation_batches(
     # Strided, so that each batch alone spans all episodes.
     groups = [[source[int(i)] for i in rows[b::batches]] for b in range(batches)]
     groups = [sorted(group, key=lambda raw: raw.get("actions") is None) for group in groups]
-    return [(raw, _as_batch(stack_rows([transform.sample(r) for r in raw]), sharding)) for raw in groups]
-
-
-def _as_batch(arrays: Any, sharding: jax.sharding.Sharding | None) -> Batch:
-    batch = to_device(arrays, sharding)
-    assert isinstance(batch, Batch)
-    return batch
+    return [(raw, to_device(stack_rows([transform.sample(r) for r in raw]), sharding)) for raw in groups]

@@ -7,7 +7,7 @@ from grain.sources import RandomAccessDataSource
 import numpy as np
 
 from openpi_ar.data.layout import Layout, SingleSource
-from openpi_ar.data.normalize import Mode, NormStats, column_stats
+from openpi_ar.data.normalize import Mode, NormStats, compute_stats
 from openpi_ar.errors import UserError
 
 
@@ -82,11 +82,10 @@ class Mixture:
                 columns.append(np.concatenate([p.values for p in pieces]))
                 counts = [np.full(len(p.values), s / len(p.values)) for p, s in zip(pieces, share, strict=True)]
                 weights.append(np.concatenate(counts))
-            stats[name] = column_stats(columns, mode, weights)
+            stats[name] = compute_stats(columns, mode, weights)
         return stats
 
     def _at(self, index: int) -> tuple[SingleSource, int]:
-        """Part and row of an index."""
         ends = np.cumsum(self.weights) / sum(self.weights)
         at = (index + 0.5) / len(self)
         k = min(int(np.searchsorted(ends, at, side="right")), len(self.parts) - 1)

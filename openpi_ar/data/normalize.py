@@ -97,30 +97,19 @@ class NormStats:
         return dataclasses.replace(self, **{key: getattr(self, key)[:dims] for key in _ARRAYS})
 
 
-def compute_stats(x: np.ndarray, mode: Mode = "quantile") -> NormStats:
-    """Statistics of x [rows dims] in real units, near-constant dimensions floored.
-
-    Raises UserError if there is no row or a value is not finite.
-    """
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2 or not len(x):
-        raise UserError(f"normalisation statistics need an array [rows dims] with at least one row, found {x.shape}")
-    if not np.isfinite(x).all():
-        row = int(np.argwhere(~np.isfinite(x))[0, 0])
-        raise UserError(f"normalisation statistics: row {row} holds a value that is not finite: {x[row].tolist()}")
-    return column_stats(list(x.T), mode)
-
-
-def column_stats(
-    columns: Sequence[np.ndarray], mode: Mode = "quantile", weights: Sequence[np.ndarray] | None = None
+def compute_stats(
+    columns: Sequence[np.ndarray] | np.ndarray, mode: Mode = "quantile", weights: Sequence[np.ndarray] | None = None
 ) -> NormStats:
-    """`compute_stats` of dimensions [rows] that need not have the same number of rows.
+    """Statistics of the values [rows] of each dimension, finite and in real units, near-constant dimensions floored.
 
-    `weights`, of the same shapes, are how much each value counts; quantiles are then values that occur.
+    `weights`, of the same shapes, are how much each value counts; quantiles are then values that occur. Raises
+    UserError if a dimension has no values or one that is not finite.
     """
     rows = []
     for i, column in enumerate(columns):
         x = np.asarray(column, np.float64)
+        if not len(x) or not np.isfinite(x).all():
+            raise UserError(f"normalisation statistics: dimension {i} must have values, all finite, found {x}")
         if weights is None:
             rows.append((x.mean(), x.std(), *np.quantile(x, [0.01, 0.99])))
         else:

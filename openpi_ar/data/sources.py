@@ -14,17 +14,12 @@ Locate = Callable[[str, str | None], str]
 """(path of a dataset as the config has it, `data.cache_dir`) -> its directory or its name on the Hugging Face hub."""
 
 
-def as_given(path: str, cache_dir: str | None) -> str:
-    """A `Locate` that knows no other addresses."""
-    del cache_dir
-    return path
-
-
-def load_sources(cfg: TrainConfig, locate: Locate = as_given) -> tuple[TrainingSource, TrainingSource, tuple[str, ...]]:
+def load_sources(
+    cfg: TrainConfig, locate: Locate = lambda path, cache_dir: path
+) -> tuple[TrainingSource, TrainingSource, tuple[str, ...]]:
     """(training source, held-out source, remarks for the user). Decodes what is not cached yet, with a progress bar.
 
-    `locate` turns the paths of the config into those of datasets. Raises UserError in one line for anything that does
-    not fit.
+    `locate` turns the paths of the config into those of datasets. Raises UserError for anything that does not fit.
     """
     model, data = cfg.model, cfg.data
     needs_subtask = get_template(cfg.text.template).target is not None

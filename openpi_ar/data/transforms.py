@@ -18,8 +18,7 @@ from openpi_ar.robot_spec import RobotSpec
 # Interbotix: the gripper's linear travel in metres (closed, open), and the arm and horn of its crank in metres.
 _TRAVEL = (0.01844, 0.05800)
 _ARM, _HORN = 0.036, 0.022
-# pi's runtime calls encoder counts 2405 and 3110 of 4096 zero and one; as angles about ALOHA's zero of 2048, in
-# radians.
+# pi's runtime calls encoder counts 2405 and 3110 of 4096 zero and one; as radians about ALOHA's zero of 2048.
 _PI_ANGLES = (0.5476, 1.6296)
 # ALOHA's commands: joint angles of the closed and the open gripper in radians.
 _COMMAND_ANGLES = (-0.6213, 1.4910)
@@ -69,25 +68,11 @@ def flip(x: np.ndarray, signs: Sequence[int]) -> np.ndarray:
     return x
 
 
-def invert(x: np.ndarray) -> np.ndarray:
-    """Grippers that are 0 when open to such that are 1 when open. Its own inverse."""
-    return 1.0 - x
-
-
 def aloha_gripper_state_to_pi(x: np.ndarray) -> np.ndarray:
-    """Gripper positions as ALOHA reports them (0 closed, 1 open, linear in the fingers' travel) to pi's (crank
-    angle)."""
+    """ALOHA's gripper positions (0 closed, 1 open, linear in the fingers' travel) to pi's (crank angle)."""
     travel = _unscale(x, *_TRAVEL)
     sine = (_HORN**2 + travel**2 - _ARM**2) / (2 * _HORN * travel)
     return _scale(np.arcsin(np.clip(sine, -1.0, 1.0)), *_PI_ANGLES)
-
-
-def aloha_gripper_state_from_pi(x: np.ndarray) -> np.ndarray:
-    """Inverse of `aloha_gripper_state_to_pi` up to fully open, where its sine is clipped."""
-    angle = _unscale(x, *_PI_ANGLES)
-    # The law of cosines solved for the travel; the arm is longer than the horn, so only this root is positive.
-    travel = _HORN * np.sin(angle) + np.sqrt(_ARM**2 - (_HORN * np.cos(angle)) ** 2)
-    return _scale(travel, *_TRAVEL)
 
 
 def aloha_gripper_action_to_pi(x: np.ndarray) -> np.ndarray:
@@ -109,7 +94,7 @@ def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
 
 def _converted(spec: RobotSpec, x: np.ndarray, aloha: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The array itself with its grippers converted: ALOHA's by `aloha`, inverted ones inverted."""
-    for dims, convert in ((spec.aloha_grippers, aloha), (spec.inverted_grippers, invert)):
+    for dims, convert in ((spec.aloha_grippers, aloha), (spec.inverted_grippers, lambda x: 1.0 - x)):
         if dims:
             x[..., list(dims)] = convert(x[..., list(dims)])
     return x

@@ -30,29 +30,25 @@ class BatchPolicy(Protocol):
 class World(Protocol):
     """A simulated world with its episodes, which go by number from 0 on.
 
-    fps      control steps a second.
-    forced   the subtask that the policy is made to output in this episode; None: its own.
-
     Observations are {"images", "state", "prompt"}, as policies read them. Info holds at least `subtask`, the true one
     now, and `success`. Actions are the world's own.
     """
 
-    @property
-    def fps(self) -> int: ...
-
-    @property
-    def forced(self) -> str | None: ...
+    fps: int
+    """Control steps a second."""
+    forced: str | None
+    """The subtask that the policy is made to output in this episode; None: its own."""
 
     def label(self, episode: int) -> dict[str, Any]:
-        """What names an episode in the results."""
+        """The entries that name an episode in the results."""
         ...
 
     def seed(self, episode: int) -> int:
-        """Of the policy's session in an episode."""
+        """The seed of the policy's session in an episode."""
         ...
 
     def prompt(self, episode: int) -> str:
-        """What an episode asks for."""
+        """The task of an episode, in words."""
         ...
 
     def begin(self, episode: int, *, render: bool = True) -> tuple[Observation, Info]:
@@ -64,7 +60,7 @@ class World(Protocol):
         ...
 
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert does now."""
+        """The scripted expert's action now."""
         ...
 
     def figures(self) -> dict[str, float | bool | None]:

@@ -1,5 +1,4 @@
-"""Closed-loop episodes in a simulated world: does the policy do the task, and does it name the right subtask on the
-way?
+"""Closed-loop episodes in a simulated world: does the policy do the task, and does it name the right subtasks?
 
 Several episodes run at once, each in its own world, so that the policy sees batches: all worlds re-plan together, then
 each executes the first `execute` actions of its chunk. A world whose episode is over takes the next one. Every episode
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from openpi_ar.errors import UserError
 from openpi_ar.policy.session import Session
-from openpi_ar.tables import new_table
+from openpi_ar.tables import new_table, progress_bar
 from openpi_ar.worlds.protocol import BatchPolicy, Observation, World
 from openpi_ar.worlds.video import Shot, VideoWriter
 
@@ -45,12 +43,11 @@ class RolloutConfig:
 class EpisodeResult:
     """One episode.
 
-    label             what names it.
-    prompt            what was asked of the policy.
+    label             the entries that name it.
+    prompt            the task that the policy was given.
     success           the whole task was done within the step limit.
-    subtask_accuracy  fraction of re-plans at which the generated subtask was the true one; None if it was forced or the
-    model
-                      generates none.
+    subtask_accuracy  fraction of re-plans at which the generated subtask was the true one; None if it was forced or
+                      the model generates none.
     text_trouble      fraction of re-plans whose text had no end or looped.
     steps             control steps.
     figures           the world's own.
@@ -83,12 +80,9 @@ class RolloutResult:
     @property
     def means(self) -> dict[str, float | None]:
         """Mean of every figure over the episodes that have it; None where none has."""
-        return {name: self.mean(name) for name in self.episodes[0].numbers()}
-
-    def mean(self, name: str) -> float | None:
-        """Mean of a figure over the episodes that have it."""
-        values = [v for e in self.episodes if (v := e.numbers()[name]) is not None]
-        return float(np.mean(values)) if values else None
+        columns = {name: [e.numbers()[name] for e in self.episodes] for name in self.episodes[0].numbers()}
+        known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+        return {name: float(np.mean(values)) if values else None for name, values in known.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Means and episodes, for JSON."""
@@ -136,7 +130,7 @@ def run_rollouts(
     slots = [_Slot(world, cfg, sees=policy is not None, film=video is not None) for world in worlds]
     done: dict[int, EpisodeResult] = {}
     with (
-        _Bar(cfg.episodes, shown=progress) as bar,
+        progress_bar("episodes", cfg.episodes, shown=progress) as update,
         contextlib.nullcontext() if video is None else VideoWriter(video, fps=worlds[0].fps) as film,
     ):
         live = [slot for slot in slots if slot.begin(next(todo, None), prompts)]
@@ -147,7 +141,7 @@ def run_rollouts(
                 done[slot.episode] = slot.result()
                 if film is not None:
                     film.add_episode(slot.prompt, slot.shots)
-                bar.update(done)
+                update(len(done), _running_means(done))
                 slot.begin(next(todo, None), prompts)
             live = [slot for slot in live if not slot.over]
     return RolloutResult(tuple(done[i] for i in range(cfg.episodes)))
@@ -248,24 +242,7 @@ def _prompts(cfg: RolloutConfig, world: World) -> list[str]:
     return shuffled
 
 
-class _Bar:
-    """Progress over episodes with the running means; silent if not shown."""
-
-    def __init__(self, total: int, *, shown: bool):
-        columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[means]}"))
-        self._progress = Progress(*columns, TimeRemainingColumn(), disable=not shown)
-        self._task = self._progress.add_task("episodes", total=total, means="")
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def update(self, done: Mapping[int, EpisodeResult]) -> None:
-        means = RolloutResult(tuple(done.values())).means
-        kept = {name: v for name, v in means.items() if v is not None and name not in ("text_trouble", "steps")}
-        self._progress.update(
-            self._task, completed=len(done), means=", ".join(f"{name} {v:.2f}" for name, v in kept.items())
-        )
+def _running_means(done: Mapping[int, EpisodeResult]) -> str:
+    means = RolloutResult(tuple(done.values())).means
+    shown = {name: v for name, v in means.items() if v is not None and name not in ("text_trouble", "steps")}
+    return ", ".join(f"{name} {v:.2f}" for name, v in shown.items())

@@ -13,9 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from openpi_ar.errors import UserError
 
-FPS = 10
-"""Control steps a second: video time is the tabletop's time."""
-
 _PANEL = 256
 _FONT = 15
 _LINES = 3
@@ -60,8 +57,7 @@ def draw_frame(images: Mapping[str, np.ndarray], prompt: str, text: str, *, righ
 
 @dataclasses.dataclass(frozen=True)
 class Shot:
-    """One control step: images by camera name, the generated subtask, and whether it is the true one (None: not
-    judged)."""
+    """One control step: images by camera name, the generated subtask, and whether it is right (None: not judged)."""
 
     images: Mapping[str, np.ndarray]
     text: str
@@ -71,11 +67,10 @@ class Shot:
 class VideoWriter:
     """Writes frames of one size to an .mp4 (H.264) or .gif file, `fps` a second. A context manager.
 
-    Raises:
-        UserError: another extension, or a folder that does not exist.
+    Raises UserError for another extension, or a folder that does not exist.
     """
 
-    def __init__(self, path: str | Path, fps: int = FPS):
+    def __init__(self, path: str | Path, fps: int):
         self.path, self.fps = Path(path), fps
         check_path(self.path)
         self._open: tuple[OutputContainer, VideoStream] | None = None
@@ -98,19 +93,14 @@ class VideoWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Finish the file; without frames there is none."""
+        """Finishes the file; without frames there is none."""
         if self._open is not None:
             container, stream = self._open
             container.mux(stream.encode())
             container.close()
-            self._open = None
         if self._gif:
             first, *rest = self._gif
             first.save(self.path, save_all=True, append_images=rest, duration=1000 // self.fps, loop=0)
-            self._gif = []
 
     def _encode(self, frame: np.ndarray) -> None:
         if self._open is None:

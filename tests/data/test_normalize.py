@@ -13,7 +13,7 @@ ROWS = np.random.default_rng(0).normal([1.0, -20.0, 0.3], [2.0, 5.0, 0.01], (5_0
 
 
 def test_statistics_are_numpys():
-    s = normalize.compute_stats(ROWS)
+    s = normalize.compute_stats(ROWS.T)
     np.testing.assert_allclose(s.mean, ROWS.mean(0), rtol=1e-6)
     np.testing.assert_allclose(s.std, ROWS.std(0), rtol=1e-6)
     np.testing.assert_allclose(s.q01, np.quantile(ROWS, 0.01, axis=0), rtol=1e-6)
@@ -21,28 +21,28 @@ def test_statistics_are_numpys():
 
 
 def test_quantile_is_openpis_formula():
-    s = normalize.compute_stats(ROWS)
+    s = normalize.compute_stats(ROWS.T)
     expected = (ROWS - s.q01) / (s.q99 - s.q01 + 1e-6) * 2.0 - 1.0
     np.testing.assert_allclose(s.normalize(ROWS), expected, atol=1e-5)
     assert 0.975 < (np.abs(s.normalize(ROWS)) <= 1).mean() < 0.985
 
 
 def test_z_score_is_openpis_formula():
-    s = normalize.compute_stats(ROWS, "z_score")
+    s = normalize.compute_stats(ROWS.T, "z_score")
     np.testing.assert_allclose(s.normalize(ROWS), (ROWS - s.mean) / (s.std + 1e-6), atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["quantile", "z_score"])
 def test_inverse_returns_the_input_even_where_nothing_moves(mode):
     x = np.concatenate([ROWS, np.full((len(ROWS), 1), 0.5)], axis=1)
-    s = normalize.compute_stats(x, mode)
+    s = normalize.compute_stats(x.T, mode)
     np.testing.assert_allclose(s.unnormalize(s.normalize(x)), x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["quantile", "z_score"])
 def test_near_constant_dimension_is_centred_not_blown_up(mode):
     noise = 0.5 + 1e-6 * np.random.default_rng(0).normal(size=(1000, 1))
-    s = normalize.compute_stats(noise, mode)
+    s = normalize.compute_stats(noise.T, mode)
     assert np.abs(s.normalize(noise)).max() < 1e-4
     # A real excursion keeps its own unit.
     np.testing.assert_allclose(s.normalize(np.array([0.8])), 0.3, atol=1e-4)
@@ -51,7 +51,7 @@ def test_near_constant_dimension_is_centred_not_blown_up(mode):
 @pytest.mark.parametrize("mode", ["quantile", "z_score"])
 def test_floor_is_in_the_statistics_so_openpis_formula_alone_gives_our_numbers(mode):
     x = np.concatenate([ROWS, 0.5 + 1e-6 * np.random.default_rng(0).normal(size=(len(ROWS), 1))], axis=1)
-    s = normalize.compute_stats(x, mode)
+    s = normalize.compute_stats(x.T, mode)
     quantile, z_score = (x - s.q01) / (s.q99 - s.q01 + 1e-6) * 2.0 - 1.0, (x - s.mean) / (s.std + 1e-6)
     openpi = quantile if mode == "quantile" else z_score
     np.testing.assert_allclose(s.normalize(x), openpi, atol=1e-5)
@@ -71,14 +71,17 @@ def test_a_released_checkpoints_near_constant_dimension_keeps_openpis_numbers(tm
     assert np.abs(s.floored().unnormalize(y) - want).max() > 0.9
 
 
-@pytest.mark.parametrize("bad", [np.zeros((0, 3)), np.zeros(3), np.array([[0.0, np.nan]])])
+@pytest.mark.parametrize("bad", [np.zeros((0, 3)), np.array([[0.0, np.nan]])])
 def test_unusable_rows_are_refused(bad):
     with pytest.raises(UserError):
-        normalize.compute_stats(bad)
+        normalize.compute_stats(bad.T)
 
 
 def test_file_round_trip_and_openpis_keys(tmp_path):
-    stats = {"state": normalize.compute_stats(ROWS, "z_score"), "actions": normalize.compute_stats(2 * ROWS, "z_score")}
+    stats = {
+        "state": normalize.compute_stats(ROWS.T, "z_score"),
+        "actions": normalize.compute_stats(2 * ROWS.T, "z_score"),
+    }
     normalize.save_norm_stats(tmp_path, stats)
     body = json.loads((tmp_path / "norm_stats.json").read_text())
     assert set(body["norm_stats"]["state"]) == {"mean", "std", "q01", "q99"}
@@ -111,7 +114,7 @@ def test_openpis_file_is_written_back_digit_for_digit(tmp_path):
 @pytest.mark.parametrize(("stored", "needed", "model"), [("z_score", "pi05", "pi0.5"), ("quantile", "pi0", "pi0 ")])
 def test_a_stored_mode_that_the_model_was_not_trained_with_is_refused(tmp_path, stored, needed, model):
     required = ModelConfig(pi05=needed == "pi05").norm_mode
-    stats = {name: normalize.compute_stats(ROWS, stored) for name in ("state", "actions")}
+    stats = {name: normalize.compute_stats(ROWS.T, stored) for name in ("state", "actions")}
     normalize.save_norm_stats(tmp_path, stats)
     with pytest.raises(UserError, match=rf'norm_stats.json.* mode {stored}, but {model}.*{required}.*write "mode"'):
         normalize.load_norm_stats(tmp_path, required_mode=required)
@@ -124,7 +127,7 @@ def test_a_stored_mode_that_the_model_was_not_trained_with_is_refused(tmp_path, 
 
 
 def put_stats(checkpoint, *asset_ids: str) -> None:
-    stats = {name: normalize.compute_stats(ROWS) for name in ("state", "actions")}
+    stats = {name: normalize.compute_stats(ROWS.T) for name in ("state", "actions")}
     for asset_id in asset_ids:
         normalize.save_norm_stats(checkpoint / "assets" / asset_id, stats)
 
@@ -153,7 +156,7 @@ def test_no_statistics_at_all_says_where_they_belong(tmp_path):
 
 
 def test_longer_statistics_are_cut_and_shorter_ones_refused():
-    s = normalize.compute_stats(ROWS)
+    s = normalize.compute_stats(ROWS.T)
     np.testing.assert_array_equal(s.first(2, "state").q99, s.q99[:2])
     with pytest.raises(UserError, match=r"statistics of the state have 3 dimensions but the robot has 8.*--asset-id"):
         s.first(8, "state")

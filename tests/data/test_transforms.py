@@ -64,9 +64,8 @@ def test_gripper_action_is_openpis(value):
     )
 
 
-def test_gripper_round_trips():
+def test_gripper_actions_round_trip():
     x = np.linspace(0, 1, 101)
-    np.testing.assert_allclose(t.aloha_gripper_state_from_pi(t.aloha_gripper_state_to_pi(x)), x, atol=1e-7)
     np.testing.assert_allclose(t.aloha_gripper_action_from_pi(t.aloha_gripper_action_to_pi(x)), x, atol=1e-12)
     # State and action grippers live in different spaces: mixing them up is far off.
     assert np.abs(t.aloha_gripper_action_from_pi(t.aloha_gripper_state_to_pi(x)) - x).max() > 0.05

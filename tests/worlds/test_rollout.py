@@ -16,8 +16,9 @@ from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.__main__ import main
 from openpi_ar.worlds.tabletop.episodes import EpisodeConfig, TabletopEpisodes
 from openpi_ar.worlds.tabletop.expert import expert_action
-from openpi_ar.worlds.tabletop.tasks import next_subtask, parse_prompt
+from openpi_ar.worlds.tabletop.tasks import next_subtask
 from openpi_ar.worlds.tabletop.world import Tabletop
+from tests.prompt_fixtures import parse_prompt
 
 
 class OpenTabletop(Tabletop):
@@ -212,7 +213,7 @@ def test_mp4_shows_every_step(tmp_path):
 def test_gif_shows_every_step(tmp_path):
     path = tmp_path / "episodes.gif"
     frames = [video.draw_frame({"a": np.full((8, 8, 3), i, np.uint8)}, "do it", "I do") for i in (0, 90, 180)]
-    with video.VideoWriter(path) as writer:
+    with video.VideoWriter(path, 10) as writer:
         writer.add(frames)
     with Image.open(path) as gif:
         assert (gif.n_frames, gif.info["duration"], gif.size) == (3, 100, frames[0].shape[1::-1])
@@ -243,8 +244,8 @@ def test_a_video_that_cannot_be_written_is_refused_first(tmp_path):
 def test_means_leave_out_episodes_without_the_figure(expert_result):
     one = dataclasses.replace(expert_result.episodes[0], subtask_accuracy=None)
     mixed = dataclasses.replace(expert_result, episodes=(one, *expert_result.episodes[1:]))
-    assert mixed.mean("subtask_accuracy") == 1.0
-    assert dataclasses.replace(expert_result, episodes=(one,)).mean("subtask_accuracy") is None
+    assert mixed.means["subtask_accuracy"] == 1.0
+    assert dataclasses.replace(expert_result, episodes=(one,)).means["subtask_accuracy"] is None
 
 
 def test_the_command_plays_the_expert_and_writes_what_it_prints(tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from openpi_ar.worlds.tabletop import scene, tasks
 from openpi_ar.worlds.tabletop.tasks import Facts, clear_task, next_subtask, pair_task, sort_task
+from tests.prompt_fixtures import parse_prompt
 
 BLOCKS = {"red": (-0.1, 0.0, 0.02), "yellow": (0.1, 0.0, 0.02), "blue": (0.0, -0.1, 0.02)}
 IN_LEFT, IN_RIGHT = (*scene.BIN_CENTER["left"], 0.02), (*scene.BIN_CENTER["right"], 0.02)
@@ -28,7 +29,7 @@ def test_training_never_asks_for_what_is_held_out():
     # subtasks.
     assert combos == {(color, name) for color in scene.COLORS for name in scene.BINS} - tasks.HELD_OUT_COMBOS
     unseen = set(tasks.known_prompts()) - {task.prompt for task in drawn}
-    assert all(tasks.parse_prompt(prompt, scene.COLORS).is_held_out for prompt in unseen)
+    assert all(parse_prompt(prompt, scene.COLORS).is_held_out for prompt in unseen)
     assert {task.kind for task in drawn} == {"clear", "sort", "pair"}
     # No colour is tied to one bin: where it goes must be read in the prompt.
     assert all(len({name for c, name in combos if c == color}) >= 2 for color in scene.COLORS)
@@ -101,13 +102,13 @@ def test_layouts_keep_their_distance_and_hold_the_task():
 def test_prompts_read_back_as_their_task():
     assert len(tasks.known_prompts()) == 3 + 3 * 2 + 5 * 4 * 3 * 3
     for prompt in tasks.known_prompts():
-        assert tasks.parse_prompt(prompt, scene.COLORS).prompt == prompt
+        assert parse_prompt(prompt, scene.COLORS).prompt == prompt
     assert sort_task("right", "middle", ("red", "blue")).targets == (("red", "right"), ("blue", "middle"))
     for wrong in ("put warm colours left and warm colours right", "put warm colours left and cool colours left"):
         with pytest.raises(ValueError, match="unknown prompt"):
-            tasks.parse_prompt(wrong, scene.COLORS)
+            parse_prompt(wrong, scene.COLORS)
     with pytest.raises(ValueError, match="names \\['red'\\]"):
-        tasks.parse_prompt(pair_task("red", "left", "blue", "left").prompt, ("blue", "green"))
+        parse_prompt(pair_task("red", "left", "blue", "left").prompt, ("blue", "green"))
 
 
 @pytest.mark.parametrize(

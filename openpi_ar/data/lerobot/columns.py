@@ -26,7 +26,8 @@ from openpi_ar.textfile import is_number
 
 _MANY_FILES = 100
 """Reading more files than this takes seconds, so a progress bar is shown."""
-
+_CONVENTIONS = {"index": SUBTASK_INDEX, "language": LANGUAGE, "task": "task_index"}
+"""The column that each way of recording subtasks needs; any other name is that of a column of texts."""
 
 Timeline = tuple[np.ndarray, list[str]]
 """When subtasks begin, float32 seconds, ascending, and their texts."""
@@ -57,25 +58,29 @@ class Frames:
         """Position in `episodes` of each frame [N]."""
         return np.repeat(np.arange(len(self.episodes)), np.diff(self.starts))
 
-    def where(self, frame: int) -> str:
-        """ "FILE: episode E, frame F" of a frame [0, N), for messages."""
-        e = int(np.searchsorted(self.starts, frame, side="right")) - 1
-        return f"{self.episodes[e].data}: episode {self.episodes[e].index}, frame {self.number(frame)}"
+    def rows(self, e: int) -> slice:
+        """The frames of the episode at position `e` in `episodes`."""
+        return slice(int(self.starts[e]), int(self.starts[e + 1]))
 
-    def number(self, frame: int) -> int:
-        """Of a frame [0, N) within its episode."""
-        return frame - int(self.starts[int(np.searchsorted(self.starts, frame, side="right")) - 1])
+    def place(self, frame: int) -> tuple[int, int]:
+        """(position in `episodes`, number within the episode) of a frame [0, N)."""
+        e = int(np.searchsorted(self.starts, frame, side="right")) - 1
+        return e, frame - int(self.starts[e])
+
+    def where(self, frame: int, *, file: bool = True) -> str:
+        """ "FILE: episode E, frame F" of a frame [0, N), for messages."""
+        e, number = self.place(frame)
+        return f"{self.episodes[e].data}: " * file + f"episode {self.episodes[e].index}, frame {number}"
 
     def vector(self, keys: Sequence[str]) -> np.ndarray:
         """Features side by side, float32 [N dims]; "name[0:7]" is some dimensions of one.
 
-        Raises UserError at the first value that is not finite, if a feature lacks the dimensions, and if it holds no
-        numbers.
+        Raises UserError at a value that is not finite, a feature that lacks the dimensions or holds no numbers.
         """
         out = np.concatenate([self._part(key) for key in keys], axis=1)
         bad = ~np.isfinite(out)
         if bad.any():
-            frame, dim = (int(i) for i in np.argwhere(bad)[0])
+            frame, dim = map(int, np.argwhere(bad)[0])
             raise UserError(
                 f"{self.where(frame)}: dimension {dim} of {' + '.join(keys)} is {out[frame, dim]} "
                 f"({int(bad.any(1).sum())} such frames in all): repair or leave out the episode (data.episodes)"
@@ -181,13 +186,12 @@ def subtask_source(meta: Meta, asked: str) -> str:
         return "language" if LANGUAGE in meta.features else "none"
     if asked == "none":
         return asked
-    conventions = {"index": SUBTASK_INDEX, "language": LANGUAGE, "task": "task_index"}
-    if asked not in conventions:
+    if asked not in _CONVENTIONS:
         asked = meta.find(asked)
         if (kind := meta.feature(asked).dtype) != "string":
             raise UserError(f"data.subtasks is {asked!r}, but that feature holds {kind}, not texts")
         return asked
-    meta.feature(conventions[asked])
+    meta.feature(_CONVENTIONS[asked])
     if asked == "index" and meta.subtasks_file is None:
         raise UserError(f"{meta.root / 'meta'} holds no subtasks.parquet (or .jsonl): the texts of {SUBTASK_INDEX}")
     return asked
@@ -195,8 +199,7 @@ def subtask_source(meta: Meta, asked: str) -> str:
 
 def label_columns(source: str) -> tuple[str, ...]:
     """The features that `subtask_labels` needs of `read_columns`."""
-    table = {"none": (), "index": (SUBTASK_INDEX,), "language": (LANGUAGE,), "task": ("task_index",)}
-    return table.get(source, (source,))
+    return () if source == "none" else (_CONVENTIONS.get(source, source),)
 
 
 def _span(group: Sequence[Episode]) -> str:
@@ -212,8 +215,7 @@ def _array(meta: Meta, column: pa.ChunkedArray, key: str, where: str) -> np.ndar
 
 
 def _places(indices: np.ndarray) -> dict[int, slice]:
-    """Rows of each episode in a file. An episode in two pieces is left with the last, and then found to be too
-    short."""
+    """Rows of each episode in a file. An episode in two pieces is left with the last: `_check` finds it too short."""
     borders = np.concatenate([[0], np.flatnonzero(np.diff(indices)) + 1, [len(indices)]])
     indices = np.nan_to_num(indices, nan=-1)
     return {int(indices[a]): slice(int(a), int(b)) for a, b in itertools.pairwise(borders) if b > a}
@@ -257,13 +259,11 @@ def _index_labels(
 
 
 def _language_labels(frames: Frames) -> tuple[list[str], np.ndarray]:
-    labels = [""] * len(frames)
-    for e, timeline in enumerate(frames.timelines):
-        start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
-        begin, texts = timeline
+    labels = []
+    for e, (begin, texts) in enumerate(frames.timelines):
         # Both sides float32: LeRobot's writer widens the frames' float32 timestamps.
-        active = np.searchsorted(begin, frames.timestamps[start:stop], side="right") - 1
-        labels[start:stop] = [texts[i] if i >= 0 else "" for i in active]
+        active = np.searchsorted(begin, frames.timestamps[frames.rows(e)], side="right")
+        labels += [["", *texts][i] for i in active]
     return _text_labels(labels)
 
 
@@ -290,7 +290,6 @@ def _text_labels(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 def runs(labels: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """(first frame, one past the last, label) of each run of one label within one episode."""
-    edges = np.flatnonzero(np.diff(labels)) + 1
-    borders = np.union1d(edges, starts)
-    for a, b in itertools.pairwise(borders):
-        yield int(a), int(b), int(labels[a])
+    borders = np.union1d(np.flatnonzero(np.diff(labels)) + 1, starts)
+    for a, b in itertools.pairwise(borders.tolist()):
+        yield a, b, int(labels[a])

@@ -52,8 +52,7 @@ class Codec:
 
 
 CODECS = {
-    # LeRobot's own choice but for the quality: at its crf 30 every second frame of a 64-pixel image shows the one
-    # before.
+    # LeRobot's own choice but for the quality: at crf 30 every second frame of a 64-pixel image shows the one before.
     "av1": Codec("av1", "libsvtav1", (("g", "2"), ("crf", "18"), ("preset", "10")), 64),
     "h264": Codec("h264", "libx264", (("g", "2"), ("crf", "20"), ("bf", "0")), 16),
 }

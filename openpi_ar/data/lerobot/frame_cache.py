@@ -4,24 +4,23 @@ One array per camera and size. Its directory's name is a digest of everything th
 one rename when it is complete: a half-written one is never read.
 """
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
-import hashlib
 import json
-import os
 from pathlib import Path
 import shutil
+import time
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.meta import INFO
+from openpi_ar.data.lerobot.parquet import require
 from openpi_ar.data.lerobot.video import read_frames
 from openpi_ar.errors import UserError
-from openpi_ar.files import Mapped, cache_root, when_whole
+from openpi_ar.files import cache_root, cores, digest, when_whole
 from openpi_ar.images import resize_with_pad
+from openpi_ar.tables import progress_bar
 
 _VERSION = 1
 """Raise when decoding or resizing changes: old caches are then left alone and not read."""
@@ -37,12 +36,7 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
     for episode in frames.episodes:
         path = meta.frames_file(episode, camera)
         if path not in files:
-            if not path.is_file():
-                raise UserError(
-                    f"{path} is missing (camera {camera!r}, episode {episode.index}): download or copy the dataset "
-                    "again"
-                )
-            stat = path.stat()
+            stat = require(path, f"camera {camera!r}, episode {episode.index}").stat()
             files[path] = (str(path.relative_to(meta.root)), stat.st_size, stat.st_mtime_ns)
     # The place of the dataset does not matter, its files do: a copy that keeps their times shares the cache.
     content = {
@@ -53,12 +47,11 @@ def cache_path(frames: Frames, camera: str, size: tuple[int, int], root: str | N
         "size": size,
         "version": _VERSION,
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root(root) / "lerobot" / digest
+    return cache_root(root) / "lerobot" / digest(content)
 
 
-def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str | None = None) -> np.ndarray:
-    """All frames of a camera, read-only uint8 [N h w 3], aspect kept and padded to `size` (height, width).
+def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str | None = None) -> Path:
+    """The .npy file of all frames of a camera, uint8 [N h w 3], aspect kept and padded to `size` (height, width).
 
     Decodes on first use, with a progress bar. Raises UserError as `read_frames` does, and if the disk is too small.
     """
@@ -76,17 +69,20 @@ def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str 
             _fill(frames, camera, size, np.lib.format.open_memmap(scratch / "frames.npy", "w+", np.uint8, shape))
             about = {"dataset": str(frames.meta.root), "camera": camera, "size": size, "frames": len(frames)}
             (scratch / "meta.json").write_text(json.dumps(about, indent=1))
-    return np.load(path / "frames.npy", mmap_mode="r")
+    return path / "frames.npy"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CachedReader(Mapped):
-    """A camera's frame, uint8 [h w 3], out of `cached_frames`."""
+class CachedReader:
+    """A camera's frame, uint8 [h w 3], out of a file of `cached_frames`; pickled as the name of that file."""
 
-    pixels: np.ndarray
+    def __init__(self, file: Path):
+        self.file, self._pixels = file, np.load(file, mmap_mode="r")
 
     def __call__(self, row: int) -> np.ndarray:
-        return np.asarray(self.pixels[row])
+        return np.asarray(self._pixels[row])
+
+    def __reduce__(self):
+        return CachedReader, (self.file,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,48 +93,23 @@ class DecodingReader:
     camera: str
 
     def __call__(self, row: int) -> np.ndarray:
-        frames = self.frames
-        e = int(np.searchsorted(frames.starts, row, side="right")) - 1
-        start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
-        stamps = frames.timestamps[start:stop]
-        return next(read_frames(frames.meta, frames.episodes[e], self.camera, stamps, [row - start]))
+        e, number = self.frames.place(row)
+        frames, stamps = self.frames, self.frames.timestamps[self.frames.rows(e)]
+        return next(read_frames(frames.meta, frames.episodes[e], self.camera, stamps, [number]))
 
 
-def _fill(frames: Frames, camera: str, size: tuple[int, int], out: np.ndarray) -> None:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.0f} frames/s"),
-        TimeRemainingColumn(),
-    )
-    with progress:
-        bar = progress.add_task(f"decoding {camera}", total=len(frames), speed=0.0)
+def _fill(frames: Frames, camera: str, size: tuple[int, int], out: np.memmap) -> None:
+    """Decodes and resizes everything into `out`. Both release the GIL, so threads do; the first error ends them."""
 
-        def done(count: int) -> None:
-            progress.advance(bar, count)
-            task = progress.tasks[bar]
-            progress.update(bar, speed=task.completed / max(task.elapsed or 0.0, 1e-6))
+    def one(e: int) -> int:
+        rows, numbers = frames.rows(e), range(frames.episodes[e].length)
+        stamps = frames.timestamps[rows]
+        for row, image in enumerate(read_frames(frames.meta, frames.episodes[e], camera, stamps, numbers), rows.start):
+            out[row] = resize_with_pad(image, *size)
+        return rows.stop
 
-        def one(e: int) -> None:
-            start, stop = int(frames.starts[e]), int(frames.starts[e + 1])
-            numbers = range(stop - start)
-            decoded = read_frames(frames.meta, frames.episodes[e], camera, frames.timestamps[start:stop], numbers)
-            for i, image in enumerate(decoded):
-                out[start + i] = resize_with_pad(image, *size)
-            done(stop - start)
-
-        _in_threads(one, range(len(frames.episodes)))
-    if isinstance(out, np.memmap):
-        out.flush()
-
-
-def _in_threads(job: Callable[[int], None], items: Sequence[int]) -> None:
-    """Decoders and resizing release the GIL, so threads do. The first error ends it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(min(cores, len(items)))
-    try:
-        for _ in pool.map(job, items):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
+    began = time.perf_counter()
+    with progress_bar(f"decoding {camera}", len(frames)) as update, ThreadPoolExecutor(cores()) as pool:
+        for done in pool.map(one, range(len(frames.episodes))):
+            update(done, f"{done / (time.perf_counter() - began):.0f} frames/s")
+    out.flush()

@@ -3,7 +3,7 @@
 from pathlib import Path
 import re
 
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, first_line
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -31,8 +31,7 @@ def local_dataset(path: str | Path) -> Path:
         # Shows its own progress. Files that are there already are not fetched again; without a network, they are used.
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision or None))
     except Exception as e:  # the library's, its HTTP client's and the network's errors share no base class
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"{path} is neither a directory nor a dataset that the Hugging Face hub gives: {reason}; check the name "
-            f"and the network, or copy the dataset here"
+            f"{path} is neither a directory nor a dataset that the Hugging Face hub gives: {first_line(e)}; check the "
+            f"name and the network, or copy the dataset here"
         ) from e

@@ -34,8 +34,7 @@ _LAYOUT = {"v2.0": 2, "v2.1": 2, "v3.0": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One entry of `features` in info.json. `fault` says why it cannot be read; features that are not used may have
-    one."""
+    """One entry of `features` in info.json. `fault` says why it cannot be read: an error once it is used."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +44,7 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpan:
-    """Where the frames of one episode and camera are: from `start` seconds on in the file."""
+    """The frames of one episode and camera: from `start` seconds on in the file."""
 
     path: Path
     start: float
@@ -67,8 +66,7 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Meta:
-    """A dataset without its frames. Texts are read when they are asked for: a damaged file of them may not be
-    needed."""
+    """A dataset without its frames. Texts are read when they are asked for: a damaged file may not be needed."""
 
     root: Path
     version: str
@@ -89,14 +87,14 @@ class Meta:
 
     @property
     def tasks_file(self) -> Path:
-        """Where the tasks' texts are."""
+        """The file of the tasks' texts."""
         return self.root / ("meta/tasks.parquet" if _LAYOUT[self.version] == 3 else "meta/tasks.jsonl")
 
     @property
     def subtasks_file(self) -> Path | None:
-        """Where the subtasks' texts are, if there are any."""
+        """The file of the subtasks' texts, if there is one."""
         files = (self.root / f"meta/subtasks.{suffix}" for suffix in ("parquet", "jsonl"))
-        return next((file for file in files if file.is_file()), None)
+        return next(filter(Path.is_file, files), None)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -104,8 +102,7 @@ class Meta:
         return tuple(key for key, f in self.features.items() if f.dtype in ("image", "video"))
 
     def find(self, key: str) -> str:
-        """The feature that a key means (`openpi_ar/lookup.py`). Raises UserError listing what there is, or why it
-        cannot be used."""
+        """The feature that a key means (`openpi_ar/lookup.py`). Raises UserError if there is none, or as `feature`."""
         name = resolve(key, self.features, f"{self.root / INFO} has no feature")
         self.feature(name)
         return name
@@ -146,8 +143,8 @@ class Meta:
 def read_meta(path: str | Path) -> Meta:
     """Reads and checks `meta/` of a directory, or of a dataset of the Hugging Face hub by its name.
 
-    Raises UserError naming the file and what was expected of it. What may not be needed is not checked here: texts,
-    files of frames, features that nobody asked for.
+    Raises UserError naming the file and what was expected of it. Texts, files of frames and features are checked when
+    they are used.
     """
     root = local_dataset(path)
     if not root.is_dir():
@@ -224,11 +221,10 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         raise UserError(f"{root / 'meta/episodes'} holds no parquet file: a v3.0 dataset lists its episodes there")
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     places = [f"videos/{key}/{name}" for key in videos for name in ("chunk_index", "file_index", "from_timestamp")]
-    rows = [
-        (row, f"{file}, row {number}")
-        for file in files
-        for number, row in enumerate(to_rows(read_table(file, columns, optional=["tasks", *places]), file))
+    tables = [
+        (file, read_table(file, columns, where="the list of episodes", optional=["tasks", *places])) for file in files
     ]
+    rows = [(row, f"{file}, row {i}") for file, table in tables for i, row in enumerate(to_rows(table, file))]
     return [_episode_v3(root, info, videos, row, where) for row, where in rows]
 
 
@@ -248,8 +244,7 @@ def _episode_v3(root: Path, info: Mapping[str, Any], videos: Sequence[str], row:
 
 
 def _path(root: Path, info: Mapping[str, Any], template: str, **place: int | str) -> Path:
-    """A file by its template in info.json. Raises UserError if there is no such template, or it asks for other
-    fields."""
+    """A file by its template in info.json. Raises UserError if it is not there, or asks for other fields."""
     try:
         return root / info[template].format(**place)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:

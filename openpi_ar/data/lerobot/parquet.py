@@ -11,25 +11,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from openpi_ar.errors import UserError
+from openpi_ar.errors import UserError, first_line
+
+
+def require(path: Path, where: str) -> Path:
+    """The path of a file of the dataset. Raises UserError naming it and `where` it is needed, if it is not there."""
+    if not os.path.isfile(path):  # False, not an error, for a path that cannot be
+        raise UserError(f"{path} is missing ({where}): download or copy the dataset again")
+    return path
 
 
 def read_table(
     path: Path,
     columns: Sequence[str] | None = None,
     *,
+    where: str,
     optional: Sequence[str] = (),
-    where: str = "",
     only: pc.Expression | None = None,
 ) -> pa.Table:
-    """These columns of a parquet file, and those of `optional` that are there, of the rows that `only` holds for; None:
-    all.
+    """These columns (None: all) of a parquet file, and those of `optional` that are there; rows that pass `only`.
 
     Raises UserError naming the file, `where` (an episode, say) and the column.
     """
-    where = f" ({where})" if where else ""
-    if not os.path.isfile(path):  # False, not an error, for a path that cannot be
-        raise UserError(f"{path} is missing{where}: download or copy the dataset again")
+    require(path, where)
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -38,10 +42,9 @@ def read_table(
         if not missing:
             return pq.read_table(path, columns=wanted, filters=only)
     except (pa.ArrowException, OSError, ValueError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{path} is not a readable parquet file{where}: {reason}; copy it again") from e
+        raise UserError(f"{path} is not a readable parquet file ({where}): {first_line(e)}; copy it again") from e
     twice = f" (twice: {missing[0]})" if missing[0] in names else ""
-    raise UserError(f"{path} has no column {', '.join(missing)}{where}: it has {', '.join(sorted(names))}{twice}")
+    raise UserError(f"{path} has no column {', '.join(missing)} ({where}): it has {', '.join(sorted(names))}{twice}")
 
 
 def to_rows(table: pa.Table, path: Path) -> list[dict[str, Any]]:
@@ -53,10 +56,9 @@ def to_rows(table: pa.Table, path: Path) -> list[dict[str, Any]]:
 
 
 def to_array(column: pa.ChunkedArray, shape: Sequence[int], *, texts: bool, where: str) -> np.ndarray:
-    """Numbers [rows dims], `dims` the product of `shape`: a scalar is one dimension, arrays are flattened. Texts
-    [rows], objects.
+    """Numbers [rows dims], `dims` the product of `shape` and NaN where there is none, or texts [rows] (objects).
 
-    Empty numbers are NaN. Raises UserError, beginning with `where`, if the column holds something else.
+    Raises UserError, beginning with `where`, if the column holds something else.
     """
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):

@@ -5,9 +5,9 @@ import dataclasses
 
 import numpy as np
 
-from openpi_ar.data.layout import Column, Layout, Numbers, stats_of
+from openpi_ar.data.layout import Column, Layout, Numbers
 from openpi_ar.data.lerobot.columns import Frames, runs
-from openpi_ar.data.normalize import Mode, NormStats
+from openpi_ar.data.normalize import Mode, NormStats, compute_stats
 from openpi_ar.data.transforms import absolute_to_model, state_to_model
 from openpi_ar.robot_spec import RobotSpec
 
@@ -97,7 +97,7 @@ class LeRobotSource:
         """Runs of frames of the dataset without a subtask."""
         frames = self.table.frames
         empty = [(a, b) for a, b, label in runs(self.table.subtask_id, frames.starts) if label < 0]
-        return [frames.where(a) + (f" to {b - 1 - a + frames.number(a)}" if b - a > 1 else "") for a, b in empty]
+        return [frames.where(a) + (f" to {frames.place(b - 1)[1]}" if b - a > 1 else "") for a, b in empty]
 
     def numbers(self) -> Numbers:
         """Over all frames of this source; no image is read.
@@ -126,4 +126,4 @@ class LeRobotSource:
 
     def norm_stats(self, mode: Mode = "quantile") -> dict[str, NormStats]:
         """Statistics of `numbers`."""
-        return stats_of(self.numbers(), mode)
+        return {name: compute_stats([c.values for c in columns], mode) for name, columns in self.numbers().items()}

@@ -12,10 +12,7 @@ _NONE = ("null", "none", "nan")
 
 
 def text_of(value: Any, where: str) -> str:
-    """The text, without spaces around it; "" for what stands for none: null, NaN, and these as words.
-
-    Raises UserError saying where, if it is neither.
-    """
+    """The text, stripped; "" for what stands for none: null, NaN, and these as words. Raises UserError for the rest."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if not isinstance(value, str):
@@ -37,7 +34,7 @@ def read_texts(file: Path, kind: str) -> dict[int, str]:
     if file.suffix == ".jsonl":
         rows = read_lines(file)
     else:
-        table = read_table(file)
+        table = read_table(file, where=f"the {kind}s")
         column = _column(table.schema, kind, file)
         rows = to_rows(table, file)
     texts: dict[int, str] = {}

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from openpi_ar.data.lerobot.meta import Episode, Meta
-from openpi_ar.data.lerobot.parquet import read_table
-from openpi_ar.errors import UserError
+from openpi_ar.data.lerobot.parquet import read_table, require
+from openpi_ar.errors import UserError, first_line
 
 _NEAR = 0.45
 """Of a frame period: further from every frame than this, a timestamp has no frame of its own."""
@@ -34,12 +34,11 @@ _EIGHT_BIT = ("RGB", "RGBA", "L", "LA", "P", "1")
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a video file says of itself; `frames` is 0 where it does not count them."""
+    """What a video file says of itself."""
 
     codec: str
     pixels: str
     fps: float
-    frames: int
     height: int
     width: int
 
@@ -53,23 +52,17 @@ def probe(path: Path) -> VideoInfo:
             raise UserError(f"{path} is in a codec that this PyAV does not know")
         name = {"libdav1d": "av1", "libaom-av1": "av1"}.get(str(codec.name), str(codec.name))
         rate = float(stream.average_rate or 0)
-        return VideoInfo(name, str(codec.pix_fmt), rate, stream.frames, codec.height, codec.width)
+        return VideoInfo(name, str(codec.pix_fmt), rate, codec.height, codec.width)
 
 
 def read_frames(meta: Meta, episode: Episode, camera: str, timestamps: np.ndarray, frames: Sequence[int]) -> Iterator:
     """The frames uint8 [h w 3] of these ascending numbers within the episode, one after the other.
 
-    Args:
-        timestamps: seconds from the start of the episode, of all its frames.
-
-    Raises:
-        UserError: a file is missing, truncated or recorded at another rate, or an image cannot be read; names the file,
-            the episode and the frame.
+    `timestamps` are those of all its frames, seconds from its start. Raises UserError naming file, episode and frame
+    if a file is missing, truncated or recorded at another rate, or an image cannot be read.
     """
-    if (kind := meta.feature(camera).dtype) == "image":
+    if meta.feature(camera).dtype == "image":
         return _images(meta, episode, camera, frames)
-    if kind != "video":
-        raise UserError(f"feature {camera!r} of {meta.root} holds {kind}, not images or video")
     return _video(meta, episode, camera, [float(timestamps[i]) for i in frames], frames)
 
 
@@ -96,7 +89,8 @@ def _video(meta: Meta, episode: Episode, camera: str, times: list[float], frames
                     before, now, ended = now or before, following, following is None
             except av.error.FFmpegError as e:
                 raise UserError(f"{span.path} is damaged at {label}: {e.strerror}; copy it again") from e
-            near = _nearest(before, now, wanted)
+            there = [frame for frame in (before, now) if frame is not None]
+            near = min(there, key=lambda frame: abs(_time(frame) - wanted), default=None)
             if near is None or abs(_time(near) - wanted) > _NEAR / meta.fps:
                 found = "it ends before" if now is None or near is None else f"the nearest is at {_time(near):.4f} s"
                 raise UserError(f"{span.path} holds no frame at {wanted:.4f} s ({label}): {found}; truncated?")
@@ -127,20 +121,13 @@ def _with_time(container: InputContainer) -> Iterator[VideoFrame]:
     return (frame for frame in container.decode(container.streams.video[0]) if frame.pts is not None)
 
 
-def _nearest(before: VideoFrame | None, after: VideoFrame | None, time: float) -> VideoFrame | None:
-    there = [frame for frame in (before, after) if frame is not None]
-    return min(there, key=lambda frame: abs(_time(frame) - time)) if there else None
-
-
 def _time(frame: VideoFrame) -> float:
     return float(frame.pts * frame.time_base)  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
 
 
 def _open(path: Path, where: str) -> InputContainer:
-    if not path.is_file():
-        raise UserError(f"{path} is missing ({where}): download or copy the dataset again")
     try:
-        container = av.open(str(path), **_ANY_TITLE)
+        container = av.open(str(require(path, where)), **_ANY_TITLE)
     except (av.error.FFmpegError, OSError) as e:
         raise UserError(
             f"{path} ({where}, frame 0) cannot be opened as a video: {e.strerror}; truncated? Copy it again"
@@ -170,8 +157,7 @@ def _image(entry: Any, root: Path, where: str) -> np.ndarray:
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
             mode = image.mode
     except Exception as e:  # Pillow's decoders raise nearly anything on damaged bytes
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{where} is not a readable image: {reason}") from e
+        raise UserError(f"{where} is not a readable image: {first_line(e)}") from e
     raise UserError(f"{where} has pixels of mode {mode}, expected 8 bits: {', '.join(_EIGHT_BIT)}")
 
 

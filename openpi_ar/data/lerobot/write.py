@@ -23,6 +23,9 @@ from openpi_ar.data.lerobot.stats import flatten, pixel_counts, pixel_stats, vec
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
 
+Images = Literal["png", "h264", "av1"]
+Subtasks = Literal["both", "index", "language"]
+
 _DATA_MB, _VIDEO_MB, _CHUNK = 100, 200, 1000
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -52,8 +55,8 @@ class Spec:
     image_size: tuple[int, int]
     vectors: Mapping[str, tuple[str, ...]]
     flags: tuple[str, ...] = ()
-    images: Literal["png", "h264", "av1"] = "h264"
-    subtasks: Literal["both", "index", "language"] = "both"
+    images: Images = "h264"
+    subtasks: Subtasks = "both"
 
 
 class LeRobotWriter:

@@ -9,7 +9,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.worlds.libero.expert import expert_action
 from openpi_ar.worlds.libero.tasks import TASKS, next_subtask
 from openpi_ar.worlds.libero.world import ACTION_DIM, FPS, STATE_DIM, LiberoWorld
-from openpi_ar.worlds.protocol import Info, Observation, Play
+from openpi_ar.worlds.protocol import Info, Observation, Play, World
 
 ACTION_NAMES = ("x", "y", "z", "turn x", "turn y", "turn z", "grip (-1 opens)")
 
@@ -40,10 +40,7 @@ def spread(episodes: int, tasks: Sequence[int]) -> dict[int, int]:
 
 def open_episodes(play: Play) -> Callable[[], "LiberoEpisodes"]:
     """Makes the worlds in which these episodes are played, spread evenly over the tasks; `play.seed` is the first
-    initial state.
-
-    Raises UserError if LIBERO is not installed, the model is for another robot, or something is asked that LIBERO has
-    not.
+    initial state. Raises UserError if LIBERO is not installed, lacks what is asked, or the model is for another robot.
     """
     if play.split != "train" or play.subtask is not None or play.wrong_subtask:
         raise UserError(
@@ -64,8 +61,8 @@ def check_dims(dims: tuple[int, int]) -> None:
         )
 
 
-class LiberoEpisodes:
-    """A `protocol.World`. Figure: `objects_placed`, the fraction of the task's objects in the basket at the end.
+class LiberoEpisodes(World):
+    """Episodes on LIBERO. Figure: `objects_placed`, the fraction of the task's objects in the basket at the end.
 
     `plan` holds the task and the initial state of each episode; in order of their task they start fastest. `seed` is
     that of the policy's session in the first one.
@@ -78,33 +75,26 @@ class LiberoEpisodes:
         self.world, self._plan, self._seed = world, plan, seed
 
     def label(self, episode: int) -> dict[str, Any]:
-        """Its task and initial state."""
         task, state = self._plan[episode]
         return {"task": task, "state": state}
 
     def seed(self, episode: int) -> int:
-        """See `protocol.World`."""
         return self._seed + episode
 
     def prompt(self, episode: int) -> str:
-        """See `protocol.World`."""
         return TASKS[self._plan[episode][0]].prompt
 
     def begin(self, episode: int, *, render: bool = True) -> tuple[Observation, Info]:
-        """See `protocol.World`."""
         obs, self._info = self.world.reset(*self._plan[episode], render=render)
         return obs, self._info
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
-        """See `protocol.World`."""
         obs, reward, terminated, truncated, self._info = self.world.step(action, render=render)
         return obs, reward, terminated, truncated, self._info
 
     def expert_action(self) -> np.ndarray:
-        """See `protocol.World`."""
         facts = self.world.facts()
         return expert_action(facts, next_subtask(self.world.task, facts))
 
     def figures(self) -> dict[str, float | bool | None]:
-        """See the class."""
         return {"objects_placed": self._info["objects_placed"]}

@@ -1,5 +1,4 @@
-"""The scripted expert for LIBERO: one rule from (what can be seen now, subtask) to LIBERO's action. It remembers
-nothing.
+"""The scripted expert for LIBERO: one rule from (what can be seen now, subtask) to LIBERO's action, without memory.
 
 As on the tabletop, having no memory makes it a fair teacher for a policy that sees one frame, and lets it recover: a
 slipped object is simply one that is not held. Grasps are planned on boxes: along which edge, and where, the open hand
@@ -54,8 +53,7 @@ _CLEAR_ENOUGH = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Grasp:
-    """Where the hand closes: tool point [3] (metres), direction [2] along which the fingers open, free room
-    (metres)."""
+    """How the hand closes: tool point [3] (metres), direction [2] along which the fingers open, free room (metres)."""
 
     point: np.ndarray
     across: np.ndarray
@@ -65,9 +63,7 @@ class Grasp:
 def expert_action(facts: Facts, subtask: str) -> np.ndarray:
     """LIBERO's action float32 [7] (translation, turn, grip: +1 close, -1 open; in [-1, 1]) that carries out a subtask.
 
-    Raises:
-        ValueError: unknown subtask.
-        KeyError: the object it names is not there.
+    Raises ValueError for an unknown subtask, KeyError if the object it names is not there.
     """
     name, goes_in = parse_subtask(subtask)
     travel = _travel_height(facts)

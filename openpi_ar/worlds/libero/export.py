@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
-from openpi_ar.data.lerobot.write import LeRobotWriter, Spec
+from openpi_ar.data.lerobot.write import Images, LeRobotWriter, Spec, Subtasks
 from openpi_ar.data.robots import ROBOTS
 from openpi_ar.worlds.libero.record import Episode
 from openpi_ar.worlds.libero.world import FPS
@@ -18,10 +17,10 @@ def write_libero(
     episodes: Iterable[Episode],
     image_size: tuple[int, int],
     *,
-    images: Literal["png", "h264", "av1"] = "h264",
-    subtasks: Literal["both", "index", "language"] = "both",
+    images: Images = "h264",
+    subtasks: Subtasks = "both",
 ) -> Path:
-    """Writes the episodes as they come and returns the dataset's directory, which appears when it is whole.
+    """Writes the episodes as they come and returns the dataset's directory, which appears when it is complete.
 
     Raises UserError if `out` exists already, the codec cannot take images of this size, or there are no episodes.
     """

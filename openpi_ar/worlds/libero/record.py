@@ -5,16 +5,15 @@ are never trained on.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 import dataclasses
 import functools
-import multiprocessing
 
 import numpy as np
 
 from openpi_ar.worlds.libero.expert import expert_action
 from openpi_ar.worlds.libero.tasks import DONE, Facts, next_subtask
 from openpi_ar.worlds.libero.world import LiberoWorld
+from openpi_ar.worlds.processes import map_in_processes
 
 _DONE_FRAMES = 5
 _MAX_ATTEMPTS = 10
@@ -24,8 +23,7 @@ _NEAR = 0.12
 
 @dataclasses.dataclass
 class Episode:
-    """One demonstration of T frames: images uint8 [T, 2, H, W, 3], state float32 [T, 8], action float32 [T, 7],
-    subtasks [T]."""
+    """T frames: images uint8 [T, 2, H, W, 3], state float32 [T, 8], action float32 [T, 7], subtasks [T]."""
 
     prompt: str
     images: np.ndarray
@@ -80,8 +78,7 @@ class Disturbance:
 
 
 def record_episode(world: LiberoWorld, task: int, seed: tuple[int, ...], noise: float) -> Episode:
-    """A successful demonstration from a layout never used in evaluation; failed attempts are thrown away and drawn
-    again.
+    """A successful demonstration from a layout never used in evaluation; failed attempts are drawn again.
 
     Args:
         world: environment to use; its state is lost.
@@ -108,21 +105,14 @@ def record_episodes(
 
     `workers` processes, each with its own world; 1 stays in this process.
     """
-    if workers <= 1:
-        yield from (_record(image_size, noise, job) for job in jobs)
-        return
-    # Never fork: the parent may hold a GL context.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(functools.partial(_record, image_size, noise), jobs)
+    return map_in_processes(functools.partial(_record, image_size, noise), jobs, workers)
 
 
 def _record(image_size: tuple[int, int], noise: float, job: tuple[int, tuple[int, ...]]) -> Episode:
     return record_episode(_world(image_size), *job, noise)
 
 
-@functools.lru_cache(1)
-def _world(image_size: tuple[int, int]) -> LiberoWorld:
-    return LiberoWorld(image_size)
+_world = functools.lru_cache(1)(LiberoWorld)
 
 
 def _attempt(world: LiberoWorld, task: int, rng: np.random.Generator, noise: float) -> Episode | None:

@@ -1,5 +1,4 @@
-"""What is asked for, and what is to be done next: LIBERO-10's three "put both ... in the basket" tasks. Needs no
-simulator."""
+"""LIBERO-10's three "put both ... in the basket" tasks: prompts, and what is to be done next. Needs no simulator."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -31,6 +30,7 @@ _PAIRS = {
 }
 TASKS = {i: Task(i, f"put both the {a} and the {b} in the basket", (a, b)) for i, (a, b) in _PAIRS.items()}
 """By their number in libero_10."""
+_OBJECTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.objects))
 
 NAMES = {
     "alphabet_soup_1": "alphabet soup",
@@ -44,8 +44,7 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """An object as a box: `center` [3] and `half` sizes [3] in metres, `axes` [3 3] whose columns are its edges'
-    directions."""
+    """An object as a box: `center` [3] and `half` sizes [3] in metres; the columns of `axes` [3 3] are its edges."""
 
     center: np.ndarray
     axes: np.ndarray
@@ -99,16 +98,14 @@ def put(name: str) -> str:
 
 def known_subtasks() -> tuple[str, ...]:
     """Every subtask of the three tasks."""
-    names = dict.fromkeys(name for task in TASKS.values() for name in task.objects)
-    return (*(pick_up(name) for name in names), *(put(name) for name in names), DONE)
+    return (*map(pick_up, _OBJECTS), *map(put, _OBJECTS), DONE)
 
 
 def parse_subtask(subtask: str) -> tuple[str | None, bool]:
     """(object, whether it goes into the basket); (None, False) for "done". Raises ValueError for any other text."""
-    names = {name for task in TASKS.values() for name in task.objects}
     if subtask == DONE:
         return None, False
-    for name in names:
+    for name in _OBJECTS:
         if subtask in (pick_up(name), put(name)):
             return name, subtask == put(name)
     raise ValueError(f"unknown subtask {subtask!r}; see openpi_ar.worlds.libero.tasks.known_subtasks()")

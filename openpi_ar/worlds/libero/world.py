@@ -1,5 +1,4 @@
-"""LIBERO's environment in the tabletop's form: gymnasium-style `reset` and `step`, true subtasks, openpi's
-observations.
+"""LIBERO's environment with gymnasium-style `reset` and `step`, true subtasks and openpi's observations.
 
 Physics, controller, success and initial states are LIBERO's own; only rendering is replaced (`render.py`).
 """
@@ -61,6 +60,8 @@ class LiberoWorld:
         UserError: the extra `libero` is not installed, or the image size is not positive.
     """
 
+    max_steps = MAX_STEPS
+
     def __init__(self, image_size: tuple[int, int] = (256, 256)) -> None:
         if min(image_size) < 1:
             raise UserError(f"image_size must be positive (height, width), found {list(image_size)}")
@@ -106,11 +107,8 @@ class LiberoWorld:
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
         """One control step of 0.05 s.
 
-        Reward is 1 on success, else 0. Terminated: success. Truncated: the step limit.
-
-        Raises:
-            ValueError: an action of another shape, or one with NaN or infinity.
-            RuntimeError: called before `reset`.
+        Reward is 1 on success, else 0. Terminated: success. Truncated: the step limit. Raises ValueError for an action
+        of another shape or one that is not finite, RuntimeError before `reset`.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
@@ -118,14 +116,8 @@ class LiberoWorld:
         self.task  # noqa: B018  raises before `reset`
         self._raw, *_ = self._env.step(np.clip(action, -1, 1))
         self._steps += 1
-        self._success = bool(self._env.check_success())
-        return (
-            self._observe(render),
-            float(self._success),
-            self._success,
-            self._steps >= self.max_steps,
-            self._info(),
-        )
+        self._success = success = bool(self._env.check_success())
+        return self._observe(render), float(success), success, self._steps >= self.max_steps, self._info()
 
     def facts(self) -> Facts:
         """What can be seen now, from the simulator's state."""
@@ -151,11 +143,6 @@ class LiberoWorld:
         if self._task is None:
             raise RuntimeError("call reset() first")
         return self._task
-
-    @property
-    def max_steps(self) -> int:
-        """Step limit."""
-        return MAX_STEPS
 
     def close(self) -> None:
         """Free the scene; a later `reset` builds it anew."""

@@ -1,5 +1,4 @@
-"""The language the embedded tokenizer is trained on: the tabletop's own, and everyday English of robots and
-questions."""
+"""The language that the embedded tokenizer is trained on: the tabletop's own, and English of robots and questions."""
 
 import itertools
 
@@ -64,19 +63,10 @@ def sentences() -> list[str]:
     rare = tuple(prompt for prompt in prompts if ", then" not in prompt)  # the pairs are many, the other kinds nine
     lines = [*prompts, *(known_subtasks() * TABLETOP_WEIGHT), *(rare * TABLETOP_WEIGHT)]
     # Neighbours in the list are paired up: every thing occurs in every place without writing out all pairs.
-    things = [
-        f"{color} {thing}" if i % 3 == 0 else thing for i, (thing, color) in enumerate(_zip_cycle(_THINGS, _COLORS))
-    ]
-    pairs = list(zip(things, [*things[7:], *things[:7]], _zip_colors(len(things)), strict=True))
+    colored = zip(_THINGS, itertools.cycle(_COLORS), strict=False)
+    things = [f"{color} {thing}" if i % 3 == 0 else thing for i, (thing, color) in enumerate(colored)]
+    pairs = list(zip(things, [*things[7:], *things[:7]], itertools.cycle(_COLORS), strict=False))
     for i, pattern in enumerate((*_ACTIONS, *_QUESTIONS, *_ANSWERS)):
         lines += [pattern.format(a=a, b=b, c=c) for a, b, c in pairs[i % 8 :: 8]]
     lines += _PHRASES * 4
     return [f" {line}" for line in lines] + list(_PHRASES)
-
-
-def _zip_cycle(a: tuple[str, ...], b: tuple[str, ...]) -> list[tuple[str, str]]:
-    return list(zip(a, itertools.cycle(b), strict=False))
-
-
-def _zip_colors(count: int) -> list[str]:
-    return list(itertools.islice(itertools.cycle(_COLORS), count))

@@ -4,36 +4,31 @@ Every episode has its own seed, so the dataset does not depend on the number of 
 """
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 import dataclasses
-import hashlib
-import json
-import multiprocessing
-import os
+import functools
 from pathlib import Path
-from typing import Literal
+import time
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openpi_ar.data.lerobot.meta import SUPERVISE
-from openpi_ar.data.lerobot.write import LeRobotWriter, Spec
+from openpi_ar.data.lerobot.write import Images, LeRobotWriter, Spec, Subtasks
 from openpi_ar.errors import UserError
-from openpi_ar.files import cache_root, when_whole
+from openpi_ar.files import cache_root, cores, digest, when_whole
+from openpi_ar.tables import progress_bar
+from openpi_ar.worlds.processes import map_in_processes
 from openpi_ar.worlds.tabletop.record import Episode, record_episode
 from openpi_ar.worlds.tabletop.scene import COLORS
-from openpi_ar.worlds.tabletop.world import ACTIONS, CAMERAS, STATES, Tabletop
-from openpi_ar.worlds.video import FPS
+from openpi_ar.worlds.tabletop.world import ACTIONS, CAMERAS, FPS, STATES, Tabletop
 
 GENERATOR_VERSION = 6
 """Raise when the scene, the expert or the recording changes: datasets in the cache are then left alone and not read."""
 
 POSES = "observation.environment_state"
-"""Feature with the true place of every block: x, y, z in metres and whether it is there (0 or 1). Never a policy's
-input."""
+"""Feature with every block's true place: x, y, z in metres and whether it is there (0 or 1). Never a policy's input."""
 
 _CHUNK = 4
-"""Episodes per job: small enough for an even load and a lively progress bar, large enough that sending is cheap."""
+"""Episodes sent at a time: small enough for an even load and a lively progress bar."""
 _IN_PROCESS = 8
 """Up to this many episodes are recorded by this process: starting others costs more."""
 
@@ -76,16 +71,9 @@ class Demonstrations:
 
 def cache_path(demos: Demonstrations, cache_dir: str | None = None) -> Path:
     """Where the dataset of these demonstrations is or will be; `cache_dir`: see `files.cache_root`."""
-    content = {
-        **dataclasses.asdict(demos),
-        "noise": float(demos.noise),
-        "commanded": float(demos.commanded),
-        "pairs": float(demos.pairs),
-        "cameras": CAMERAS,
-        "version": GENERATOR_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_root(cache_dir) / "worlds" / "tabletop" / digest / "dataset"
+    floats = {name: float(getattr(demos, name)) for name in ("noise", "commanded", "pairs")}
+    content = {**dataclasses.asdict(demos), **floats, "cameras": CAMERAS, "version": GENERATOR_VERSION}
+    return cache_root(cache_dir) / "worlds" / "tabletop" / digest(content) / "dataset"
 
 
 def cached_dataset(demos: Demonstrations, cache_dir: str | None = None) -> Path:
@@ -106,8 +94,8 @@ def record_dataset(
     out: str | Path,
     demos: Demonstrations,
     *,
-    images: Literal["png", "h264", "av1"] = "h264",
-    subtasks: Literal["both", "index", "language"] = "both",
+    images: Images = "h264",
+    subtasks: Subtasks = "both",
     workers: int | None = None,
 ) -> Path:
     """Records the demonstrations and returns the dataset's directory, which appears when it is complete.
@@ -115,20 +103,14 @@ def record_dataset(
     States and actions are exact, images with `png` too. `supervise_text` is False on commanded episodes, `POSES` holds
     where the blocks are.
 
-    Args:
-        out: must not exist.
-        demos: what to record.
-        images: `png`: in the parquet files; else the codec of the videos.
-        subtasks: LeRobot's conventions for them, see `Spec`.
-        workers: processes; None: one per core available to this process; 0: this process.
-
-    Raises:
-        UserError: values out of range, `out` exists, or the codec cannot take images of this size.
+    `images` and `subtasks` are those of `Spec`; `workers` are processes, None: one per core, 0: this process alone.
+    Raises UserError for values out of range, an `out` that exists, or images of a size that the codec cannot take.
     """
     demos.check()
-    return write_dataset(
-        out, _shown(demos, _episodes(demos, workers)), demos.image_size, images=images, subtasks=subtasks
-    )
+    if workers is None:
+        workers = 0 if demos.episodes <= _IN_PROCESS else cores()
+    episodes = map_in_processes(functools.partial(_record, demos), range(demos.episodes), workers, _CHUNK)
+    return write_dataset(out, _shown(episodes, demos.episodes), demos.image_size, images=images, subtasks=subtasks)
 
 
 def write_dataset(
@@ -136,8 +118,8 @@ def write_dataset(
     episodes: Iterable[Episode],
     image_size: tuple[int, int],
     *,
-    images: Literal["png", "h264", "av1"] = "h264",
-    subtasks: Literal["both", "index", "language"] = "both",
+    images: Images = "h264",
+    subtasks: Subtasks = "both",
 ) -> Path:
     """Writes the episodes as they come; otherwise as `record_dataset`."""
     spec = Spec(
@@ -178,36 +160,19 @@ def decode_blocks(encoded: np.ndarray) -> np.ndarray:
     return np.where(objects[..., 3:] > 0.5, objects[..., :3], np.nan).astype(np.float32)
 
 
-def _episodes(demos: Demonstrations, workers: int | None) -> Iterator[Episode]:
-    """All episodes in order of their index."""
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if demos.episodes <= _IN_PROCESS else cores
-    chunks = [range(i, min(i + _CHUNK, demos.episodes)) for i in range(0, demos.episodes, _CHUNK)]
-    if workers == 0:
-        for chunk in chunks:
-            yield from _record_chunk(demos, chunk)
-        return
-    # Never fork: the parent may hold the threads of an accelerator runtime.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for episodes in pool.map(_record_chunk, [demos] * len(chunks), chunks):
-            yield from episodes
-
-
-def _record_chunk(demos: Demonstrations, indices: range) -> list[Episode]:
-    world = Tabletop(demos.image_size)
+def _record(demos: Demonstrations, i: int) -> Episode:
     how = {"commanded": demos.commanded, "asked": demos.asked, "pairs": demos.pairs}
-    return [record_episode(world, (demos.seed, i), demos.noise, **how) for i in indices]
+    return record_episode(_world(demos.image_size), (demos.seed, i), demos.noise, **how)
 
 
-def _shown(demos: Demonstrations, episodes: Iterator[Episode]) -> Iterator[Episode]:
+_world = functools.lru_cache(1)(Tabletop)
+
+
+def _shown(episodes: Iterator[Episode], total: int) -> Iterator[Episode]:
     """The episodes, with a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    frames = 0
-    with Progress(*columns, TextColumn("{task.fields[speed]:.0f} frames/s"), TimeRemainingColumn()) as progress:
-        bar = progress.add_task("demonstrations", total=demos.episodes, speed=0.0)
-        for episode in episodes:
+    began, frames = time.perf_counter(), 0
+    with progress_bar("demonstrations", total) as update:
+        for done, episode in enumerate(episodes, 1):
             yield episode
             frames += len(episode.state)
-            elapsed = max(progress.tasks[bar].elapsed or 0.0, 1e-6)
-            progress.update(bar, advance=1, speed=frames / elapsed)
+            update(done, f"{frames / (time.perf_counter() - began):.0f} frames/s")

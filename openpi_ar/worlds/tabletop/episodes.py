@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from openpi_ar.errors import UserError
-from openpi_ar.worlds.protocol import Info, Observation, Play
-from openpi_ar.worlds.tabletop.expert import Expert, approached, parse_subtask
-from openpi_ar.worlds.tabletop.tasks import Split, pick_up, sample_task
-from openpi_ar.worlds.tabletop.world import ACTIONS, CAMERAS, STATES, Tabletop
-from openpi_ar.worlds.video import FPS
+from openpi_ar.worlds.protocol import Info, Observation, Play, World
+from openpi_ar.worlds.tabletop.expert import approached, expert_action, parse_subtask
+from openpi_ar.worlds.tabletop.tasks import Split, next_subtask, pick_up, sample_task
+from openpi_ar.worlds.tabletop.world import ACTIONS, CAMERAS, FPS, STATES, Tabletop
 
 ACTION_NAMES = ("x (m)", "y (m)", "z (m)", "grip (> 0 closes)")
 APPROACH_STEPS = 60
@@ -62,35 +61,31 @@ def open_episodes(play: Play) -> Callable[[], "TabletopEpisodes"]:
     return lambda: TabletopEpisodes(cfg, Tabletop(size, cameras))
 
 
-class TabletopEpisodes:
-    """A `protocol.World`. Figures: `blocks_placed`, the fraction of the task's blocks in their bins at the end;
-    `approached_named`, whether the first block that the hand went down to is the one that the forced subtask names, and
-    `approached_true`, whether it is the one that the task needed; None without a forced subtask for a block on the
-    table.
+class TabletopEpisodes(World):
+    """Episodes on the tabletop; the seed of an episode is also that of its scene.
+
+    Figures: `blocks_placed`, the fraction of the task's blocks in their bins at the end; `approached_named`, whether
+    the first block that the hand went down to is the one that the forced subtask names, and `approached_true`, whether
+    it is the one that the task needed; None without a forced subtask for a block on the table.
     """
 
     fps = FPS
 
     def __init__(self, cfg: EpisodeConfig, world: Tabletop) -> None:
         self.world, self._cfg = world, cfg
-        self._expert = Expert(world)
-        self.forced: str | None = None
+        self.forced = None
 
     def label(self, episode: int) -> dict[str, Any]:
-        """Its seed."""
         return {"seed": self.seed(episode)}
 
     def seed(self, episode: int) -> int:
-        """Of the scene and of the policy's session."""
         return self._cfg.seed + episode
 
     def prompt(self, episode: int) -> str:
-        """See `protocol.World`."""
         rng = np.random.default_rng(self.seed(episode))
         return sample_task(rng, split=self._cfg.split)[0].prompt
 
     def begin(self, episode: int, *, render: bool = True) -> tuple[Observation, Info]:
-        """See `protocol.World`."""
         seed = self.seed(episode)
         obs, self._info = self.world.reset(seed, split=self._cfg.split, render=render)
         self._needed = parse_subtask(self._info["subtask"])[0]
@@ -102,7 +97,6 @@ class TabletopEpisodes:
         return obs, self._info
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
-        """See `protocol.World`."""
         obs, reward, terminated, truncated, self._info = self.world.step(action, render=render)
         if self.forced is not None:
             self._first = self._first or approached(self.world.facts())
@@ -111,11 +105,10 @@ class TabletopEpisodes:
         return obs, reward, terminated, truncated, self._info
 
     def expert_action(self) -> np.ndarray:
-        """See `protocol.World`."""
-        return self._expert.act()
+        facts = self.world.facts()
+        return expert_action(facts, next_subtask(self.world.task, facts))
 
     def figures(self) -> dict[str, float | bool | None]:
-        """See the class."""
         named = None if self.forced is None else parse_subtask(self.forced)[0]
         judged = named in self._info["positions"]
         return {

@@ -7,8 +7,7 @@ slipped or dropped block is simply a block that is not held.
 import numpy as np
 
 from openpi_ar.worlds.tabletop import scene
-from openpi_ar.worlds.tabletop.tasks import LIFTED_Z, Facts, next_subtask
-from openpi_ar.worlds.tabletop.world import Tabletop
+from openpi_ar.worlds.tabletop.tasks import LIFTED_Z, Facts
 
 Z_LOW = float(scene.TOOL_LOW[2])
 Z_TRAVEL = 0.12
@@ -34,11 +33,7 @@ def drop_point(color: str, bin_name: str) -> np.ndarray:
 
 
 def parse_subtask(subtask: str) -> tuple[str | None, str | None]:
-    """(colour, bin) of a subtask: bin None for "pick up", both None for "done".
-
-    Raises:
-        ValueError: not one of `tasks.known_subtasks()`.
-    """
+    """(colour, bin) of a subtask: bin None for "pick up", both None for "done". Raises ValueError for another text."""
     match subtask.split():
         case ["pick", "up", "the", color, "block"] if color in scene.COLORS:
             return color, None
@@ -52,9 +47,7 @@ def parse_subtask(subtask: str) -> tuple[str | None, str | None]:
 def expert_action(facts: Facts, subtask: str) -> np.ndarray:
     """The action float32 [4] (tool target x, y, z in metres; grip +1 close, -1 open) that carries out a subtask.
 
-    Raises:
-        ValueError: unknown subtask.
-        KeyError: the block it names is not on the table.
+    Raises ValueError for an unknown subtask, KeyError if the block it names is not on the table.
     """
     color, bin_name = parse_subtask(subtask)
     if color is None:
@@ -69,26 +62,6 @@ def expert_action(facts: Facts, subtask: str) -> np.ndarray:
     goal = drop_point(color, bin_name)
     over_bin = float(np.linalg.norm(facts.tool[:2] - goal[:2])) < _RELEASE_RADIUS
     return _action(goal, close=not over_bin)
-
-
-class Expert:
-    """`expert_action` bound to a world.
-
-    Args:
-        world: a `Tabletop` that has been reset.
-        subtask: carry out this one, whatever the task asks; None follows the task.
-    """
-
-    def __init__(self, world: Tabletop, subtask: str | None = None) -> None:
-        self.world = world
-        self.subtask = subtask
-        if subtask is not None:
-            parse_subtask(subtask)
-
-    def act(self) -> np.ndarray:
-        """The action float32 [4] for the world's present state."""
-        facts = self.world.facts()
-        return expert_action(facts, self.subtask or next_subtask(self.world.task, facts))
 
 
 def approached(facts: Facts) -> str | None:

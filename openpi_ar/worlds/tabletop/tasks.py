@@ -8,7 +8,6 @@ the order asked). What to do next is a function of the task and of what one imag
 from collections.abc import Collection, Mapping
 import dataclasses
 import itertools
-import re
 from typing import Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from openpi_ar.worlds.tabletop.scene import BINS, COLORS
 Split = Literal["train", "held_out"]
 
 WARM = ("red", "yellow")
-COOL = ("green", "blue", "purple")
+"""Colours that are not cool."""
 
 HELD_OUT_COMBOS: frozenset[tuple[str, str]] = frozenset({("purple", "left"), ("yellow", "right")})
 """(colour, bin) that no training episode asks for, in any kind of task."""
@@ -64,8 +63,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where an episode starts: block colours, xy [n, 2] metres, yaw [n] radians; tool [3] and finger opening,
-    metres."""
+    """The start of an episode: colours of the blocks, xy [n, 2] metres, yaw [n] radians; tool [3], finger opening."""
 
     colors: tuple[str, ...]
     xy: np.ndarray
@@ -76,8 +74,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What one moment shows: tool point [3], finger opening, block centres [3] by colour (metres), colour held or
-    None."""
+    """One moment: tool point [3], finger opening, block centres [3] by colour (metres), the colour held or None."""
 
     tool: np.ndarray
     opening: float
@@ -105,46 +102,20 @@ def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
 
 
 def command_task(rng: np.random.Generator, prompt: str, colors: tuple[str, ...]) -> Task:
-    """A random plan for these blocks, whatever the prompt asks: only the subtask tells what is done next, which is why
-    it is the subtask that the actions must follow. Asks for no held-out combination."""
+    """A random plan for these blocks, whatever the prompt asks: only the subtask tells what is done next. Asks for no
+    held-out combination."""
     allowed = {c: [b for b in BINS if (c, b) not in HELD_OUT_COMBOS] for c in colors}
     order = [str(color) for color in rng.permutation(colors)]
     return Task("command", prompt, tuple((c, allowed[c][int(rng.integers(len(allowed[c])))]) for c in order))
 
 
-def parse_prompt(prompt: str, colors: tuple[str, ...]) -> Task:
-    """The task that a prompt asks for on a table with these block colours.
-
-    Raises:
-        ValueError: no task has such a prompt, or it names a block that is not on the table.
-    """
-    if match := re.fullmatch(r"clear the table into the (\w+) bin", prompt):
-        if match[1] in BINS:
-            return clear_task(match[1], colors)
-    elif match := re.fullmatch(r"put warm colours (?:in the )?(\w+) and cool colours (?:in the )?(\w+)", prompt):
-        warm, cool = match.groups()
-        if {warm, cool} <= set(BINS) and warm != cool and sort_task(warm, cool, ()).prompt == prompt:
-            return sort_task(warm, cool, colors)
-    elif match := re.fullmatch(r"put the (\w+) block in the (\w+) bin, then the (\w+) one in the (\w+)", prompt):
-        first, first_bin, second, second_bin = match.groups()
-        if first != second and {first, second} <= set(COLORS) and {first_bin, second_bin} <= set(BINS):
-            if missing := {first, second} - set(colors):
-                raise ValueError(f"prompt {prompt!r} names {sorted(missing)}, but the blocks are {colors}")
-            return pair_task(first, first_bin, second, second_bin)
-    raise ValueError(f"unknown prompt {prompt!r}; see openpi_ar.worlds.tabletop.tasks.known_prompts()")
-
-
 def known_prompts() -> tuple[str, ...]:
     """Every prompt there is, held-out ones included."""
-    return tuple(
-        dict.fromkeys(
-            [
-                *(clear_task(name, ()).prompt for name in BINS),
-                *(sort_task(*names, ()).prompt for names in itertools.permutations(BINS, 2)),
-                *(task.prompt for task in _all_pairs()),
-            ]
-        )
-    )
+    clear = [clear_task(name, ()) for name in BINS]
+    sort = [sort_task(*names, ()) for names in itertools.permutations(BINS, 2)]
+    pairs = itertools.product(itertools.permutations(COLORS, 2), BINS, BINS)
+    pair = [pair_task(a, x, b, y) for (a, b), x, y in pairs]
+    return tuple(task.prompt for task in (*clear, *sort, *pair))
 
 
 def known_subtasks() -> tuple[str, ...]:
@@ -232,8 +203,3 @@ def _propose(rng: np.random.Generator, kind: str) -> tuple[Task, tuple[str, ...]
     if kind == "clear":
         return clear_task(bins[0], colors), colors
     return pair_task(colors[0], bins[0], colors[1], bins[1]), colors
-
-
-def _all_pairs() -> list[Task]:
-    pairs = itertools.permutations(COLORS, 2)
-    return [pair_task(a, x, b, y) for (a, b), x, y in itertools.product(pairs, BINS, BINS)]

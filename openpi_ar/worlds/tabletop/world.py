@@ -27,6 +27,8 @@ from openpi_ar.worlds.tabletop.tasks import (
 Observation = dict[str, Any]
 Info = dict[str, Any]
 
+FPS = 10
+"""Control steps a second."""
 CAMERAS = ("front", "wrist")
 STATES = ("x", "y", "z", "opening")
 """Dimensions of the state: the tool's place and the finger opening, metres."""
@@ -106,18 +108,13 @@ class Tabletop:
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
         """Drive the tool towards `action` [4] for 0.1 s.
 
-        Reward is 1 on success, else 0. Terminated: success. Truncated: the step limit (`max_steps`).
-
-        Raises:
-            ValueError: an action of another shape, or one with NaN or infinity.
-            RuntimeError: called before `reset`.
+        Reward is 1 on success, else 0. Terminated: success. Truncated: the step limit (`max_steps`). Raises ValueError
+        for an action of another shape or one that is not finite, RuntimeError before `reset`.
         """
         task = self.task
         action = np.asarray(action, dtype=np.float64)
-        if action.shape != (len(ACTIONS),):
-            raise ValueError(f"action must have shape (4,): x, y, z, grip; got {action.shape}")
-        if not np.isfinite(action).all():
-            raise ValueError(f"action must be finite, got {action}")
+        if action.shape != (len(ACTIONS),) or not np.isfinite(action).all():
+            raise ValueError(f"action must be 4 finite numbers, x, y, z and grip, got {action}")
         self._drive(np.clip(action[:3], scene.TOOL_LOW, scene.TOOL_HIGH), close=bool(action[3] > 0))
         self._steps += 1
         if task.kind == "pair":
@@ -144,11 +141,6 @@ class Tabletop:
     def max_steps(self) -> int:
         """Step limit: several times what the scripted expert needs."""
         return 40 + 35 * len(self.task.targets)
-
-    def close(self) -> None:
-        """Free the compiled scenes; a later `reset` compiles them anew."""
-        self._scenes.clear()
-        self._task = None
 
     def _bind(self, num_blocks: int) -> None:
         """Make the scene with this many blocks current, compiling it at its first use."""
