@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from rich.table import Table
 import tyro
 
 from openpi_ar.errors import UserError, command_line
+from openpi_ar.textfile import read_texts
 from openpi_ar.worlds import NAMES, open_world
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class Args:
     keys."""
     subtask: str | None = None
     """Have the model act as if it had generated this."""
+    subtasks: Path | None = None
+    """Generate nothing but one of these: a file with one subtask a line. Of one observation, each is scored too."""
     question: str | None = None
     """Ask about the images instead of acting (PaliGemma's VQA prompt)."""
     repeats: int = 0
@@ -97,9 +101,11 @@ def run(args: Args) -> None:
     from openpi_ar.policy import Policy, observations
 
     given = observations.given(args.images, args.state, args.prompt, args.observation, flat=_sends_its_own(args))
-    foreign = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
+    options = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
+    if args.subtasks is not None:
+        options["subtasks"] = read_texts(args.subtasks)
     with console.status(f"loading {args.ckpt}"):
-        policy = Policy.from_checkpoint(args.ckpt, **foreign)
+        policy = Policy.from_checkpoint(args.ckpt, **options)
     if args.rollout:
         report = _rollout(args, policy, console)
     else:
@@ -109,6 +115,9 @@ def run(args: Args) -> None:
                 raw, seed=args.seed, subtask=args.subtask, question=args.question, repeats=args.repeats
             )
         report = {"prompt": args.question or policy.robot.prompt(raw), **report}
+        if subtasks := options.get("subtasks"):
+            written = map(policy.transform.template().canonical, subtasks)
+            report["scores"] = dict(zip(written, policy.score(raw, subtasks).tolist(), strict=True))
         _print_result(report, policy, console)
         if args.plot is not None:
             _plot(args.plot, report, policy)
@@ -137,8 +146,11 @@ def _check(args: Args) -> None:
     for text, flag in ((args.subtask, "--subtask"), (args.question, "--question"), (args.prompt, "--prompt")):
         if text is not None and not text.strip():
             raise UserError(f"{flag} is empty: give it a text or leave it out")
-    if args.subtask is not None and args.question is not None:
-        raise UserError("--question is answered without acting: leave out --subtask")
+    for flag in ("subtask", "subtasks"):
+        if getattr(args, flag) is not None and args.question is not None:
+            raise UserError(f"--question is answered without acting: leave out --{flag}")
+    if args.subtask is not None and args.subtasks is not None:
+        raise UserError("--subtask is given, --subtasks is a list to choose from: leave out one of them")
     if args.question is not None and args.plot is not None:
         raise UserError("--question gives no actions to plot: leave out --plot")
     for path in (args.video, args.plot, args.json):
@@ -218,6 +230,11 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
     written = "answer" if "answer" in report else "subtask"
     for name, text in (("prompt", report["prompt"]), (written, report[written] + note)):
         console.print(f"{name + ':':<9}{text}", highlight=False, soft_wrap=True)
+    if report.get("logprob") is not None:
+        lead = "" if report["margin"] is None else f", closest choice by a factor of {math.exp(report['margin']):.3g}"
+        console.print(f"sure:    {math.exp(report['logprob']):.1%}{lead}", highlight=False, soft_wrap=True)
+    if "scores" in report:
+        _print_scores(report, console)
     if "actions" in report:
         table = Table("step", *_action_names(policy), title="actions")
         for step, action in enumerate(report["actions"]):
@@ -229,6 +246,21 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
     for name, ms in report["timing"].items():
         table.add_row(name.replace("_", " "), f"{ms:.1f}", notes.get(name, ""))
     console.print(table)
+
+
+def _print_scores(report: dict[str, Any], console: Console) -> None:
+    """The list that text was chosen from, likeliest first. Greedy decoding may end in another one."""
+    scores = sorted(report["scores"].items(), key=lambda pair: -pair[1])
+    table = Table("subtask", "log-probability", title="scores")
+    for text, value in scores:
+        table.add_row(text, f"{value:.3f}")
+    console.print(table)
+    if scores[0][0] != report["subtask"]:
+        console.print(
+            f"note: the list's likeliest is {scores[0][0]!r}; decoding, which chooses token by token, ended elsewhere",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:

@@ -63,6 +63,8 @@ class DecodeConfig:
     each size of images is a program of its own."""
     draft: bool = True
     """Greedy text only: check the last text instead of decoding it again. The text stays the same."""
+    subtasks: tuple[str, ...] = ()
+    """Only these can be generated before actions; empty: any text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [_object(line, f"{path} line {number}") for number, line in lines if line.strip()]
 
 
+def read_texts(path: Path) -> tuple[str, ...]:
+    """A file of one text a line; blank lines are skipped. Raises UserError if there is none."""
+    texts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    if not texts:
+        raise UserError(f"{path} holds no text: write one a line")
+    return texts
+
+
 def whole_number(row: Mapping[str, Any], key: str, where: str, least: int = 0) -> int:
     """A whole number out of a user's file. Raises UserError saying where, if it is anything else or below `least`."""
     value = row.get(key)

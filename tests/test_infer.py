@@ -93,8 +93,28 @@ def test_forced_subtask_and_question(warm, tmp_path, capsys):
     assert json.loads((tmp_path / "s.json").read_text())["subtask"] == "done"
     infer.main([*warm, *images(tmp_path), "--question", "what is this?", "--json", str(tmp_path / "q.json")])
     answer = json.loads((tmp_path / "q.json").read_text())
-    assert set(answer) == {"prompt", "answer", "text_status", "timing"} and answer["prompt"] == "what is this?"
+    sure = {"logprobs", "logprob", "margin"}
+    assert set(answer) == {"prompt", "answer", "text_status", "timing"} | sure and answer["prompt"] == "what is this?"
     assert "answer:" in capsys.readouterr().out
+
+
+def test_a_list_of_subtasks_is_all_that_can_come_out_and_each_is_scored(ckpt, tiny_policy, tmp_path, capsys):
+    free = tiny_policy.infer(Tabletop((32, 32)).reset(0)[0])
+    (tmp_path / "list.txt").write_text("done\n\n pick up the red block \nplace it in the left bin\n")
+    listed = ["--subtasks", str(tmp_path / "list.txt")]
+    infer.main([*ckpt[:2], *listed, "--json", str(tmp_path / "o.json")])
+    report, out = json.loads((tmp_path / "o.json").read_text()), capsys.readouterr().out
+    assert list(report["scores"]) == ["done", "pick up the red block", "place it in the left bin"]
+    assert report["subtask"] in report["scores"] and free["subtask"] not in report["scores"]  # control
+    assert report["logprob"] == pytest.approx(sum(report["logprobs"])) and f"{np.exp(report['logprob']):.1%}" in out
+    best = max(report["scores"], key=report["scores"].get)
+    assert ("note:" in out) == (best != report["subtask"])
+    (tmp_path / "list.txt").write_text(" \n")
+    assert "holds no text" in fails([*ckpt[:2], *listed], capsys)
+    (tmp_path / "list.txt").write_text("done\n" + "word " * 50)
+    assert "the target takes" in fails([*ckpt[:2], *listed], capsys)
+    assert "list.txt" in fails([*ckpt[:2], "--subtasks", str(tmp_path / "no" / "list.txt")], capsys)
+    assert "leave out one" in fails([*ckpt, *listed, "--subtask", "done"], capsys)
 
 
 def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):

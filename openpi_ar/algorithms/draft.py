@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.algorithms.sampling import Sampling, log_probability
+from openpi_ar.algorithms.sampling import Sampling, certainty
 from openpi_ar.models.vlm import VLM
 from openpi_ar.types import Array, Kind, Tokens
 
@@ -20,7 +20,7 @@ class Start(NamedTuple):
     """Where decoding begins: each row after the `agreed` first tokens of its draft.
 
     logits      of the next token, constrained.
-    ids         the draft's tokens, and their log-probabilities; meaningless past the agreed ones.
+    ids         the draft's tokens, their log-probabilities and margins; meaningless past the agreed ones.
     constraint  its state after the agreed tokens.
     """
 
@@ -28,6 +28,7 @@ class Start(NamedTuple):
     logits: Float[Array, "B V"]
     ids: Int[Array, "B M"]
     logprobs: Float[Array, "B M"]
+    margins: Float[Array, "B M"]
     constraint: Any
 
 
@@ -49,6 +50,7 @@ def without_draft(model: VLM, last_hidden: Float[Array, "B D"], sampling: Sampli
         logits=sampling.constrained(model.logits(last_hidden), state),
         ids=jnp.zeros((batch, most), jnp.int32),
         logprobs=jnp.zeros((batch, most), jnp.float32),
+        margins=jnp.zeros((batch, most), jnp.float32),
         constraint=state,
     )
 
@@ -74,11 +76,13 @@ def check_draft(
     agreed = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(-1)
     at = jnp.minimum(agreed, count - 1)
     ends = [(0, 0), (0, most - length)]
+    logprobs, margins = certainty(logits[:, :length], draft.ids)
     return Start(
         agreed=agreed,
         logits=jnp.take_along_axis(logits, at[:, None, None], axis=1)[:, 0],
         ids=jnp.pad(draft.ids, ends),
-        logprobs=jnp.pad(log_probability(logits[:, :length], draft.ids), ends),
+        logprobs=jnp.pad(logprobs, ends),
+        margins=jnp.pad(margins, ends),
         constraint=jax.tree.map(lambda s: s[at, jnp.arange(batch)], states),
     )
 

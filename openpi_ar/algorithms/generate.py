@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.algorithms.draft import check_draft, without_draft
-from openpi_ar.algorithms.sampling import Sampling, log_probability
+from openpi_ar.algorithms.sampling import Sampling, certainty
 from openpi_ar.models.cache import Cache
 from openpi_ar.models.vlm import VLM, Run
 from openpi_ar.types import Array, Tokens
@@ -21,19 +21,23 @@ class Generated(nnx.Pytree):
 
     logprobs  log-probability of each token under the model's own softmax over the ids that the constraint allowed: at
               temperature 1 and before `top_k` and `top_p`, however the token was chosen. 0 where it was given.
+    margins   by how much each log-probability exceeds that of the next best id (`sampling.certainty`); 0 where it
+              was given.
     steps     passes through the model that it took, the same for all rows; 0 if a draft was right.
     """
 
     ids: Int[Array, "B M"] = nnx.data()
     valid: Bool[Array, "B M"] = nnx.data()
     logprobs: Float[Array, "B M"] = nnx.data()
+    margins: Float[Array, "B M"] = nnx.data()
     steps: Int[Array, ""] = nnx.data()
 
     @classmethod
     def given(cls, ids: Int[Array, "B M"], valid: Bool[Array, "B M"]) -> "Generated":
         """Text that was given, not decoded."""
+        nothing = jnp.zeros(ids.shape, jnp.float32)
         ids, valid = jnp.asarray(ids), jnp.asarray(valid)
-        return cls(ids=ids, valid=valid, logprobs=jnp.zeros(ids.shape, jnp.float32), steps=jnp.zeros((), jnp.int32))
+        return cls(ids=ids, valid=valid, logprobs=nothing, margins=nothing, steps=jnp.zeros((), jnp.int32))
 
 
 @nnx.dataclass
@@ -51,6 +55,7 @@ class _State(nnx.Pytree):
     ids: Int[Array, "B M"] = nnx.data()
     valid: Bool[Array, "B M"] = nnx.data()
     logprobs: Float[Array, "B M"] = nnx.data()
+    margins: Float[Array, "B M"] = nnx.data()
     constraint: Any = nnx.data()
     cache: Cache = nnx.data()
 
@@ -87,6 +92,7 @@ def generate(
         on = live(state)
         token = sampling.choose(logits, None if keys is None else jax.vmap(jax.random.fold_in)(keys, state.step))
         here = (jnp.arange(most) == state.step[:, None]) & on[:, None]
+        logprob, margin = certainty(logits, token)
         return dataclasses.replace(
             state,
             step=state.step + on,
@@ -94,7 +100,8 @@ def generate(
             done=state.done | (on & (token == sampling.eos_id) & (state.step < most)),
             ids=jnp.where(here, token[:, None], state.ids),
             valid=state.valid | here,
-            logprobs=jnp.where(here, log_probability(logits, token)[:, None], state.logprobs),
+            logprobs=jnp.where(here, logprob[:, None], state.logprobs),
+            margins=jnp.where(here, margin[:, None], state.margins),
             constraint=sampling.advance(state.constraint, token, on),
         )
 
@@ -119,8 +126,10 @@ def generate(
         ids=jnp.where(kept, begin.ids, 0),
         valid=kept,
         logprobs=jnp.where(kept, begin.logprobs, 0.0),
+        margins=jnp.where(kept, begin.margins, 0.0),
         constraint=begin.constraint,
         cache=cache.reserve(most),
     )
     end = jax.lax.while_loop(lambda s: live(s).any(), body, record(start, begin.logits))
-    return Generated(ids=end.ids, valid=end.valid, logprobs=end.logprobs, steps=end.count), end.cache.compact()
+    text = Generated(ids=end.ids, valid=end.valid, logprobs=end.logprobs, margins=end.margins, steps=end.count)
+    return text, end.cache.compact()

@@ -141,9 +141,18 @@ def text_sampling(cfg: DecodeConfig, tokenizer: Tokenizer, vocab_size: int, max_
 
 def log_probability(logits: Float[Array, "*b V"], token: Int[Array, "*b"]) -> Float[Array, "*b"]:
     """Log-probability of the token under the softmax of the logits."""
+    return certainty(logits, token)[0]
+
+
+def certainty(logits: Float[Array, "*b V"], token: Int[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """(log-probability of the token under the softmax of the logits, by how much it exceeds that of any other token).
+
+    The difference is negative if another token was likelier, and infinite if no other was allowed.
+    """
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == token[..., None], -jnp.inf, logits)
+    return chosen - jax.nn.logsumexp(logits, axis=-1), chosen - others.max(-1)
 
 
 def row_keys(key: Array, batch: int) -> Array:

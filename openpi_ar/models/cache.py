@@ -52,6 +52,10 @@ class Cache(nnx.Pytree):
         holes."""
         raise NotImplementedError
 
+    def repeat(self, times: int) -> "Cache":
+        """A cache of `times` as many rows: each row that often, one after another."""
+        raise NotImplementedError
+
     def compact(self) -> "Cache":
         """The same cache in the form that is read fastest, once nothing more will be written for a while."""
         return self
@@ -62,6 +66,10 @@ class Cache(nnx.Pytree):
         return dataclasses.replace(
             self, valid=jnp.concatenate([self.valid[:, :start], self.valid[:, start:] & keep], axis=1)
         )
+
+    def _repeated(self, times: int) -> dict[str, Array]:
+        """The bits after `repeat`."""
+        return {name: jnp.repeat(getattr(self, name), times, axis=0) for name in ("valid", "hidden")}
 
     def _reserved(self, slots: int) -> dict[str, Array]:
         """The bits after `reserve`."""
@@ -98,6 +106,10 @@ class StackedCache(Cache):
     def reserve(self, slots: int) -> "StackedCache":
         ends = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
         return dataclasses.replace(self, **self._reserved(slots), k=jnp.pad(self.k, ends), v=jnp.pad(self.v, ends))
+
+    def repeat(self, times: int) -> "StackedCache":
+        k, v = (jnp.repeat(x, times, axis=1) for x in (self.k, self.v))
+        return dataclasses.replace(self, **self._repeated(times), k=k, v=v)
 
     def append(
         self,
@@ -153,6 +165,10 @@ class LayeredCache(Cache):
 
         tail = tuple((blank(k, 3), blank(v, 1)) for k, v in self.past)
         return dataclasses.replace(self, **self._reserved(slots), tail=tail)
+
+    def repeat(self, times: int) -> "LayeredCache":
+        past, tail = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (self.past, self.tail))
+        return dataclasses.replace(self, **self._repeated(times), past=past, tail=tail)
 
     def compact(self) -> "LayeredCache":
         if not self.tail:

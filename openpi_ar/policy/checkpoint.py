@@ -5,6 +5,7 @@ robot
 that it was trained for, so the robot has to be named.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -38,14 +39,24 @@ class PolicyParts(NamedTuple):
 
 
 def load(
-    path: str | Path, *, robot: str | None = None, asset_id: str | None = None, horizon: int | None = None
+    path: str | Path,
+    *,
+    robot: str | None = None,
+    asset_id: str | None = None,
+    horizon: int | None = None,
+    subtasks: Sequence[str] = (),
 ) -> Policy:
     """The policy of a checkpoint of any known format: `load("tabletop")` is the one that comes with the package.
 
-    Compiled programs are stored on disk for the next start. Arguments and errors: see `load_policy_parts`.
+    Compiled programs are stored on disk for the next start. With `subtasks` it generates nothing but one of these.
+    The other arguments and errors: see `load_policy_parts`.
     """
     keep_compiled_programs()
-    return Policy(*load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon))
+    parts = load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon)
+    if subtasks:
+        decode = dataclasses.replace(parts.cfg.decode, subtasks=tuple(subtasks))
+        parts = parts._replace(cfg=dataclasses.replace(parts.cfg, decode=decode))
+    return Policy(*parts)
 
 
 def load_policy_parts(

@@ -14,12 +14,12 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms.act import STAGES
 from openpi_ar.algorithms.flow import flow_table
 from openpi_ar.algorithms.sampling import text_sampling
+from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
 from openpi_ar.data.inputs import InputTransform
@@ -27,6 +27,7 @@ from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
+from openpi_ar.policy.confidence import check_finite, confidence
 from openpi_ar.policy.host import (
     blank_observation,
     inference_dtype,
@@ -75,7 +76,13 @@ class Policy:
         self._table = jax.jit(lambda m: flow_table(m, cfg.decode.denoise_steps))(self._model)
         answers = text_sampling(cfg.decode, tokenizer, cfg.model.vocab_size, cfg.text.max_target_tokens)
         budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
-        self._programs = Programs(cfg, dataclasses.replace(answers, max_new_tokens=budget), answers)
+        sampling = dataclasses.replace(answers, max_new_tokens=budget)
+        if cfg.decode.subtasks:
+            texts = self._texts(cfg.decode.subtasks)
+            written = [ids[valid].tolist() for ids, valid in zip(texts.ids, texts.valid, strict=True)]
+            trie = Trie.of(written, cfg.model.vocab_size, tokenizer.eos_id)
+            sampling = dataclasses.replace(sampling, constraint=trie)
+        self._programs = Programs(cfg, sampling, answers)
         self._resizes = resizes_on_device(cfg.decode.resize)
 
     @staticmethod
@@ -140,11 +147,13 @@ class Policy:
 
         Returns:
             `subtask` (empty for models that only act), `text_status` ("ok"; "truncated": no EOS within the budget;
-            "loop": the same token 8 times in a row), `actions` float32 [A X_real] in real units, and `timing` in ms:
+            "loop": the same token 8 times in a row), `logprobs`, `logprob` and `margin` (how sure the model is of the
+            text: `confidence`), `actions` float32 [A X_real] in real units, and `timing` in ms:
             `prepare` and `model`, or `images`, `prefill`, `text`, `flow`; and `total`. The first call compiles.
 
         Raises:
-            UserError: the observation or the noise does not fit the model, or `subtask` does not fit the template.
+            UserError: the observation or the noise does not fit the model, `subtask` does not fit the template, or the
+                model's logits are not numbers.
         """
         sessions = None if session is None else [session]
         return self.infer_batch([raw], seed=seed, noise=noise, subtasks=[subtask], sessions=sessions, timing=timing)[0]
@@ -189,7 +198,9 @@ class Policy:
         else:
             out = jax.block_until_ready(self._programs.act(*arguments))
             ms = {"prepare": milliseconds(prepared - start), "model": milliseconds(time.perf_counter() - prepared)}
-        chunks, ids, valid = (np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid))
+        chunks, ids, valid, logprobs, margins = (
+            np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid, out.text.logprobs, out.text.margins)
+        )
         for row, (session, key) in enumerate(zip(sessions, np.asarray(drawn.next_keys), strict=False)):
             session.advance(key, (ids[row], valid[row]) if text is None else None, chunks[row])
         actions = self.transform.actions_to_real(chunks[: len(raws)], readings)
@@ -197,7 +208,8 @@ class Policy:
         results = []
         for row, reading in enumerate(readings):
             written, status = self.transform.text(reading, ids[row][valid[row]].tolist())
-            results.append({"subtask": written, "text_status": status, "actions": actions[row], "timing": ms})
+            sure = confidence(logprobs[row][valid[row]], margins[row][valid[row]], given=text is not None)
+            results.append({"subtask": written, "text_status": status, **sure, "actions": actions[row], "timing": ms})
         return results
 
     def answer(self, raw: Raw, question: str, *, seed: int = 0) -> Result:
@@ -209,7 +221,7 @@ class Policy:
             seed: of sampled text.
 
         Returns:
-            `answer`, `text_status` and `timing` as in `infer`.
+            `answer`, `text_status`, `logprobs`, `logprob`, `margin` and `timing` as in `infer`.
         """
         start = time.perf_counter()
         reading = self.robot.read({**raw, "question": question, "template": "vqa"})
@@ -217,8 +229,30 @@ class Policy:
         obs = self.transform.observations([reading], 1, resize=not self._resizes)
         out, ms = self._programs.answer(self._model, obs, keys)
         ms["total"] = milliseconds(time.perf_counter() - start)
-        answer, status = self.transform.text(reading, np.asarray(out.ids)[0][np.asarray(out.valid)[0]].tolist())
-        return {"answer": answer, "text_status": status, "timing": ms}
+        ids, logprobs, margins = (
+            np.asarray(x)[0][np.asarray(out.valid)[0]] for x in (out.ids, out.logprobs, out.margins)
+        )
+        answer, status = self.transform.text(reading, ids.tolist())
+        return {"answer": answer, "text_status": status, **confidence(logprobs, margins), "timing": ms}
+
+    def score(self, raw: Raw, subtasks: Sequence[str]) -> np.ndarray:
+        """Log-probability of each subtask as the text for this observation, float32 [N]: its tokens' and its end's.
+
+        All are computed in one pass over one prefix. The probabilities are those of unconstrained text, also where
+        `decode.subtasks` limits what is generated. The first call for a number of subtasks compiles.
+
+        Args:
+            raw: as in `infer`.
+            subtasks: one or more.
+
+        Raises:
+            UserError: as `infer`; or there is no subtask, or one that is empty or longer than the budget.
+        """
+        texts = self._texts(subtasks)
+        obs = self.transform.observations([self.robot.read(raw)], 1, resize=not self._resizes)
+        logprobs = np.asarray(self._programs.score(self._model, obs, texts))
+        check_finite(logprobs)
+        return logprobs.sum(-1)
 
     def measure(
         self,
@@ -266,17 +300,23 @@ class Policy:
 
     def _forced_text(self, subtasks: Sequence[str | None] | None, given: int, rows: int) -> Tokens | None:
         """The texts of the batch's rows; None if none is forced."""
-        if subtasks is None or all(s is None for s in subtasks):
+        forced = [s for s in subtasks or () if s is not None]
+        if subtasks is None or not forced:
             return None
-        if len(subtasks) != given or any(s is None for s in subtasks):
+        if not len(subtasks) == len(forced) == given:
             raise UserError(f"give a subtask for each of the {given} observations or for none, found {list(subtasks)}")
+        return self._texts(forced + forced[:1] * (rows - given))
+
+    def _texts(self, subtasks: Sequence[str]) -> Tokens:
+        """Subtasks as the model's template writes them, a row each."""
         if not self.transform.writes_text:
             raise UserError(
-                f"template {self.cfg.text.template!r} has no subtask: this model only acts, so none can be forced"
+                f"template {self.cfg.text.template!r} has no subtask: this model only acts, so it has no text"
             )
+        if not subtasks:
+            raise UserError("the list of subtasks is empty: give one or more")
         targets = [self.transform.target({"subtask": s}) for s in subtasks]
-        targets += targets[:1] * (rows - given)
-        return Tokens(**{name: jnp.asarray(np.stack([t[name] for t in targets])) for name in targets[0]})
+        return Tokens(**{name: np.stack([t[name] for t in targets]) for name in targets[0]})
 
 
 def _rows(raws: Sequence[Raw], batch_size: int | None) -> int:

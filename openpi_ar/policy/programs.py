@@ -9,7 +9,9 @@ import numpy as np
 
 from openpi_ar.algorithms.act import Act, act, talk
 from openpi_ar.algorithms.generate import Generated
+from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
+from openpi_ar.algorithms.score import score
 from openpi_ar.config import InferenceConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.host import Stopwatch
@@ -53,7 +55,7 @@ class Programs:
     Args:
         cfg: denoising steps, action sizes.
         sampling: of the text before actions; its budget is 0 for models that only act.
-        answers: of the text of an answer.
+        answers: of the text of an answer; texts are scored by its probabilities.
     """
 
     def __init__(self, cfg: InferenceConfig, sampling: Sampling, answers: Sampling):
@@ -63,6 +65,7 @@ class Programs:
         self.chunk = (cfg.model.action_horizon, cfg.model.action_dim)
         self.draw = jax.jit(self._draw)
         self.act = jax.jit(self._act)
+        self.score = jax.jit(self._score)
         self._acting, self._answering = Stages(), Stages()
 
     def act_in_stages(self, *arguments: Any) -> tuple[Act, dict[str, float]]:
@@ -75,6 +78,11 @@ class Programs:
         clock = Stopwatch()
         run = self._answering.timed(clock)
         return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run)[0], clock.ms
+
+    def _score(self, model: VLA, obs: Observation, texts: Tokens) -> Array:
+        """Log-probabilities [N T] of the tokens of each text, for the one observation."""
+        out, cache = prefill(model, obs, last_only=True)
+        return score(model, cache, out.prompt_last, texts, self._answers)
 
     def _draw(self, keys: Array) -> Drawn:
         """Splits the rows' keys (their data, [B k]), each row by itself, so that none depends on its batch."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from openpi_ar.errors import UserError
 from openpi_ar.policy.session import Session
 from openpi_ar.tables import new_table, progress_bar
+from openpi_ar.worlds.calibration import Calibration
 from openpi_ar.worlds.protocol import BatchPolicy, Observation, World
 from openpi_ar.worlds.video import Shot, VideoWriter
 
@@ -50,6 +51,7 @@ class EpisodeResult:
                       the model generates none.
     text_trouble      fraction of re-plans whose text had no end or looped.
     steps             control steps.
+    judged            (log-probability, right) of every text that was judged and has a probability.
     figures           the world's own.
     """
 
@@ -60,11 +62,13 @@ class EpisodeResult:
     text_trouble: float
     steps: int
     figures: Mapping[str, float | bool | None]
+    judged: Sequence[tuple[float, bool]] = ()
 
     def numbers(self) -> dict[str, float | bool | None]:
         """Every figure by its name."""
         common = {name: getattr(self, name) for name in ("subtask_accuracy", "text_trouble", "steps")}
-        return {"success": self.success, **self.figures, **common}
+        sure = float(np.mean(np.exp([p for p, _ in self.judged]))) if self.judged else None
+        return {"success": self.success, **self.figures, **common, "confidence": sure}
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -85,13 +89,23 @@ class RolloutResult:
         return {name: float(np.mean(values)) if values else None for name, values in known.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Means and episodes, for JSON."""
-        return {**self.means, "episodes": [e.as_dict() for e in self.episodes]}
+        """Means, calibration and episodes, for JSON."""
+        calibration = self.calibration
+        sure = {} if calibration is None else {"calibration": calibration.as_dict()}
+        return {**self.means, **sure, "episodes": [e.as_dict() for e in self.episodes]}
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of the confidence in the text; None if no text was judged."""
+        judged = [pair for e in self.episodes for pair in e.judged]
+        return Calibration.of([np.exp(p) for p, _ in judged], [right for _, right in judged]) if judged else None
 
     def table(self) -> Table:
         """The means that there are, for people."""
         table = new_table("mean over episodes", "")
-        for name, value in self.means.items():
+        calibration = self.calibration
+        areas = {} if calibration is None else {"area under risk and coverage": calibration.area_risk_coverage}
+        for name, value in (self.means | areas).items():
             if value is not None:
                 table.add_row(name.replace("_", " "), f"{value:.3f}")
         return table
@@ -163,6 +177,7 @@ class _Slot:
         self.obs, self.info = self.world.begin(episode, render=self._sees)
         self.over, self._steps = False, 0
         self._right: list[bool] = []
+        self._judged: list[tuple[float, bool]] = []
         self._trouble: list[bool] = []
         self.shots: list[Shot] = []
         return True
@@ -181,6 +196,8 @@ class _Slot:
         if self.world.forced is None and text:
             right = text == self.info["subtask"]
             self._right.append(right)
+            if plan.get("logprob") is not None:
+                self._judged.append((plan["logprob"], right))
         for i in range(self.cfg.execute):
             if self._films:
                 self.shots.append(Shot(self.obs["images"], text, right))
@@ -204,6 +221,7 @@ class _Slot:
             text_trouble=float(np.mean(self._trouble)),
             steps=self._steps,
             figures=self.world.figures(),
+            judged=tuple(self._judged),
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from openpi_ar.algorithms.flow import denoise
 from openpi_ar.algorithms.generate import generate
 from openpi_ar.algorithms.prefill import prefill
-from openpi_ar.algorithms.sampling import AllowedIds, Sampling
+from openpi_ar.algorithms.sampling import AllowedIds, Sampling, log_probability
 from openpi_ar.checkpoints import store
 from openpi_ar.data.inputs import InputTransform, collate
 from openpi_ar.errors import UserError
@@ -19,7 +19,7 @@ from openpi_ar.models.vlm import VLA
 from openpi_ar.policy import Policy, programs
 from openpi_ar.text.templates import TEMPLATES, text_status
 from openpi_ar.text.tokenizer import load_tokenizer
-from openpi_ar.types import Observation
+from openpi_ar.types import Observation, Tokens
 from tests.checkpoint_fixtures import tabletop_stats
 
 
@@ -27,6 +27,10 @@ def raw_observation(seed: int, prompt: str = "put the red block in the left bin"
     rng = np.random.default_rng(seed)
     images = {name: rng.integers(0, 256, (32, 32, 3), np.uint8) for name in ("front", "wrist")}
     return {"images": images, "state": rng.uniform(0.0, 0.1, 4).astype(np.float32), "prompt": prompt}
+
+
+def collate_target(policy: Policy, text: str) -> Tokens:
+    return Tokens(**{name: a[None] for name, a in policy.transform.target({"subtask": text}).items()})
 
 
 @pytest.fixture
@@ -217,13 +221,61 @@ def test_degenerate_text_is_named():
 def test_questions_are_answered_from_images_and_question_alone(policy):
     raw = {"images": raw_observation(1)["images"]}
     answer = policy.answer(raw, "what is this?")
-    assert set(answer) == {"answer", "text_status", "timing"}
+    assert set(answer) == {"answer", "text_status", "logprobs", "logprob", "margin", "timing"}
     assert answer["answer"] == policy.answer({**raw, "state": np.ones(4) * 0.1}, "what is this?")["answer"]
     assert set(answer["timing"]) == {"images", "prefill", "text", "total"}
     answers = [policy.answer({"images": raw_observation(i)["images"]}, q)["answer"] for i in (1, 2, 3) for q in "ab"]
     assert len(set(answers)) > 1
     with pytest.raises(UserError, match="question"):
         policy.answer(raw, "  ")
+
+
+def test_scores_are_the_models_probabilities_of_the_texts(policy):
+    texts = ["done", "pick up the red block", "place it in the left bin"]
+    allowed = np.pad(policy.tokenizer.allowed_text, (0, 1040 - policy.tokenizer.vocab_size))
+    for seed in (1, 2):
+        raw = raw_observation(seed)
+        scores = policy.score(raw, texts)
+        obs = collate([policy.transform.observation(raw)])
+        for text, score in zip(texts, scores, strict=True):
+            target = collate_target(policy, text)
+            out, _ = prefill(policy._model, obs, target)
+            logits = policy._model.logits(jnp.concatenate([out.prompt_last[:, None], out.text[:, :-1]], axis=1))
+            each = log_probability(jnp.where(allowed, logits, -jnp.inf), target.ids)
+            assert score == pytest.approx(float(each[target.valid].sum()), abs=1e-3)
+        assert len(set(scores.tolist())) == 3 and (scores < 0).all()
+        out = policy.infer(raw)
+        assert out["logprob"] == pytest.approx(float(out["logprobs"].sum()), abs=1e-5)
+    for wrong, message in (([], "is empty"), ([""], "subtask"), (["very " * 100], "the target takes")):
+        with pytest.raises(UserError, match=message):
+            policy.score(raw_observation(1), wrong)
+    forced = policy.infer(raw_observation(1), subtask="done")
+    assert (len(forced["logprobs"]), forced["logprob"], forced["margin"]) == (0, None, None)
+
+
+def test_only_listed_subtasks_come_out_with_and_without_a_draft(tiny_checkpoint):
+    texts = ("done", "pick up the red block", "pick up the blue block", "place it in the left bin")
+    policy = Policy.from_checkpoint(tiny_checkpoint, subtasks=texts)
+    session = policy.session()
+    for seed in range(4):
+        raw = raw_observation(seed)
+        out, drafted = policy.infer(raw), policy.infer(raw, session=session)
+        assert out["subtask"] in texts and out["text_status"] == "ok"
+        assert drafted["subtask"] == out["subtask"] and drafted["logprob"] == pytest.approx(out["logprob"], abs=1e-3)
+        again = policy.infer(raw, session=session)
+        assert again["subtask"] == out["subtask"] and again["margin"] == pytest.approx(out["margin"], abs=1e-3)
+
+
+def test_logits_that_are_no_numbers_are_an_error_not_a_text(tiny_checkpoint):
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    model.embedder.table[...] = model.embedder.table[...].at[300, 0].set(jnp.nan)
+    broken = Policy(cfg, model, tok, stats)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        broken.infer(raw_observation(1))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        broken.answer(raw_observation(1), "what is this?")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        broken.score(raw_observation(1), ["done"])
 
 
 def test_measured_times_are_apart_and_the_first_call_too(policy):
