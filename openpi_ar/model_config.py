@@ -85,24 +85,14 @@ GEMMA_300M = TowerConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """pi0 and pi0.5. The towers may differ in everything but depth, heads and head_dim (they share keys and values)."""
+class PaliGemmaConfig:
+    """PaliGemma: SigLIP and one Gemma tower that writes text."""
 
-    pi05: bool = True
-    """True: time enters through AdaRMS, state through the prompt. False (pi0): state token and action-time MLP."""
     siglip: VitConfig = VitConfig()
     vlm: TowerConfig = GEMMA_2B
-    expert: TowerConfig = GEMMA_300M
     vocab_size: int = 257_152
-    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-    """Camera names in the order in which the model reads them."""
-    state_dim: int = 32
-    action_dim: int = 32
-    """Action dimensions of the model; a robot's own are padded to it with zeros."""
-    action_horizon: int = 10
-    exact_time: bool = False
-    """Angles of the time embedding as in float64 (openpi's PyTorch code), not float32 (its JAX code): 1e-4 apart. A
-    loaded checkpoint keeps what it was trained with."""
+    cameras: tuple[str, ...] = ("image",)
+    """Names of images in the order in which the model reads them."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of matmuls. Norms, softmax, RoPE, logits, losses and the flow state are always float32."""
     remat: bool = True
@@ -113,24 +103,68 @@ class ModelConfig:
     activation functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
 
     def __post_init__(self):
-        s, v, e = self.siglip, self.vlm, self.expert
-        problems = []
+        if problems := self._problems():
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        """What does not fit together."""
+        s, v, problems = self.siglip, self.vlm, []
         if min(s.image_size) < s.patch_size:
             problems.append(f"siglip.image_size {s.image_size} is smaller than siglip.patch_size {s.patch_size}")
         if s.width % s.num_heads:
             problems.append(f"siglip.width {s.width} is not a multiple of siglip.num_heads {s.num_heads}")
+        if v.num_heads % v.num_kv_heads:
+            problems.append(f"num_heads {v.num_heads} is not a multiple of num_kv_heads {v.num_kv_heads}")
+        if not 1 <= s.blocks_run <= s.depth:
+            problems.append(f"siglip.tap {s.tap} is no block of siglip.depth {s.depth}, counted from the end")
+        return problems
+
+    @property
+    def kind(self) -> str:
+        """Name of the model type."""
+        return "paligemma"
+
+    @property
+    def keeps_aspect(self) -> bool:
+        """Images of another shape than the model's are fitted in with black borders, as openpi does; otherwise they
+        are stretched, as big_vision and the transformers library do for PaliGemma."""
+        return False
+
+    @property
+    def recomputed(self) -> str | None:
+        """What the backward pass recomputes (`remat_policy`); None: nothing."""
+        return self.remat_policy if self.remat else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(PaliGemmaConfig):
+    """pi0 and pi0.5: PaliGemma and an action tower.
+
+    The towers may differ in everything but depth, heads and head_dim (they share keys and values).
+    """
+
+    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    """Camera names in the order in which the model reads them."""
+    pi05: bool = True
+    """True: time enters through AdaRMS, state through the prompt. False (pi0): state token and action-time MLP."""
+    expert: TowerConfig = GEMMA_300M
+    state_dim: int = 32
+    action_dim: int = 32
+    """Action dimensions of the model; a robot's own are padded to it with zeros."""
+    action_horizon: int = 10
+    exact_time: bool = False
+    """Angles of the time embedding as in float64 (openpi's PyTorch code), not float32 (its JAX code): 1e-4 apart. A
+    loaded checkpoint keeps what it was trained with."""
+
+    def _problems(self) -> list[str]:
+        v, e, problems = self.vlm, self.expert, super()._problems()
         if (v.depth, v.num_heads, v.num_kv_heads, v.head_dim) != (e.depth, e.num_heads, e.num_kv_heads, e.head_dim):
             problems.append(
                 "the towers share keys and values, so depth, num_heads, num_kv_heads and head_dim must agree: "
                 f"vlm {(v.depth, v.num_heads, v.num_kv_heads, v.head_dim)}, "
                 f"expert {(e.depth, e.num_heads, e.num_kv_heads, e.head_dim)}"
             )
-        if v.num_heads % v.num_kv_heads:
-            problems.append(f"num_heads {v.num_heads} is not a multiple of num_kv_heads {v.num_kv_heads}")
-        if not 1 <= s.blocks_run <= s.depth:
-            problems.append(f"siglip.tap {s.tap} is no block of siglip.depth {s.depth}, counted from the end")
-        if problems:
-            raise ValueError("ModelConfig: " + "; ".join(problems))
+        return problems
 
     @property
     def kind(self) -> Literal["pi0", "pi05"]:
@@ -158,9 +192,8 @@ class ModelConfig:
         return self.action_horizon if self.state_in_prompt else self.action_horizon + 1
 
     @property
-    def recomputed(self) -> str | None:
-        """What the backward pass recomputes (`remat_policy`); None: nothing."""
-        return self.remat_policy if self.remat else None
+    def keeps_aspect(self) -> bool:
+        return True
 
 
 PI05 = ModelConfig()

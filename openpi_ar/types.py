@@ -17,10 +17,28 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Int8, UInt8
 import numpy as np
 
+from openpi_ar.errors import UserError
 from openpi_ar.kinds import Kind
 
 # Batches are built from numpy on the host and become jax arrays when they enter a jitted function.
 Array = jax.Array | np.ndarray
+
+
+def check_mask(mask: Any, name: str) -> None:
+    """Raises UserError for a mask of floats: whether it holds factors (1: seen) or what is added to logits (0: seen)
+    nothing tells, and taken for the other it hides what should be seen."""
+    dtype = mask.dtype if hasattr(mask, "dtype") else np.asarray(mask).dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(
+            f"mask {name!r} must be boolean, found {dtype}: floats may be factors or summands of attention, which mean "
+            f"the opposite; give mask > 0 (1: seen), or mask == 0 (0: seen, -inf: masked)"
+        )
+
+
+def as_mask(mask: Any, name: str) -> jax.Array:
+    """A mask as a boolean array on the device. Raises UserError as `check_mask`."""
+    check_mask(mask, name)
+    return jnp.asarray(mask, bool)
 
 
 @nnx.dataclass
@@ -61,16 +79,17 @@ class Tokens(nnx.Pytree):
         xp = np if isinstance(ids, np.ndarray) else jnp
         ids = xp.asarray(ids).astype(np.int32)
 
-        def bit(value: Any) -> Any:
+        def bit(value: Any, name: str) -> Any:
+            check_mask(value, name)
             return xp.broadcast_to(xp.asarray(value, bool), ids.shape)
 
-        valid = bit(valid)
+        valid = bit(valid, "valid")
         return cls(
             ids=ids,
             valid=valid,
-            causal=bit(causal),
-            loss=bit(loss) & valid,
-            hidden=bit(hidden) & valid,
+            causal=bit(causal, "causal"),
+            loss=bit(loss, "loss") & valid,
+            hidden=bit(hidden, "hidden") & valid,
             kind=xp.broadcast_to(xp.asarray(kind, np.int8), ids.shape),
         )
 

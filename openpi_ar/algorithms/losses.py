@@ -12,7 +12,7 @@ from openpi_ar.algorithms.flow import velocities
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.config import LossConfig
 from openpi_ar.models.cache import Cache
-from openpi_ar.models.vlm import VLA
+from openpi_ar.models.vlm import VLA, VLM
 from openpi_ar.types import Array, Batch, Kind, Observation, Tokens
 
 Metrics = dict[str, Float[Array, ""]]
@@ -81,7 +81,7 @@ def predictors(prompt_last: Float[Array, "B D"], hidden: Float[Array, "B T D"], 
 
 
 def text_loss(
-    model: VLA,
+    model: VLM,
     prompt_last: Float[Array, "B D"],
     hidden: Float[Array, "B T D"],
     target: Tokens,

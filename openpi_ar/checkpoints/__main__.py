@@ -14,7 +14,7 @@ import tyro
 
 from openpi_ar.checkpoints.options import AS_IT_IS, Format, LoadOptions
 from openpi_ar.errors import UserError, command_line
-from openpi_ar.model_config import TowerConfig
+from openpi_ar.model_config import ModelConfig, TowerConfig
 
 Where = Annotated[str, tyro.conf.Positional]
 """Directory, file, address (gs://, https://, hf://) or hub id of a checkpoint."""
@@ -68,9 +68,7 @@ def inspect(source: Where) -> None:
     rows = {
         "path": str(opened.path),
         "format": _FORMATS[looked.kind],
-        "model": {"pi0": "pi0", "pi05": "pi0.5"}[cfg.kind]
-        if looked.kind != "paligemma"
-        else "PaliGemma (no action tower)",
+        "model": {"pi0": "pi0", "pi05": "pi0.5", "paligemma": "PaliGemma"}[cfg.kind],
         "tensors": f"{len(specs)}, {sum(count.values()):,} values, {sum(s.nbytes for s in specs.values()) / 1e9:.2f} "
         "GB",
         "types": ", ".join(f"{name} {n:,}" for name, n in sorted(dtypes.items())),
@@ -79,12 +77,14 @@ def inspect(source: Where) -> None:
         "SigLIP": f"width {cfg.siglip.width}, depth {cfg.siglip.depth}, mlp {cfg.siglip.mlp_dim}, heads "
         f"{cfg.siglip.num_heads}",
         "first tower": _tower(cfg.vlm) + f", vocabulary {cfg.vocab_size}",
-        "second tower": _tower(cfg.expert),
-        "actions": f"{cfg.action_dim} dimensions, horizon {cfg.action_horizon}, state {cfg.state_dim}",
+        "second tower": "none: it answers questions and cannot act",
         "assets": ", ".join(sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file()))
         if assets
         else "none",
     }
+    if isinstance(cfg, ModelConfig):
+        rows["second tower"] = _tower(cfg.expert)
+        rows["actions"] = f"{cfg.action_dim} dimensions, horizon {cfg.action_horizon}, state {cfg.state_dim}"
     for key, value in rows.items():
         table.add_row(key, value)
     _out.print(table)
@@ -97,7 +97,8 @@ _FORMATS = {
     "openpi": "openpi, JAX (orbax)",
     "torch": "openpi, PyTorch (safetensors)",
     "lerobot": "LeRobot (safetensors)",
-    "paligemma": "PaliGemma (big_vision .npz)",
+    "big_vision": "big_vision (.npz)",
+    "transformers": "transformers (safetensors)",
 }
 
 

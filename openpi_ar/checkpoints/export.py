@@ -23,7 +23,7 @@ from openpi_ar.checkpoints.options import Format
 from openpi_ar.config import InferenceConfig, TextConfig
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
-from openpi_ar.model_config import ModelConfig
+from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.params import flatten, unflatten
 from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.types import Array
@@ -42,16 +42,22 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
             "ours".
 
     Raises:
-        UserError: the target exists, it cannot be written, or the name table lacks parameters of the model.
+        UserError: the target exists, it cannot be written, the model is not written in that format, or the name table
+            lacks parameters of the model.
     """
     flat = flatten(loaded.model)
+    family = _family(flat, loaded.config)
+    if to not in family.formats:
+        raise UserError(
+            f"{loaded.path} is {family.title}, which can be written as {', '.join(family.formats)}, not {to}"
+        )
     assets = assets_of(loaded.path)
     with when_whole(target.absolute(), must_be_new=True) as scratch:
         if assets is not None:
             shutil.copytree(assets, scratch / "assets", ignore=shutil.ignore_patterns(store.COMMITTED, store.CONFIG))
         if to == "ours":
             _save_orbax(scratch / "params", unflatten(flat))
-            _save_config(scratch / "assets", assets, loaded.config)
+            _save_config(scratch / "assets", assets, loaded.acting()[1])
             (scratch / store.MARK).write_text("{}\n")
         elif to == "openpi":
             _save_orbax(scratch / "params", unflatten(to_openpi(flat, loaded.config)))
@@ -59,13 +65,13 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
             save_safetensors(scratch, flat, loaded.config, to)
 
 
-def to_openpi(flat: Mapping[str, Array], cfg: ModelConfig) -> dict[str, Array]:
+def to_openpi(flat: Mapping[str, Array], cfg: PaliGemmaConfig) -> dict[str, Array]:
     """Arrays by openpi's path. Raises UserError listing the parameters that the name table lacks."""
     rows = _family(flat, cfg).by_path
     return {rows[path].openpi: a[None] if rows[path].lead else a for path, a in flat.items()}
 
 
-def _family(flat: Mapping[str, Array], cfg: ModelConfig) -> Family:
+def _family(flat: Mapping[str, Array], cfg: PaliGemmaConfig) -> Family:
     """The family of a model, all of whose parameters its table names."""
     family = next(f for f in FAMILIES if type(cfg) is f.config)
     if unnamed := sorted(flat.keys() - family.by_path.keys()):
@@ -82,7 +88,7 @@ class Tensor:
     make: Callable[[], np.ndarray]
 
 
-def to_torch(flat: Mapping[str, Array], cfg: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def to_torch(flat: Mapping[str, Array], cfg: PaliGemmaConfig) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of openpi's PyTorch module. Adapters are added to the weights they belong to."""
     family = _family(flat, cfg)
     sizes = family.sizes(cfg)
@@ -134,21 +140,18 @@ def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
     (folder / store.CONFIG).write_text(config_json.dumps(dataclasses.replace(cfg, model=model)))
 
 
-def save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: ModelConfig, to: Format) -> None:
-    """Writes `model.safetensors` and `config.json` of openpi's PyTorch port ("torch") or of LeRobot."""
+def save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: PaliGemmaConfig, to: Format) -> None:
+    """Writes `model.safetensors` and `config.json`: of LeRobot, or ("torch") of openpi's PyTorch port, or for PaliGemma
+    of the transformers library."""
     family = _family(flat, cfg)
-    kept, other = family.tied
-    # `safetensors.torch.save_model` writes one of two tied tensors and notes the other; LeRobot writes both.
-    metadata = {"format": "pt"} | ({kept: other} if to == "torch" else {})
+    (kept, other), names = family.tied, family.formats[to]
+    # `safetensors.torch.save_model` writes one of two tied tensors and notes the other.
+    metadata = {"format": "pt"} | ({kept: other} if names == (other,) else {})
+    prefix = "model." if to == "lerobot" else ""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in to_torch(flat, cfg):
-            if to == "lerobot":
-                yield f"model.{name}", tensor
-            if name == kept:
-                yield (other if to == "torch" else f"model.{other}"), tensor
-            elif to == "torch":
-                yield name, tensor
+            yield from ((prefix + written, tensor) for written in (names if name == kept else (name,)))
 
     write_safetensors(folder / SAFETENSORS, dict(tensors()), metadata)
     body = family.torch_settings(cfg, np.dtype(flat["embedder/table"].dtype).name, to)

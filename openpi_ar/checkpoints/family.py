@@ -11,7 +11,8 @@ import functools
 import re
 from typing import Any, Literal
 
-from openpi_ar.model_config import ModelConfig
+from openpi_ar.checkpoints.options import Format, LoadOptions
+from openpi_ar.model_config import PaliGemmaConfig
 
 Column = Literal["ours", "openpi", "torch"]
 Sizes = dict[str, int]
@@ -73,14 +74,12 @@ class Writer:
     column   the column of the table that its names are in.
     prefix   pattern at the start of a name that only this one writes.
     setting  key of a config.json that only this one writes.
-    holds    pattern of the parameters that it writes; the others keep their random init.
     """
 
     kind: str
     column: Column
     prefix: str = ""
     setting: str = ""
-    holds: str = ""
 
     def wrote(self, names: list[str], settings: Mapping[str, Any]) -> bool:
         """Whether these names and config.json are of this program, as far as they tell."""
@@ -98,27 +97,31 @@ class Family:
     fixed    axes whose size never varies.
     public   {option of LoadOptions: (axis, size)} of axes that no PyTorch tensor tells: the public models' sizes.
     tied     (name, other name) of one PyTorch matrix; where a file has both, the first is read.
+    formats  formats that it is written in; of those of PyTorch, which of the tied names have the matrix.
     ignored  (pattern of a whole PyTorch name, reason) of tensors that may be there and are not read.
     renames  (pattern at the start of a name, replacement): the first that matches makes it one of the table's.
     build    (paths found, sizes, overrides, base) -> configuration; raises ValueError, also if a size is missing.
     sizes    configuration -> size of every axis.
     padding  tensors that its PyTorch files have and nothing reads: configuration -> {name: shape}.
     torch_settings  (configuration, dtype, writer's kind) -> body of config.json.
+    told     body of the config.json beside the tensors -> (what it says of what they do not tell, base of `build`).
     """
 
     title: str
-    config: type[ModelConfig]
+    config: type[PaliGemmaConfig]
     rows: tuple[Row, ...]
     writers: tuple[Writer, ...]
     fixed: Mapping[str, int]
     public: Mapping[str, tuple[str, int]]
     tied: tuple[str, str]
+    formats: Mapping[Format, tuple[str, ...]]
     ignored: tuple[tuple[str, str], ...]
     renames: tuple[tuple[str, str], ...]
-    build: Callable[[set[str], Sizes, dict[str, Any], ModelConfig | None], ModelConfig]
-    sizes: Callable[[ModelConfig], Sizes]
-    padding: Callable[[ModelConfig], dict[str, tuple[int, ...]]]
-    torch_settings: Callable[[ModelConfig, str, str], dict[str, Any]]
+    build: Callable[[set[str], Sizes, Mapping[str, Any], Any], Any]
+    sizes: Callable[[Any], Sizes]
+    padding: Callable[[Any], dict[str, tuple[int, ...]]]
+    torch_settings: Callable[[Any, str, str], dict[str, Any]]
+    told: Callable[[Mapping[str, Any]], tuple[LoadOptions, PaliGemmaConfig | None]]
 
     @functools.cached_property
     def by_path(self) -> dict[str, Row]:

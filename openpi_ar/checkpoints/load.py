@@ -1,7 +1,7 @@
 """A model from any public checkpoint, without being told what it is.
 
     openpi's JAX parameters (orbax, with and without nnx's `value` level), our own checkpoints, `model.safetensors` of
-    openpi's PyTorch port and of LeRobot (one file or shards), PaliGemma's `.npz`
+    openpi's PyTorch port, of LeRobot and of PaliGemma (one file or shards), big_vision's `.npz` of PaliGemma
 
 Tensors are read one at a time, largest first, converted and placed on the device: the host never holds two copies.
 """
@@ -9,31 +9,30 @@ Tensors are read one at a time, largest first, converted and placed on the devic
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
-import re
 from typing import Any
 import warnings
 
 from einops import rearrange
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from openpi_ar import config_json
-from openpi_ar.checkpoints import match, pi0, remote, store
+from openpi_ar.checkpoints import match, paligemma, pi0, remote, store
 from openpi_ar.checkpoints.family import Family, Sizes, expected_shape
 from openpi_ar.checkpoints.match import Matched, Shape, Stored
 from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
 from openpi_ar.checkpoints.sources import open_source
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import ModelConfig
+from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.models import family
 from openpi_ar.models.vit import resample_pos_embedding
-from openpi_ar.models.vlm import VLA
+from openpi_ar.models.vlm import VLA, VLM
 from openpi_ar.params import flatten, misfits, with_leaves
 
-FAMILIES: tuple[Family, ...] = (pi0.FAMILY,)
+# Of two tables that know equally many names, the first is taken: the one of the smaller model.
+FAMILIES: tuple[Family, ...] = (paligemma.FAMILY, pi0.FAMILY)
 PUBLIC_HORIZON = 50
 _QUIET_BYTES = 200 << 20
 """Checkpoints smaller than this load without a progress bar."""
@@ -45,29 +44,36 @@ _all_finite = jax.jit(lambda a: jnp.isfinite(a).all())
 class Loaded:
     """A model and what it came from.
 
-    kind           "ours", "openpi", "torch", "lerobot" or "paligemma".
+    kind           what wrote it: "ours", "openpi", "torch", "lerobot"; of PaliGemma "big_vision" or "transformers".
     path           local file or directory.
-    notes          what a user should know: ignored tensors, sizes that no tensor tells, parameters left at their init.
+    notes          what a user should know: ignored tensors, sizes that no tensor tells.
     tells_horizon  whether the options or the checkpoint's files said how many actions a chunk has.
     """
 
-    model: VLA
-    config: ModelConfig
+    model: VLM
+    config: PaliGemmaConfig
     kind: str
     path: Path
     notes: tuple[str, ...]
     tells_horizon: bool = True
 
+    def acting(self) -> tuple[VLA, ModelConfig]:
+        """Model and configuration of a model that acts. Raises UserError if it has no action tower."""
+        if isinstance(self.config, ModelConfig) and isinstance(self.model, VLA):
+            return self.model, self.config
+        raise UserError(f"{self.path} has no action tower: it answers questions and cannot act")
+
 
 @dataclasses.dataclass(frozen=True)
 class Inspected:
-    """What a checkpoint is, from its headers alone: see `inspect`."""
+    """What a checkpoint is, from its headers alone: see `inspect`. `grid` is that of its position embedding."""
 
     matched: Matched
-    config: ModelConfig
+    config: PaliGemmaConfig
     sizes: Sizes
     notes: tuple[str, ...]
     tells_horizon: bool
+    grid: tuple[int, int]
 
     @property
     def kind(self) -> str:
@@ -80,26 +86,29 @@ def inspect(path: str | Path, options: LoadOptions = AS_IT_IS) -> Inspected:
     local = remote.local_copy(path)
     folder = store.resolve_step_dir(local) if local.is_dir() else local
     source = open_source(folder)
-    told, base = _told(folder, source.settings)
-    known = options.over(told)
     m = match.recognise(source, FAMILIES)
+    ours = _own_config(folder)
+    told, base = m.family.told(source.settings) if ours is None else ours
+    known = options.over(told)
     notes = list(m.ignored)
     given = {axis: getattr(known, option) or size for option, (axis, size) in m.family.public.items()}
     if m.column == "torch":
         for option, (axis, _) in m.family.public.items():
             if getattr(known, option) is None:
                 notes.append(f"{option} {given[axis]}: no tensor tells it, the public models' value is taken")
-    if known.action_horizon is None:
+    fields = _overrides(known, m, ours is None)
+    if "action_horizon" in fields and known.action_horizon is None:
         notes.append(f"action_horizon {PUBLIC_HORIZON}: no tensor tells it, the base models' value is taken")
     sizes = match.solve(m, given)
     try:
-        config = m.family.build({i.row.ours for i in m.found}, sizes, _overrides(known, base, m.column), base)
+        config = m.family.build({i.row.ours for i in m.found}, sizes, fields, base)
+        grid = _grid(sizes, config, told.image_size)
     except ValueError as e:
         options_given = ", ".join(m.family.public)
         raise UserError(f"{source.path} makes no model: {e}; {options_given} and image_size can be given") from e
     if problems := _misfits(m, config, sizes):
         raise UserError(f"{source.path} does not fit the model it seems to hold: {'; '.join(problems)}")
-    return Inspected(m, config, sizes, tuple(notes), known.action_horizon is not None)
+    return Inspected(m, config, sizes, tuple(notes), known.action_horizon is not None, grid)
 
 
 def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: bool = True) -> Loaded:
@@ -129,45 +138,47 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
         # Largest first: while it is converted, nothing else is in memory yet.
         for ours in sorted(items, key=lambda path: -int(np.prod(want[path].shape))):
             array = _assemble(m, items[ours], looked.sizes, options.dtype, lambda n: bar.advance(task, n))
-            if ours == "img/pos_embedding" and array.shape != want[ours].shape:
-                side = int(array.shape[0] ** 0.5)
-                old = (side, side)
-                array = resample_pos_embedding(array.astype(np.float32), old, cfg.siglip.grid).astype(array.dtype)
-                notes.append(f"position embedding resampled from {old} to {cfg.siglip.grid} patches")
+            if ours == "img/pos_embedding" and looked.grid != cfg.siglip.grid:
+                old, new = looked.grid, cfg.siglip.grid
+                array = resample_pos_embedding(array.astype(np.float32), old, new).astype(array.dtype)
+                notes.append(f"position embedding resampled from {old} to {new} patches")
             done[ours] = jax.block_until_ready(jax.device_put(array))
             if not bool(_all_finite(done[ours])):
                 name = items[ours][0].row.openpi
                 warnings.warn(f"{m.source.path}: {name} holds values that are not finite", stacklevel=2)
             del array
-    if missing := [path for path in want if path not in done]:
-        notes.append(f"{len(missing)} parameters are not in the file and keep their random init: {', '.join(missing)}")
-        done |= _fresh(cfg, missing, options.dtype)
     return Loaded(with_leaves(abstract, done), cfg, looked.kind, m.source.path, tuple(notes), looked.tells_horizon)
 
 
-def _overrides(known: LoadOptions, base: ModelConfig | None, column: str) -> dict[str, Any]:
-    """Fields of the configuration that shapes do not tell."""
+def _overrides(known: LoadOptions, m: Matched, foreign: bool) -> dict[str, Any]:
+    """Fields of the configuration that shapes do not tell, and `image_size`."""
     fields: dict[str, Any] = {"action_horizon": known.action_horizon or PUBLIC_HORIZON}
     if known.image_size:
         fields["image_size"] = known.image_size
     if known.cameras:
         fields["cameras"] = known.cameras
-    if base is None:
-        fields["exact_time"] = column == "torch"
-    if known.compute_dtype or base is None:
+    if foreign:
+        fields["exact_time"] = m.column == "torch"
+    if known.compute_dtype or foreign:
         # bfloat16 matrix-vector products are 10 to 20 times slower than float32 on CPUs.
         fields["dtype"] = known.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return fields
+    has = {"image_size", *(f.name for f in dataclasses.fields(m.family.config))}
+    return {name: value for name, value in fields.items() if name in has}
 
 
-def _fresh(cfg: ModelConfig, paths: list[str], dtype: str | None) -> dict[str, jax.Array]:
-    """Initial values of some parameters; the others are never computed."""
+def _grid(sizes: Sizes, cfg: PaliGemmaConfig, told: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width in patches of the stored position embedding.
 
-    def init() -> dict[str, jax.Array]:
-        flat = flatten(family.create(cfg, rngs=nnx.Rngs(0)))
-        return {path: jnp.asarray(flat[path], dtype and jnp.dtype(dtype)) for path in paths}
-
-    return jax.jit(init)()
+    It is that of the model if that one has as many patches, else of the image size that the files tell, else square.
+    Raises ValueError if it is none of them.
+    """
+    stored, patch = sizes["T"], sizes["p"]
+    side = int(stored**0.5)
+    of_files = (told[0] // patch, told[1] // patch) if told else (side, side)
+    for grid in (cfg.siglip.grid, of_files, (side, side)):
+        if grid[0] * grid[1] == stored:
+            return grid
+    raise ValueError(f"{stored} position embeddings are no square grid, so they cannot be resampled")
 
 
 def _assemble(
@@ -190,30 +201,18 @@ def _assemble(
     return out
 
 
-def _misfits(m: Matched, cfg: ModelConfig, sizes: Sizes) -> list[str]:
+def _misfits(m: Matched, cfg: PaliGemmaConfig, sizes: Sizes) -> list[str]:
     """What the model needs and the source lacks, what is there that this model has no use for, and other shapes."""
     paths = set(flatten(family.abstract(cfg)))
     unnamed = [f"{path}: no row of the name table" for path in sorted(paths - m.family.by_path.keys())]
-    needed = {path for path in paths if re.match(m.writer.holds, path)}
     have = {i.name: Shape(m.shape(i)) for i in m.found} | dict.fromkeys(m.left, Shape(()))
-    return unnamed + misfits(match.expected(m, sizes, needed), have)
+    return unnamed + misfits(match.expected(m, sizes, paths), have)
 
 
-def _told(folder: Path, settings: dict[str, Any]) -> tuple[LoadOptions, ModelConfig | None]:
-    """(what the files beside the tensors say, the whole configuration where the checkpoint is ours)."""
-    ours = (folder if folder.is_dir() else folder.parent) / "assets" / store.CONFIG
-    if ours.is_file():
-        cfg = config_json.read(ours).model
-        return LoadOptions(action_horizon=cfg.action_horizon, image_size=cfg.siglip.image_size), cfg
-    inputs, cameras = settings.get("input_features"), None
-    if isinstance(inputs, dict):
-        # LeRobot lists the cameras in the order in which its policy stacks them.
-        visual = [k for k, v in inputs.items() if isinstance(v, dict) and v.get("type") == "VISUAL"]
-        cameras = tuple(k.removeprefix("observation.images.") for k in visual) or None
-    told = LoadOptions(
-        action_horizon=settings.get("action_horizon", settings.get("chunk_size")),
-        siglip_heads=settings.get("siglip_heads"),
-        num_kv_heads=settings.get("num_kv_heads"),
-        cameras=cameras,
-    )
-    return told, None
+def _own_config(folder: Path) -> tuple[LoadOptions, PaliGemmaConfig] | None:
+    """(what is read of it first, the whole configuration) of a checkpoint of ours."""
+    path = (folder if folder.is_dir() else folder.parent) / "assets" / store.CONFIG
+    if not path.is_file():
+        return None
+    cfg = config_json.read(path).model
+    return LoadOptions(action_horizon=cfg.action_horizon, image_size=cfg.siglip.image_size), cfg

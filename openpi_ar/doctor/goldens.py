@@ -1,21 +1,65 @@
-"""Reading goldens: directories of arrays that reference code computed from known inputs.
+"""Reading goldens: directories of arrays that reference code computed from known inputs; and the difference from one.
 
-inputs.npz, outputs.npz                          openpi's JAX code
+inputs.npz, outputs.npz                          openpi's JAX code; PaliGemma in the transformers library
 inputs_train.npz, inputs_sample.npz, outputs.npz a subtask model whose whole prompt is causal text
 golden.npz                                       openpi's PyTorch code
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 from pathlib import Path
 import re
 
 import numpy as np
 
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import ModelConfig
-from openpi_ar.types import Kind, Observation, Tokens
+from openpi_ar.model_config import PaliGemmaConfig
+from openpi_ar.types import Array, Kind, Observation, Tokens
 
 Golden = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One quantity: largest and mean absolute difference over the entries that mean something, and the bound on
+    `judged`."""
+
+    name: str
+    largest: float
+    mean: float
+    bound: float
+    judged: str = "largest"
+
+    @property
+    def ok(self) -> bool:
+        """Within the bound. Not a number is not."""
+        return getattr(self, self.judged) <= self.bound
+
+
+Compare = Callable[..., Iterator[Difference]]
+
+
+def comparison(a: Golden, mean_bound: Callable[[float], float | None] | None) -> Compare:
+    """`compare(name, ours, bound, where)`: the difference from an array of the golden, if the golden has it.
+
+    In bfloat16 the mean is judged, by `mean_bound(bound)`; what that has no bound for is not compared, and neither are
+    losses: squares or sums, in another unit. Raises UserError if the shapes differ.
+    """
+
+    def compare(name: str, ours: Array, bound: float, where: np.ndarray | None = None) -> Iterator[Difference]:
+        if name not in a:
+            return
+        golden, mine = np.asarray(a[name], np.float64), np.asarray(ours).astype(np.float64)
+        if golden.shape != mine.shape:
+            raise UserError(f"{name}: the golden's shape is {list(golden.shape)}, the checkpoint's {list(mine.shape)}")
+        d = np.abs(golden - mine)
+        d = d if where is None else d[where]
+        if mean_bound is None:
+            yield Difference(name, float(d.max()), float(d.mean()), bound)
+        elif "loss" not in name and (mean := mean_bound(bound)) is not None:
+            yield Difference(name, float(d.max()), float(d.mean()), mean, "mean")
+
+    return compare
 
 
 IMAGE = re.compile(r"(train:|sample:)?(?:image/|in_image_(?!mask_))(.+)")
@@ -31,11 +75,13 @@ def read_arrays(golden: Path, compute_dtype: str) -> dict[str, np.ndarray]:
     )
     for files in layouts:
         if all((golden / name).is_file() for name in files):
-            return {p + k: v for name, p in files.items() for k, v in np.load(golden / name).items()}
+            # Of two versions of the transformers library the newer one scales in bfloat16 as big_vision does.
+            arrays = {p + k: v for name, p in files.items() for k, v in np.load(golden / name).items()}
+            return {k.removeprefix("hf5/"): v for k, v in arrays.items()}
     raise UserError(f"{golden} is no golden: expected golden.npz, or inputs*.npz and {outputs}")
 
 
-def input_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: ModelConfig) -> dict[str, np.ndarray]:
+def input_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: PaliGemmaConfig) -> dict[str, np.ndarray]:
     """The inputs under one set of names: in_images, in_image_mask, in_ids, in_valid, in_state, per prefix."""
     found: dict[str, np.ndarray] = {}
     for prefix in ("", "train:", "sample:"):

@@ -20,13 +20,23 @@ from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import Dtype, LoadOptions
-from openpi_ar.doctor.goldens import IMAGE, Golden, input_arrays, observation, read_arrays, text_run
-from openpi_ar.errors import UserError
+from openpi_ar.doctor import vlm_golden
+from openpi_ar.doctor.goldens import (
+    IMAGE,
+    Compare,
+    Difference,
+    Golden,
+    comparison,
+    input_arrays,
+    observation,
+    read_arrays,
+    text_run,
+)
 from openpi_ar.models.cache import Cache
 from openpi_ar.models.layers import sincos_embedding
 from openpi_ar.models.vlm import VLA
 from openpi_ar.textfile import read_object
-from openpi_ar.types import Array, Observation
+from openpi_ar.types import Observation
 
 # Float32 bounds on the largest absolute difference: the rounding of two orders of summation, over 4 to 18 layers.
 # Against PyTorch they are looser because a model whose weights came from JAX computes the time embedding in float32.
@@ -43,23 +53,6 @@ _denoise = jax.jit(flow.denoise, static_argnames="num_steps")
 _generate = jax.jit(generate)
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """One quantity: largest and mean absolute difference over the entries that mean something, and the bound on
-    `judged`."""
-
-    name: str
-    largest: float
-    mean: float
-    bound: float
-    judged: str = "largest"
-
-    @property
-    def ok(self) -> bool:
-        """Within the bound. Not a number is not."""
-        return getattr(self, self.judged) <= self.bound
-
-
 def verify(
     path: str | Path, golden: Path, *, compute_dtype: Dtype = "float32", siglip_heads: int | None = None
 ) -> tuple[list[Difference], tuple[str, ...]]:
@@ -71,6 +64,8 @@ def verify(
     Raises UserError if the directory is no golden, or the checkpoint cannot be loaded or has other dimensions.
     """
     arrays = read_arrays(golden, compute_dtype)
+    if vlm_golden.is_vlm(arrays):
+        return _verify_vlm(path, arrays, compute_dtype, siglip_heads)
     body = read_object(golden / "config.json") if (golden / "config.json").is_file() else {}
     cameras = tuple(body.get("image_keys") or dict.fromkeys(m[2] for k in arrays if (m := IMAGE.fullmatch(k))))
     heads = siglip_heads or body.get("siglip", {}).get("num_heads")
@@ -88,20 +83,45 @@ def verify(
         loaded = load_model(path, dataclasses.replace(known, siglip_heads=count))
         if "in_images" not in arrays:
             arrays = arrays | input_arrays(arrays, cameras, loaded.config)
-        error = _image_error(loaded.model, arrays, cameras) if len(options) > 1 else 0.0
+        model = loaded.acting()[0]
+        error = _image_error(model, arrays, cameras) if len(options) > 1 else 0.0
         if best is None or error < best[0]:
             note = (
                 (f"siglip_heads {count}: of {options}, the image tokens agree best with it",)
                 if len(options) > 1
                 else ()
             )
-            best = (error, loaded.model, loaded.notes + note)
+            best = (error, model, loaded.notes + note)
     assert best is not None
     # A converted checkpoint is the same weights: the golden says whose time embedding it was computed with.
     model = nnx.clone(best[1])
     model.cfg = dataclasses.replace(model.cfg, exact_time="in_tokens" in arrays)
     with jax.default_matmul_precision("highest"):
         return list(_differences(model, arrays, cameras, bfloat16=compute_dtype == "bfloat16")), best[2]
+
+
+def _verify_vlm(
+    path: str | Path, arrays: Golden, compute_dtype: Dtype, siglip_heads: int | None
+) -> tuple[list[Difference], tuple[str, ...]]:
+    """`verify` of a golden of a vision-language model."""
+    size = arrays["image_uint8"].shape[1:3]
+    dtype = None if compute_dtype == "bfloat16" else "float32"
+    options = LoadOptions(dtype=dtype, compute_dtype=compute_dtype, siglip_heads=siglip_heads, image_size=size)
+    loaded = load_model(path, options)
+    rows = loaded.config.vocab_size
+    pads = max((a.shape[-1] for name, a in arrays.items() if name.endswith("logits")), default=rows) - rows
+    notes = loaded.notes
+    if pads > 0:
+        # big_vision's vocabulary ends where the others' padding begins, which takes its share of the softmax.
+        arrays = {
+            name: a[..., :rows] if name.endswith("logits") else a
+            for name, a in arrays.items()
+            if "logp" not in name and "loss" not in name
+        }
+        notes += (f"the checkpoint lacks {pads} rows of the golden's vocabulary: log-probabilities are not compared",)
+    with jax.default_matmul_precision("highest"):
+        compare = comparison(arrays, vlm_golden.BFLOAT16.get if compute_dtype == "bfloat16" else None)
+        return list(vlm_golden.differences(loaded.model, arrays, compare)), notes
 
 
 def _head_counts(path: str | Path, known: LoadOptions) -> list[int]:
@@ -129,21 +149,7 @@ def _differences(model: VLA, a: Golden, cameras: tuple[str, ...], *, bfloat16: b
     torch = "in_tokens" in a
     velocity, actions = (TORCH_VELOCITY, TORCH_ACTIONS) if torch else (VELOCITY, ACTIONS)
 
-    def compare(name: str, ours: Array, bound: float, where: np.ndarray | None = None) -> Iterator[Difference]:
-        if name not in a:
-            return
-        golden, mine = np.asarray(a[name], np.float64), np.asarray(ours).astype(np.float64)
-        if golden.shape != mine.shape:
-            raise UserError(f"{name}: the golden's shape is {list(golden.shape)}, the checkpoint's {list(mine.shape)}")
-        d = np.abs(golden - mine)
-        d = d if where is None else d[where]
-        if bfloat16 and "loss" in name:
-            return  # squares of values up to 7: in another unit than the bound
-        if bfloat16:
-            yield Difference(name, float(d.max()), float(d.mean()), BFLOAT16_MEAN, "mean")
-        else:
-            yield Difference(name, float(d.max()), float(d.mean()), bound)
-
+    compare = comparison(a, (lambda bound: BFLOAT16_MEAN) if bfloat16 else None)
     if "train:in_ids" in a:
         yield from _subtask(model, a, compare)
         return
@@ -176,7 +182,7 @@ def _flow(
     cache: Cache,
     a: Golden,
     prefix: str,
-    compare,
+    compare: Compare,
     velocity: float,
     actions: float,
 ) -> Iterator[Difference]:
@@ -214,7 +220,7 @@ def _flow(
         yield from compare(name, _denoise(model, obs, cache, noise, num_steps=steps), actions)
 
 
-def _subtask(model: VLA, a: Golden, compare) -> Iterator[Difference]:
+def _subtask(model: VLA, a: Golden, compare: Compare) -> Iterator[Difference]:
     """A subtask model whose text is all causal: cross-entropy, flow, free decoding, actions conditioned on the
     generated text."""
     obs = observation(a, "train:", causal=True)
@@ -245,7 +251,7 @@ def _subtask(model: VLA, a: Golden, compare) -> Iterator[Difference]:
             yield from _decoded(model, a, case, i, compare)
 
 
-def _decoded(model: VLA, a: Golden, case: str, i: int, compare) -> Iterator[Difference]:
+def _decoded(model: VLA, a: Golden, case: str, i: int, compare: Compare) -> Iterator[Difference]:
     """Greedy text of one row, decoded with the cache, and actions on it, against full recomputation without one."""
     name = f"{case}/nocache_{{}}_row{i}"
     obs = observation(a, "sample:", causal=True, rows=slice(i, i + 1))

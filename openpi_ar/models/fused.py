@@ -20,12 +20,13 @@ from openpi_ar.models.decoder import Block, Rope, Tower, action_positions, take
 from openpi_ar.models.layers import ACTIVATIONS, MASKED, AdaRMSNorm, Einsum, RMSNorm, matmul, merge_lora, rotary, rotate
 from openpi_ar.models.stack import Stack
 from openpi_ar.models.vlm import CacheReader, Run
-from openpi_ar.types import Array
+from openpi_ar.types import Array, check_mask
 
 
 def attend_apart(q: Float[Array, "B T N H"], runs: Sequence[KV], mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
     """`layers.attend` with one softmax over runs that are never joined, its division after the product with the
     values."""
+    check_mask(mask, "mask")
     q = rearrange(q, "B T (K G) H -> B K T G H", K=runs[0][0].shape[1])
     logits, start = [], 0
     for k, v in runs:

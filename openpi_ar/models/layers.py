@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from openpi_ar.types import Array
+from openpi_ar.types import Array, check_mask
 
 # Masked logits. Finite, so that a row that may attend to nothing (a padded query) stays finite too.
 MASKED = -2.3819763e38
@@ -233,6 +233,7 @@ def attend(
     The runs (cache, own tokens) are joined in the logits, not in the keys: the cache is read in place, never copied.
     S is the sum of the runs' lengths.
     """
+    check_mask(mask, "mask")
     kv_heads = kv[0][0].shape[2]
     # The axes are in the order in which a batched matmul leaves them: the large logits are never transposed.
     q = rearrange(q, "B T (K G) H -> B K T G H", K=kv_heads)

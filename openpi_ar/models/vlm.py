@@ -9,9 +9,9 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.model_config import ModelConfig
+from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.models.cache import Cache
-from openpi_ar.types import Array, Observation, Tokens
+from openpi_ar.types import Array, Observation, Tokens, as_mask
 
 
 @nnx.dataclass
@@ -31,7 +31,8 @@ class Run(nnx.Pytree):
     @classmethod
     def of(cls, x: Float[Array, "B T D"], tokens: Tokens) -> "Run":
         """These tokens, embedded as `x`."""
-        return cls(x=x, valid=jnp.asarray(tokens.valid), causal=jnp.asarray(tokens.causal), hidden=tokens.hidden)
+        bits = {name: as_mask(getattr(tokens, name), name) for name in ("valid", "causal", "hidden")}
+        return cls(x=x, **bits)
 
     def then(self, other: "Run") -> "Run":
         """This run followed by another one."""
@@ -89,7 +90,7 @@ class ActionTower(Protocol):
 class VLM(Protocol):
     """A vision-language model: observations in, next-token logits out."""
 
-    cfg: ModelConfig
+    cfg: PaliGemmaConfig
 
     @property
     def tower(self) -> Tower:
@@ -130,6 +131,8 @@ class VLM(Protocol):
 @runtime_checkable
 class VLA(VLM, Protocol):
     """A vision-language model with an action tower that denoises action chunks by flow matching."""
+
+    cfg: ModelConfig
 
     def unstacked(self) -> "VLA":
         """The same model with its layers as lists: programs are unrolled."""

@@ -98,26 +98,22 @@ def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horiz
     if (local := Path(path).expanduser()).exists():
         find_norm_stats(_root(local), asset_id=asset_id, known=spec.asset_ids)
     loaded = load_model(path, LoadOptions(action_horizon=horizon))
+    model, config = loaded.acting()
     if loaded.kind == "ours" and not store.missing_parts(loaded.path.parent):
         assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
         mode = assets.stats["state"].mode
         check_mode(step / "assets" / store.NORM_STATS, mode, assets.config.model.norm_mode)
-        return PolicyParts(_with_robot(assets.inference, spec, path), loaded.model, assets.tokenizer, assets.stats)
-    if loaded.kind == "paligemma":
-        raise UserError(
-            f"{path} is a PaliGemma checkpoint: it has no trained action expert, so it cannot drive a robot"
-        )
+        return PolicyParts(_with_robot(assets.inference, spec, path), model, assets.tokenizer, assets.stats)
     root = _root(loaded.path)
     folder = find_norm_stats(root, asset_id=asset_id, known=spec.asset_ids)
-    stats = load_norm_stats(folder, required_mode=loaded.config.norm_mode)
-    kind = loaded.config.kind
-    variant = spec.variant(kind)
+    stats = load_norm_stats(folder, required_mode=config.norm_mode)
+    variant = spec.variant(config.kind)
     if horizon is None:
-        horizon = loaded.config.action_horizon if loaded.tells_horizon else variant.horizon
-    model = dataclasses.replace(loaded.config, action_horizon=horizon)
-    text = TextConfig("paligemma", variant.template, max_prompt_tokens=_PROMPT_TOKENS[kind])
-    cfg = InferenceConfig(model, text, robot=spec.of_model(kind))
-    return PolicyParts(cfg, _with_config(loaded.model, model), tokenizer, stats)
+        horizon = config.action_horizon if loaded.tells_horizon else variant.horizon
+    config = dataclasses.replace(config, action_horizon=horizon)
+    text = TextConfig("paligemma", variant.template, max_prompt_tokens=_PROMPT_TOKENS[config.kind])
+    cfg = InferenceConfig(config, text, robot=spec.of_model(config.kind))
+    return PolicyParts(cfg, _with_config(model, config), tokenizer, stats)
 
 
 def _with_config(model: VLA, cfg: ModelConfig) -> VLA:

@@ -5,8 +5,8 @@ axes.
     parameters,     cut into `fsdp` pieces along the axis that the table calls `cut`, and whole on each of the `data`
     optimizer, EMA  replicas; XLA gathers a layer when it is used and scatters its gradient (ZeRO-3)
 
-Modules know nothing of this: each family of models has a table (`sharding_pi0.py`). A parameter that no row of it names
-is an error: a forgotten one would silently be whole on every device.
+Modules know nothing of this: each family of models has a table (`sharding_paligemma.py`, `sharding_pi0.py`). A
+parameter that no row of it names is an error: a forgotten one would silently be whole on every device.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import ModelConfig
+from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.params import leaf_paths
+from openpi_ar.training.sharding_paligemma import PALIGEMMA
 from openpi_ar.training.sharding_pi0 import PI0
 
 MESH_AXES: dict[str, tuple[str, ...] | None] = {"rows": ("data", "fsdp"), "cut": ("fsdp",), "-": None}
@@ -29,7 +30,7 @@ Table = tuple[tuple[str, str], ...]
 """(pattern of parameter paths, logical axis of each array axis, or `whole`); the first row that matches decides.
 Patterns begin with `*`: a moment's path is that of its parameter behind a prefix."""
 
-TABLES: dict[type[ModelConfig], Table] = {ModelConfig: PI0}
+TABLES: dict[type[PaliGemmaConfig], Table] = {PaliGemmaConfig: PALIGEMMA, ModelConfig: PI0}
 """The table of each family of models, by its type of configuration."""
 
 

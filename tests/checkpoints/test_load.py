@@ -10,10 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from openpi_ar.algorithms.prefill import prefill
-from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
-from openpi_ar.checkpoints.pi0 import FAMILY, names
+from openpi_ar.checkpoints.pi0 import names
 from openpi_ar.errors import UserError
 from openpi_ar.model_config import TowerConfig
 from openpi_ar.models.vit import resample_pos_embedding
@@ -96,24 +95,6 @@ def test_mixed_types_stay_mixed_and_agree(tmp_path):
     assert loaded["vlm/blocks/layers/q/w"].dtype == ml_dtypes.bfloat16
     full = params(load_model(tmp_path, LoadOptions(siglip_heads=4, dtype="float32")))
     assert_equal(full, params(golden(LEROBOT)))  # the values were bfloat16's all along
-
-
-@pytest.mark.slow
-def test_paligemma_npz_fills_the_vlm_and_says_so(tmp_path):
-    base = golden(GOLDEN / "pi0")
-    arrays = {k: np.asarray(v) for k, v in export.to_openpi(params(base), base.config).items()}
-    wanted = {row.openpi for row in FAMILY.rows if row.ours.startswith(("img/", "vlm/", "embedder/"))}
-    keep = {k.replace("PaliGemma/", "params/"): v for k, v in arrays.items() if k in wanted}
-    assert len(keep) == 32
-    np.savez(tmp_path / "pt.npz", **keep)
-    loaded = load_model(tmp_path / "pt.npz")
-    assert loaded.kind == "paligemma"
-    assert any("keep their random init" in note and "expert/" in note for note in loaded.notes)
-    a, b = params(loaded), params(base)
-    for name in a:
-        if name.startswith(("img/", "vlm/", "embedder/")):
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert float(np.abs(a["expert/blocks/layers/q/w"]).max()) > 0
 
 
 def test_nan_weights_are_named(tmp_path):

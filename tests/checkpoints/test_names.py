@@ -10,9 +10,10 @@ import pytest
 
 from openpi_ar.checkpoints import match, sources
 from openpi_ar.checkpoints.family import expected_shape
+from openpi_ar.checkpoints.load import FAMILIES
 from openpi_ar.checkpoints.pi0 import FAMILY
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import GEMMA_2B, GEMMA_300M, ModelConfig, VitConfig
+from openpi_ar.model_config import GEMMA_2B, GEMMA_300M, ModelConfig, PaliGemmaConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten, misfits
 from tests.format_fixtures import GOLDEN
@@ -27,7 +28,7 @@ FULL = {
 def matched(name: str) -> match.Matched:
     column = "openpi" if "jax" in name or "paligemma" in name else "torch"
     specs = {key: sources.Spec(tuple(shape), np.dtype("float32")) for key, (shape, _) in KEYS[name].items()}
-    return match.recognise(sources.Source(Path(name), (column,), specs, lambda n: np.zeros(0)), (FAMILY,))
+    return match.recognise(sources.Source(Path(name), (column,), specs, lambda n: np.zeros(0)), FAMILIES)
 
 
 @pytest.mark.parametrize("name", [n for n in KEYS if n != "paligemma_pt224_npz"])
@@ -57,12 +58,12 @@ def test_every_public_key_is_used_once_or_ignored_with_a_reason(name):
     assert misfits(stored, {item.name: match.Shape(m.shape(item)) for item in m.found}) == []
 
 
-def test_paligemma_keys_fill_the_first_tower():
+def test_paligemma_is_a_model_of_its_own():
     m = matched("paligemma_pt224_npz")
-    assert (len(m.found), m.left, m.writer.kind) == (32, [], "paligemma")
-    sizes = match.solve(m, {"n": 16, "K": 1})
-    cfg = FAMILY.build({item.row.ours for item in m.found}, sizes, {"action_horizon": 50}, None)
-    assert (cfg.vlm, cfg.expert, cfg.siglip) == (GEMMA_2B, GEMMA_300M, VitConfig())
+    assert (len(m.found), m.left, m.writer.kind) == (32, [], "big_vision")
+    paths = {item.row.ours for item in m.found}
+    cfg = m.family.build(paths, match.solve(m, {}), {}, None)
+    assert cfg == PaliGemmaConfig() and paths == set(flatten(family.abstract(cfg)))
 
 
 def test_the_table_that_knows_most_names_is_taken():

@@ -100,7 +100,9 @@ def test_foreign_or_absent_directory_is_named(tmp_path):
 
 def test_every_parameter_that_does_not_fit_is_listed(copy):
     config = copy / "5" / "assets" / "config.json"
-    config.write_text(config.read_text().replace('"action_dim": 4', '"action_dim": 6').replace("true", "false", 1))
+    config.write_text(
+        config.read_text().replace('"action_dim": 4', '"action_dim": 6').replace('"pi05": true', '"pi05": false')
+    )
     with pytest.raises(UserError) as error:
         store.load_policy_checkpoint(copy / "5")
     text = str(error.value)

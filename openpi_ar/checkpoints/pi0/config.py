@@ -1,59 +1,58 @@
-"""The sizes of pi0, pi0.5 and PaliGemma: from a checkpoint's tensors, from a configuration, and in the words of
-others."""
+"""The sizes of pi0 and pi0.5: from a checkpoint's tensors, from a configuration, and in the words of others."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from openpi_ar.checkpoints.family import Sizes, axes
+from openpi_ar.checkpoints.family import Sizes
+from openpi_ar.checkpoints.options import LoadOptions
+from openpi_ar.checkpoints.paligemma import config as paligemma
 from openpi_ar.checkpoints.pi0.names import FIXED, ROWS
-from openpi_ar.model_config import GEMMA_300M, ModelConfig, TowerConfig, VitConfig
+from openpi_ar.model_config import ModelConfig
+
+_NEEDED = "w m n h p T D F N K H V l L E G X"
 
 
-def build(paths: set[str], sizes: Sizes, overrides: dict[str, Any], base: ModelConfig | None) -> ModelConfig:
+def build(paths: set[str], sizes: Sizes, overrides: Mapping[str, Any], base: ModelConfig | None) -> ModelConfig:
     """The configuration of a model with parameters at these paths and of these sizes.
 
     `overrides` are fields of ModelConfig and `image_size`; `base` has what neither tells. Raises ValueError if no
     tensor tells a dimension.
     """
-    has_expert = "action_in/kernel" in paths
-    needed = "w m n h p T D F N K H V l L" + (" E G X" if has_expert else "")
-    if missing := [axis for axis in needed.split() if not sizes.get(axis)]:
-        tensors = sorted({row.openpi for row in ROWS if set(axes(row.layout)) & set(missing)})[:6]
-        raise ValueError(f"the tensors that tell its dimensions are missing ({', '.join(tensors)}, ...)")
-    patch, side = sizes["p"], int(sizes["T"] ** 0.5)
-    image_size = overrides.pop("image_size", None)
-    if image_size is None:
-        if side * side != sizes["T"]:
-            raise ValueError(
-                f"{sizes['T']} position embeddings are no square grid: give the image size (height, width)"
-            )
-        image_size = (side * patch, side * patch)
-    siglip = VitConfig(sizes["w"], sizes["l"], sizes["m"], sizes["n"], patch, (image_size[0], image_size[1]))
-    heads = (sizes["N"], sizes["K"], sizes["H"])
-    vlm = TowerConfig(sizes["D"], sizes["L"], sizes["F"], *heads, lora_rank=sizes.get("R", 0))
-    if has_expert:
-        expert = TowerConfig(sizes["E"], sizes["L"], sizes["G"], *heads, lora_rank=sizes.get("S", 0))
-    else:
-        expert = TowerConfig(GEMMA_300M.width, sizes["L"], GEMMA_300M.mlp_dim, *heads)
+    paligemma.check_sizes(sizes, _NEEDED, ROWS)
+    base = base or ModelConfig()
+    expert = {"width": sizes["E"], "depth": sizes["L"], "mlp_dim": sizes["G"], "head_dim": sizes["H"]}
+    expert |= {"num_heads": sizes["N"], "num_kv_heads": sizes["K"], "lora_rank": sizes.get("S", 0)}
     fields = {
         "pi05": "state_in/kernel" not in paths,
-        "siglip": siglip,
-        "vlm": vlm,
-        "expert": expert,
-        "vocab_size": sizes["V"],
-        "action_dim": sizes.get("X", 32),
-        "state_dim": sizes.get("P", sizes.get("X", 32)),
+        "expert": dataclasses.replace(base.expert, **expert),
+        "action_dim": sizes["X"],
+        "state_dim": sizes.get("P", sizes["X"]),
     }
-    return dataclasses.replace(base or ModelConfig(), **(fields | overrides))
+    fields |= {k: v for k, v in overrides.items() if k != "image_size"}
+    return dataclasses.replace(base, **(paligemma.vlm_fields(sizes, overrides.get("image_size"), base) | fields))
 
 
 def sizes(cfg: ModelConfig) -> Sizes:
     """Size of every axis of the name table: the inverse of `build`."""
-    s, v, e = cfg.siglip, cfg.vlm, cfg.expert
-    head = s.width // s.num_heads
-    siglip = {"w": s.width, "m": s.mlp_dim, "n": s.num_heads, "h": head, "p": s.patch_size, "T": s.num_tokens}
-    towers = {"D": v.width, "F": v.mlp_dim, "E": e.width, "G": e.mlp_dim, "N": v.num_heads, "K": v.num_kv_heads}
-    return FIXED | siglip | towers | {"H": v.head_dim, "V": cfg.vocab_size, "X": cfg.action_dim, "P": cfg.state_dim}
+    e = cfg.expert
+    return FIXED | paligemma.sizes(cfg) | {"E": e.width, "G": e.mlp_dim, "X": cfg.action_dim, "P": cfg.state_dim}
+
+
+def told(settings: Mapping[str, Any]) -> tuple[LoadOptions, None]:
+    """What the config.json of openpi's PyTorch port or of LeRobot says and no tensor does."""
+    inputs, cameras = settings.get("input_features"), None
+    if isinstance(inputs, dict):
+        # LeRobot lists the cameras in the order in which its policy stacks them.
+        visual = [k for k, v in inputs.items() if isinstance(v, dict) and v.get("type") == "VISUAL"]
+        cameras = tuple(k.removeprefix("observation.images.") for k in visual) or None
+    options = LoadOptions(
+        action_horizon=settings.get("action_horizon", settings.get("chunk_size")),
+        siglip_heads=settings.get("siglip_heads"),
+        num_kv_heads=settings.get("num_kv_heads"),
+        cameras=cameras,
+    )
+    return options, None
 
 
 def torch_settings(cfg: ModelConfig, dtype: str, kind: str) -> dict[str, Any]:
