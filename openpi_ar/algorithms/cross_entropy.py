@@ -21,8 +21,7 @@ from openpi_ar.types import Array
 SLICE = 2048
 """Columns of the vocabulary at a time. On a CPU 1024 to 4096 are equally fast, and a slice of logits stays in cache."""
 AT_ONCE = 1 << 20
-"""Logits that are few enough (4 MB) to be computed in one piece: 1.5 times as fast, and no loop carries the
-gradient."""
+"""Logits that are few enough (4 MB) to be computed at once: 1.5 times as fast, and no loop carries the gradient."""
 
 
 def token_losses(
@@ -88,8 +87,7 @@ _token_losses.defvjp(_forward, _backward)
 def _over_slices(one: Callable[[Any, int, Any], Any], vocab: int, columns: int, carry: Any) -> Any:
     """`carry = one(start, size, carry)` over the vocabulary; the last slice is what is left."""
     whole, rest = divmod(vocab, columns)
-    # A trip count known at trace time makes this a scan, from which what nobody uses is removed (a frozen table's
-    # gradient).
+    # A trip count known at trace time makes this a scan, which drops what nobody uses (a frozen table's gradient).
     if whole:
         carry = jax.lax.fori_loop(0, whole, lambda i, c: one(i * columns, columns, c), carry)
     return one(whole * columns, rest, carry) if rest else carry

@@ -33,8 +33,7 @@ class Start(NamedTuple):
 
 
 def as_draft(ids: Int[Array, "B T"], valid: Bool[Array, "B T"], sampling: Sampling) -> Tokens:
-    """The text of a prefill that checks this draft: its first valid tokens, without the EOS (nothing is read after
-    it)."""
+    """The text of a prefill that checks this draft: its valid tokens up to the EOS, after which nothing is read."""
     most = sampling.max_new_tokens
     ids, valid = jnp.asarray(ids)[:, :most], jnp.asarray(valid)[:, :most]
     used = jnp.cumprod(valid & (ids != sampling.eos_id), axis=1).astype(bool)

@@ -38,10 +38,9 @@ def velocities(
 
 
 def flow_table(model: VLA, num_steps: int) -> Float[Array, "n m W"] | None:
-    """Modulation of every norm of the action tower at each Euler step: all of the computation that depends on time
-    only.
+    """Modulation of every norm of the action tower at each Euler step: all that depends on time alone, for `denoise`.
 
-    A constant of the checkpoint, for `denoise`. None for a form or a family that has no such table.
+    A constant of the checkpoint. None for a form or a family that has no such table.
     """
     return model.action_tower.modulations(model.time_condition(jnp.asarray(flow_times(num_steps))))
 
@@ -58,8 +57,7 @@ def denoise(
 ) -> Chunk:
     """Euler integration of the flow from noise to actions in a fixed number of equal steps.
 
-    `table` (of `flow_table`, for the same number of steps) saves computing it here. `guide` may change every step's
-    velocity.
+    `table` (of `flow_table`, for as many steps) saves computing it here. `guide` may change every step's velocity.
     """
     batch, times = noise.shape[0], jnp.asarray(flow_times(num_steps))
     # Nothing of these depends on the step, so they are computed before the loop.

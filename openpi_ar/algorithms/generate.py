@@ -44,8 +44,7 @@ class Generated(nnx.Pytree):
 class _State(nnx.Pytree):
     """State of the decode loop: a row has chosen `step` tokens, of which `last` is not in the cache yet.
 
-    Rows stand at different steps when different parts of their drafts were right. `count` are the passes through the
-    model.
+    Rows are at different steps when different parts of their drafts were right. `count`: passes through the model.
     """
 
     count: Int[Array, ""] = nnx.data()
@@ -70,8 +69,7 @@ def generate(
     draft: Tokens | None = None,
     draft_hidden: Float[Array, "B T D"] | None = None,
 ) -> tuple[Generated, Cache]:
-    """Decodes until every row has written EOS or `sampling.max_new_tokens` tokens. `last_hidden` predicts the first
-    one.
+    """Decodes until each row has written EOS or `sampling.max_new_tokens` tokens; `last_hidden` predicts the first.
 
     EOS ends the text but is not written to the cache: nothing ever attends to it, so the loop stops on the step that
     emits it. (Training marks it `hidden` for the same reason.) `keys`, one per row, are needed unless decoding is

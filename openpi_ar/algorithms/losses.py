@@ -1,5 +1,4 @@
-"""The training loss: `10 * flow + cross-entropy of each kind of token`, from one prefill and one velocity per noise
-draw."""
+"""The training loss, `10 * flow + cross-entropy of each kind of token`: one prefill, one velocity per noise draw."""
 
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ from openpi_ar.types import Array, Batch, Kind, Observation, Tokens
 
 Metrics = dict[str, Float[Array, ""]]
 _TEXT = ("ce", "exact_match", "first_token")
-
-
 KINDS = (Kind.SUBTASK, Kind.ANSWER, Kind.ACTION)
 """What a model may be trained to write, in the order of the arrays [K]."""
 PARTS = ("flow", *(kind.label for kind in KINDS))
@@ -28,8 +25,7 @@ on."""
 
 class Counts(NamedTuple):
     """What the parts of the loss are divided by: supervised tokens, rows with such tokens, and rows whose first token
-    of the kind is one, each by kind; and action entries. A slice of a batch is divided by its share of the whole
-    batch's counts, so that the mean over slices is the loss of the whole."""
+    of the kind is one, each by kind; and action entries. A slice of a batch is divided by its share of the batch's."""
 
     tokens: Float[Array, " K"]
     rows: Float[Array, " K"]
@@ -42,17 +38,11 @@ class Counts(NamedTuple):
         return {"flow_count": self.entries, **counts}
 
 
-class _Supervised(NamedTuple):
+def _supervised(target: Tokens) -> tuple[Bool[Array, "K B T"], Bool[Array, "K B T"]]:
     """Supervised tokens by kind, and of them the first tokens that a row has of the kind."""
-
-    tokens: Bool[Array, "K B T"]
-    firsts: Bool[Array, "K B T"]
-
-
-def _supervised(target: Tokens) -> _Supervised:
     of_kind = (jnp.asarray(target.kind) == jnp.array(KINDS)[:, None, None]) & target.valid
     firsts = of_kind & (jnp.cumsum(of_kind, axis=-1) == 1)
-    return _Supervised(of_kind & target.loss, firsts & target.loss)
+    return of_kind & target.loss, firsts & target.loss
 
 
 def text_counts(target: Tokens) -> Counts:

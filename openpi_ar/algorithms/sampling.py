@@ -17,8 +17,7 @@ from openpi_ar.types import Array
 class Constraint(Protocol):
     """Which ids may come next. A pytree, so that it can be an argument of a compiled program.
 
-    Its state is a pytree of arrays whose first axis is the batch (or `()`, if it has none) and lives in the decode
-    loop.
+    Its state, in the decode loop, is a pytree of arrays whose first axis is the batch, or `()` if it has none.
     """
 
     def init(self, batch: int) -> Any:

@@ -47,7 +47,6 @@ class Loaded:
     kind           what wrote it: "ours", "openpi", "torch", "lerobot"; of PaliGemma "big_vision" or "transformers".
     path           local file or directory.
     notes          what a user should know: ignored tensors, sizes that no tensor tells.
-    tells_horizon  whether the options or the checkpoint's files said how many actions a chunk has.
     """
 
     model: VLM
@@ -55,18 +54,21 @@ class Loaded:
     kind: str
     path: Path
     notes: tuple[str, ...]
-    tells_horizon: bool = True
 
     def acting(self) -> tuple[VLA, ModelConfig]:
         """Model and configuration of a model that acts. Raises UserError if it has no action tower."""
-        if isinstance(self.config, ModelConfig) and isinstance(self.model, VLA):
-            return self.model, self.config
-        raise UserError(f"{self.path} has no action tower: it answers questions and cannot act")
+        config = _acting(self.config, self.path)
+        assert isinstance(self.model, VLA)
+        return self.model, config
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspected:
-    """What a checkpoint is, from its headers alone: see `inspect`. `grid` is that of its position embedding."""
+    """What a checkpoint is, from its headers alone: see `inspect`.
+
+    tells_horizon  the options or the checkpoint's files say how many actions a chunk has.
+    grid           of the stored position embedding, in patches.
+    """
 
     matched: Matched
     config: PaliGemmaConfig
@@ -79,6 +81,16 @@ class Inspected:
     def kind(self) -> str:
         """What wrote the checkpoint."""
         return self.matched.writer.kind
+
+    def acting(self) -> ModelConfig:
+        """Configuration of a model that acts. Raises UserError if it has no action tower."""
+        return _acting(self.config, self.matched.source.path)
+
+
+def _acting(config: PaliGemmaConfig, path: Path) -> ModelConfig:
+    if isinstance(config, ModelConfig):
+        return config
+    raise UserError(f"{path} has no action tower: it answers questions and cannot act")
 
 
 def inspect(path: str | Path, options: LoadOptions = AS_IT_IS) -> Inspected:
@@ -147,7 +159,7 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
                 name = items[ours][0].row.openpi
                 warnings.warn(f"{m.source.path}: {name} holds values that are not finite", stacklevel=2)
             del array
-    return Loaded(with_leaves(abstract, done), cfg, looked.kind, m.source.path, tuple(notes), looked.tells_horizon)
+    return Loaded(with_leaves(abstract, done), cfg, looked.kind, m.source.path, tuple(notes))
 
 
 def _overrides(known: LoadOptions, m: Matched, foreign: bool) -> dict[str, Any]:

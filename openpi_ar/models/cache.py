@@ -1,5 +1,6 @@
 """Caches of keys and values, and every attention mask. Attention reads a cache; only a tower's `extend` writes one."""
 
+import abc
 from collections.abc import Sequence
 import dataclasses
 
@@ -43,29 +44,27 @@ class Cache(nnx.Pytree):
         return self.visible.sum(-1, dtype=jnp.int32)
 
     @property
+    @abc.abstractmethod
     def keys_values(self) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
         """Keys and values of all layers, whatever the form; for inspection."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reserve(self, slots: int) -> "Cache":
-        """The same cache with room for `slots` more tokens. Slots that were reserved before and not written stay
-        holes."""
-        raise NotImplementedError
+        """The same cache with room for `slots` more tokens. Reserved slots that were never written stay holes."""
 
+    @abc.abstractmethod
     def repeat(self, times: int) -> "Cache":
         """A cache of `times` as many rows: each row that often, one after another."""
-        raise NotImplementedError
 
     def compact(self) -> "Cache":
         """The same cache in the form that is read fastest, once nothing more will be written for a while."""
         return self
 
     def invalidate(self, keep: Bool[Array, "B T"]) -> "Cache":
-        """The cache without those of the last T slots of a full cache that are not kept: they become holes."""
+        """A full cache with those of its last T slots that are not kept turned into holes."""
         start = self.valid.shape[1] - keep.shape[1]
-        return dataclasses.replace(
-            self, valid=jnp.concatenate([self.valid[:, :start], self.valid[:, start:] & keep], axis=1)
-        )
+        valid = jnp.concatenate([self.valid[:, :start], self.valid[:, start:] & keep], axis=1)
+        return dataclasses.replace(self, valid=valid)
 
     def _repeated(self, times: int) -> dict[str, Array]:
         """The bits after `repeat`."""
@@ -129,8 +128,7 @@ KV = tuple[Float[Array, "B K H _"], Float[Array, "B _ K H"]]
 
 @nnx.dataclass
 class LayeredCache(Cache):
-    """One entry per layer of an unrolled tower: `past`, which a decode loop only reads, and a short `tail` that it
-    writes.
+    """One entry per layer of an unrolled tower: `past`, which a decode loop only reads, and a `tail` that it writes.
 
     A loop carries what it writes from step to step; what it only reads it does not, so no step copies the prefix.
     """
@@ -152,9 +150,7 @@ class LayeredCache(Cache):
     @property
     def runs(self) -> list[list[KV]]:
         """What attention reads, by layer: arrays that are never joined."""
-        return (
-            [list(pair) for pair in zip(self.past, self.tail, strict=True)] if self.tail else [[p] for p in self.past]
-        )
+        return [[*pair] for pair in zip(self.past, self.tail, strict=True)] if self.tail else [[p] for p in self.past]
 
     def reserve(self, slots: int) -> "LayeredCache":
         if self.tail:

@@ -25,7 +25,8 @@ def _norm(cfg: TowerConfig, adaptive: bool, rngs: nnx.Rngs) -> RMSNorm | AdaRMSN
     return RMSNorm(cfg.width, eps=cfg.norm_eps, offset=cfg.norm_offset)
 
 
-def _residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], gate: Float[Array, "B T D"] | None) -> Array:
+def residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], gate: Float[Array, "... D"] | None) -> Array:
+    """The sum of the residual stream and a branch, gated if AdaRMS gives a gate."""
     return x + y if gate is None else x + gate * y
 
 
@@ -62,9 +63,9 @@ class Block(nnx.Module):
         k = rotate(k, sin, cos)
         runs = [(k, v)] if cached is None else [cached, (k, v)]
         y = attend(q * q.shape[-1] ** -0.5, runs, mask)
-        x = _residual(x, narrow(self.out(y)), gate)
+        x = residual(x, narrow(self.out(y)), gate)
         y, gate = self.mlp_norm(x, cond)
-        return _residual(x, narrow(self.mlp(y)), gate), (k, v)
+        return residual(x, narrow(self.mlp(y)), gate), (k, v)
 
 
 class Tower(nnx.Module):
@@ -120,8 +121,7 @@ class Tower(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV]:
         """Hidden states after the final norm, and the tokens' keys and values [L B T K H].
 
-        The keys and values `past` come first along S. `cond` conditions AdaRMS, one for each of n equal groups of
-        tokens.
+        The keys and values `past` come first along S. `cond` conditions AdaRMS, one for each of n groups of tokens.
         """
 
         def step(block: Block, x: Array, cached: KV | None) -> tuple[Array, KV]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from openpi_ar.models.cache import KV, Cache, LayeredCache, action_mask, positions, prefix_lm_mask
-from openpi_ar.models.decoder import Block, Rope, Tower, action_positions, take
+from openpi_ar.models.decoder import Block, Rope, Tower, action_positions, residual, take
 from openpi_ar.models.layers import ACTIVATIONS, MASKED, AdaRMSNorm, Einsum, RMSNorm, matmul, merge_lora, rotary, rotate
 from openpi_ar.models.stack import Stack
 from openpi_ar.models.vlm import CacheReader, Run
@@ -24,8 +24,7 @@ from openpi_ar.types import Array, check_mask
 
 
 def attend_apart(q: Float[Array, "B T N H"], runs: Sequence[KV], mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
-    """`layers.attend` with one softmax over runs that are never joined, its division after the product with the
-    values."""
+    """`layers.attend` with one softmax over runs that are never joined, divided after the product with the values."""
     check_mask(mask, "mask")
     q = rearrange(q, "B T (K G) H -> B K T G H", K=runs[0][0].shape[1])
     logits, start = [], 0
@@ -45,13 +44,9 @@ def attend_apart(q: Float[Array, "B T N H"], runs: Sequence[KV], mask: Bool[Arra
 
 
 def _merged(layer: Einsum) -> Array:
-    """The weight with its adapters. The output projection's sum over heads, each of them on its own (see
-    `lora_specs`)."""
-    w, a, b = layer.w[...], layer.lora_a, layer.lora_b
-    if a is None or b is None:
-        return w
+    """The weight with its adapters. Those of the output projection sum over heads by themselves (`lora_specs`)."""
     summed = "N" in layer.spec.split("->")[0].split(",")[0]  # heads come in and do not go out
-    return merge_lora(w, a[...], b[...].sum(0, keepdims=True) if summed else b[...])
+    return merge_lora(layer.w, layer.lora_a, layer.lora_b, summed=summed)
 
 
 def _norm(layer: RMSNorm | AdaRMSNorm, x: Array, modulation: Array | None) -> tuple[Array, Array | None]:
@@ -70,15 +65,12 @@ class FusedBlock(nnx.Module):
         self.heads, self.kv_heads, self.dim = heads, kv.shape[1], dim
         flat = [jnp.moveaxis(w, 0, 1).reshape(width, -1) for w in (q, kv[0], kv[1])]
         mlp = block.mlp
-        gate_up, down = mlp.gate_up[...], mlp.down[...]
-        if mlp.gate_up_lora_a is not None and mlp.gate_up_lora_b is not None:
-            gate_up = merge_lora(gate_up, mlp.gate_up_lora_a[...], mlp.gate_up_lora_b[...])
-        if mlp.down_lora_a is not None and mlp.down_lora_b is not None:
-            down = merge_lora(down, mlp.down_lora_a[...], mlp.down_lora_b[...])
+        gate_up = merge_lora(mlp.gate_up, mlp.gate_up_lora_a, mlp.gate_up_lora_b)
+        down = merge_lora(mlp.down, mlp.down_lora_a, mlp.down_lora_b)
         self.activation = mlp.activation
         self.qkv = nnx.Param(jnp.concatenate(flat, axis=1).astype(dtype))
         self.out = nnx.Param(_merged(block.out).reshape(heads * dim, width).astype(dtype))
-        self.gate_up = nnx.Param(jnp.concatenate([gate_up[0], gate_up[1]], axis=1).astype(dtype))
+        self.gate_up = nnx.Param(jnp.concatenate(list(gate_up), axis=1).astype(dtype))
         # Transposed: XLA's CPU matrix-vector product reads a weight 1.4 times as fast along its longer axis. A product
         # of ten rows takes 1.3 times as long that way.
         self.decodes = decodes
@@ -91,7 +83,7 @@ class FusedBlock(nnx.Module):
         rope: Rope,
         mask: Bool[Array, "B T S"],
         past: Sequence[KV],
-        modulation: tuple[Array, Array] | None,
+        modulations: tuple[Array | None, Array | None],
         rows: Int[Array, "B R"] | None = None,
         at: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B _ D"], KV]:
@@ -99,7 +91,7 @@ class FusedBlock(nnx.Module):
 
         With `at`, keys and values are written to the last run of `past`, from that slot on, and this run is returned.
         """
-        y, gate = _norm(self.attn_norm, x, None if modulation is None else modulation[0])
+        y, gate = _norm(self.attn_norm, x, modulations[0])
         weights, n, h = self.qkv[...].astype(y.dtype), self.heads * self.dim, self.dim
         if rows is None:
             qkv = matmul(y, weights)
@@ -118,13 +110,13 @@ class FusedBlock(nnx.Module):
             runs = [*past[:-1], new]
         y = attend_apart(q * h**-0.5, runs, mask)
         y = matmul(y.reshape(*y.shape[:-2], n), self.out[...].astype(y.dtype))
-        x = x + (y if gate is None else gate * y)
-        y, gate = _norm(self.mlp_norm, x, None if modulation is None else modulation[1])
+        x = residual(x, y, gate)
+        y, gate = _norm(self.mlp_norm, x, modulations[1])
         a, b = jnp.split(matmul(y, self.gate_up[...].astype(y.dtype)), 2, axis=-1)
         down = self.down[...].astype(y.dtype)
         y = ACTIVATIONS[self.activation](a) * b
         y = jnp.einsum("BTF,DF->BTD", y, down) if self.decodes else matmul(y, down)
-        return x + (y if gate is None else gate * y), new
+        return residual(x, y, gate), new
 
 
 class FusedTower(nnx.Module):
@@ -195,7 +187,7 @@ class FusedTower(nnx.Module):
         """
         kv, last = [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            pair = None if table is None else (table[..., 2 * i, :], table[..., 2 * i + 1, :])
+            pair = (None, None) if table is None else (table[..., 2 * i, :], table[..., 2 * i + 1, :])
             x, new = block(x, rope, mask, past[i], pair, rows if i == last else None, at)
             kv.append(new)
         return _norm(self.norm, x, None if table is None else table[..., -1, :])[0], kv

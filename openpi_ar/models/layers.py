@@ -73,12 +73,14 @@ def lora_init(rngs: nnx.Rngs, shape: tuple[int, ...], rank: int) -> tuple[nnx.Pa
     return nnx.Param(a), nnx.Param(jnp.zeros((*shape[:-2], rank, shape[-1])))
 
 
-def merge_lora(
-    w: Float[Array, "*d i o"], a: Float[Array, "*d i r"], b: Float[Array, "*#d r o"]
-) -> Float[Array, "*d i o"]:
-    """The weight that does what `w` and its adapters do together, in the dtype of `w`, added in float32."""
-    delta = jnp.einsum("...ir,...ro->...io", a.astype(jnp.float32), b.astype(jnp.float32))
-    return (w.astype(jnp.float32) + delta).astype(w.dtype)
+def merge_lora(w: nnx.Param, a: nnx.Param | None, b: nnx.Param | None, *, summed: bool = False) -> Array:
+    """The weight [*d i o] that does what `w` and its adapters [*d i r], [*d r o] (None: it has none) do together, in
+    the dtype of `w`, added in float32. `summed`: the second adapter acts on the sum over the first axis."""
+    if a is None or b is None:
+        return w[...]
+    outof = b[...].sum(0, keepdims=True) if summed else b[...]
+    delta = jnp.einsum("...ir,...ro->...io", a[...].astype(jnp.float32), outof.astype(jnp.float32))
+    return (w[...].astype(jnp.float32) + delta).astype(w[...].dtype)
 
 
 class Einsum(nnx.Module):
@@ -133,8 +135,7 @@ def _rms(x: Float[Array, "*d D"], eps: float) -> Float[Array, "*d D"]:
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm whose factor is `offset + scale`: Gemma stores the scale as its distance from 1, Llama whole (offset
-    0)."""
+    """RMSNorm whose factor is `offset + scale`: Gemma stores the scale as its distance from 1, Llama whole."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, offset: float = 1.0):
         self.eps, self.offset = eps, offset
@@ -182,8 +183,7 @@ ACTIVATIONS: dict[str, Callable[[Array], jax.Array]] = {
 
 
 class GatedMLP(nnx.Module):
-    """Gemma's and Llama's feed-forward: `down(activation(gate(x)) * up(x))`; gate and up are one stacked weight [2 D
-    F]."""
+    """Gemma's and Llama's feed-forward: `down(activation(gate(x)) * up(x))`; gate and up are one weight [2 D F]."""
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, activation: str = "gelu_tanh", lora_rank: int = 0):
         self.activation = activation
@@ -268,8 +268,7 @@ def sincos_embedding(
 
 
 def _cycles(t: Float[Array, "*b 1"], frequency: Float[np.ndarray, " d"]) -> Float[Array, "*b d"]:
-    """`t * frequency` less a whole number, to 1e-8: as float64 would give it, in float32 parts whose products are
-    exact."""
+    """`t * frequency` less a whole number, to 1e-8 as in float64: by float32 parts whose products are exact."""
     high = frequency.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFF000)  # 12 bits of mantissa
     f1 = high.view(np.float32)
     f2 = (frequency - f1).astype(np.float32)

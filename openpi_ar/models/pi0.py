@@ -18,8 +18,7 @@ from openpi_ar.types import Array, Observation
 
 class Pi0(PaliGemma):
     """A `vlm.VLA`. pi0.5: flow time conditions the action tower through AdaRMS; state is text in the prompt.
-    pi0: one state token leads the actions, and time is mixed into them by an MLP.
-    """
+    pi0: one state token leads the actions, and time is mixed into them by an MLP."""
 
     cfg: ModelConfig
 
@@ -58,8 +57,7 @@ class Pi0(PaliGemma):
 
     @property
     def suffix_causal(self) -> Bool[Array, " T"]:
-        """`causal` bits of the action tower's tokens: a state token (pi0) is its own block, then one block of
-        actions."""
+        """`causal` bits of the action tower's tokens: pi0's state token is a block of its own, the actions are one."""
         opens = [True] * (1 + self.cfg.suffix_tokens - self.cfg.action_horizon)
         return jnp.array(opens + [False] * (self.cfg.action_horizon - 1))
 

@@ -28,12 +28,6 @@ class Run(nnx.Pytree):
     causal: Bool[Array, "B T"] = nnx.data()
     hidden: Bool[Array, "B T"] = nnx.data()
 
-    @classmethod
-    def of(cls, x: Float[Array, "B T D"], tokens: Tokens) -> "Run":
-        """These tokens, embedded as `x`."""
-        bits = {name: as_mask(getattr(tokens, name), name) for name in ("valid", "causal", "hidden")}
-        return cls(x=x, **bits)
-
     def then(self, other: "Run") -> "Run":
         """This run followed by another one."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("x", "valid", "causal", "hidden"))
@@ -62,8 +56,8 @@ class CacheReader(Protocol):
     def __call__(
         self, tokens: Float[Array, "B n T E"], cond: Float[Array, "B n E"] | None, table: Array | None = None
     ) -> Float[Array, "B n T E"]:
-        """Hidden states after the final norm. `cond` conditions AdaRMS (None: there is none); `table`, one step's entry
-        of `ActionTower.modulations`, stands in for what would be computed from it."""
+        """Hidden states after the final norm. `cond` conditions AdaRMS (None: there is none); `table` is what one step
+        of `ActionTower.modulations` gives for it."""
         ...
 
 
@@ -110,8 +104,7 @@ class VLM(Protocol):
         ...
 
     def embed(self, obs: Observation, image_tokens: Float[Array, "B _ D"] | None = None) -> Run:
-        """Images and prompt in the family's order. `image_tokens` (of `embed_images`) are computed here if not
-        given."""
+        """Images and prompt in the family's order. `image_tokens` (of `embed_images`) are computed if not given."""
         ...
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
@@ -123,8 +116,7 @@ class VLM(Protocol):
         ...
 
     def for_inference(self, dtype: str | None = None) -> "VLM":
-        """The inference form: the same numbers, fewer and larger products, weights kept in `dtype` (None: the
-        config's)."""
+        """The inference form: the same numbers, fewer and larger products, weights in `dtype` (None: the config's)."""
         ...
 
 
@@ -134,13 +126,9 @@ class VLA(VLM, Protocol):
 
     cfg: ModelConfig
 
-    def unstacked(self) -> "VLA":
-        """The same model with its layers as lists: programs are unrolled."""
-        ...
+    def unstacked(self) -> "VLA": ...
 
-    def for_inference(self, dtype: str | None = None) -> "VLA":
-        """The inference form, as in `VLM`."""
-        ...
+    def for_inference(self, dtype: str | None = None) -> "VLA": ...
 
     @property
     def action_tower(self) -> ActionTower:
@@ -169,4 +157,4 @@ class VLA(VLM, Protocol):
 
 def embed_tokens(model: VLM, tokens: Tokens) -> Run:
     """A run of text."""
-    return Run.of(model.embed_text(tokens.ids), tokens)
+    return Run(model.embed_text(tokens.ids), *(as_mask(getattr(tokens, n), n) for n in ("valid", "causal", "hidden")))

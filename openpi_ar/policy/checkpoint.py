@@ -1,16 +1,13 @@
 """All that a policy needs, from a checkpoint of openpi_ar or from openpi's or LeRobot's models.
 
 A checkpoint of openpi_ar holds everything. Others hold parameters and statistics: what the model was fed depends on the
-robot
-that it was trained for, so the robot has to be named.
+robot that it was trained for, so the robot has to be named.
 """
 
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
-
-from flax import nnx
 
 from openpi_ar.checkpoints import remote, store
 from openpi_ar.checkpoints.options import LoadOptions
@@ -19,7 +16,6 @@ from openpi_ar.config import InferenceConfig, TextConfig
 from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.policy import Policy
 from openpi_ar.robot_spec import RobotSpec
@@ -80,54 +76,47 @@ def load_policy_parts(
     spec = None if robot is None else get_robot(robot)
     if horizon is not None and horizon < 1:
         raise UserError(f"the horizon must be 1 action or more, found {horizon}")
-    if _is_ours(path):
-        if asset_id is not None or horizon is not None:
-            raise UserError(f"{path} holds its own statistics and horizon: leave out --asset-id and --horizon")
+    complete = _is_complete(path)
+    if spec is not None and not complete:
+        return _load_foreign(path, spec, asset_id, horizon)
+    if complete and (asset_id is not None or horizon is not None):
+        raise UserError(f"{path} holds its own statistics and horizon: leave out --asset-id and --horizon")
+    try:
         parts = PolicyParts(*store.load_policy_checkpoint(path))
-        return parts if spec is None else parts._replace(cfg=_with_robot(parts.cfg, spec, path))
-    if spec is None:
-        _refuse_without_robot(path)
-        raise AssertionError("a complete checkpoint was taken for an incomplete one")
-    return _load_foreign(path, spec, asset_id, horizon)
+    except UserError as e:
+        if complete:
+            raise
+        robots = " | ".join(ROBOTS)
+        raise UserError(
+            f"{e}. If it is a checkpoint of openpi or LeRobot, name the robot it is for: --robot {robots}"
+        ) from e
+    return parts if spec is None else parts._replace(cfg=_with_robot(parts.cfg, spec, path))
 
 
 def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horizon: int | None) -> PolicyParts:
-    from openpi_ar.checkpoints.load import load_model  # here, because reading other formats is a heavy import
+    from openpi_ar.checkpoints.load import inspect, load_model  # here, because reading other formats is a heavy import
 
     tokenizer = load_tokenizer("paligemma")
-    if (local := Path(path).expanduser()).exists():
-        find_norm_stats(_root(local), asset_id=asset_id, known=spec.asset_ids)
-    loaded = load_model(path, LoadOptions(action_horizon=horizon))
-    model, config = loaded.acting()
-    if loaded.kind == "ours" and not store.missing_parts(loaded.path.parent):
-        assets = store.load_assets(step := store.resolve_step_dir(loaded.path))
-        mode = assets.stats["state"].mode
-        check_mode(step / "assets" / store.NORM_STATS, mode, assets.config.model.norm_mode)
+    options = LoadOptions(action_horizon=horizon)
+    found = inspect(path, options)
+    source, config = found.matched.source.path, found.acting()
+    if found.kind == "ours" and not store.missing_parts(source.parent):
+        assets = store.load_assets(step := store.resolve_step_dir(source))
+        check_mode(step / "assets" / store.NORM_STATS, assets.stats["state"].mode, assets.config.model.norm_mode)
+        model = load_model(path, options).acting()[0]
         return PolicyParts(_with_robot(assets.inference, spec, path), model, assets.tokenizer, assets.stats)
-    root = _root(loaded.path)
-    folder = find_norm_stats(root, asset_id=asset_id, known=spec.asset_ids)
+    folder = find_norm_stats(_root(source), asset_id=asset_id, known=spec.asset_ids)
     stats = load_norm_stats(folder, required_mode=config.norm_mode)
     variant = spec.variant(config.kind)
-    if horizon is None:
-        horizon = config.action_horizon if loaded.tells_horizon else variant.horizon
-    config = dataclasses.replace(config, action_horizon=horizon)
+    if not found.tells_horizon:
+        options = LoadOptions(action_horizon=variant.horizon)
+    model, config = load_model(path, options).acting()
     text = TextConfig("paligemma", variant.template, max_prompt_tokens=_PROMPT_TOKENS[config.kind])
-    cfg = InferenceConfig(config, text, robot=spec.of_model(config.kind))
-    return PolicyParts(cfg, _with_config(model, config), tokenizer, stats)
+    return PolicyParts(InferenceConfig(config, text, robot=spec.of_model(config.kind)), model, tokenizer, stats)
 
 
-def _with_config(model: VLA, cfg: ModelConfig) -> VLA:
-    """The same parameters under another configuration; the horizon is in no parameter's shape."""
-    new = nnx.clone(model)
-    new.cfg = cfg
-    return new
-
-
-def _is_ours(path: str | Path) -> bool:
-    """Whether it is a complete checkpoint of openpi_ar.
-
-    One converted from another format may lack tokenizer and statistics.
-    """
+def _is_complete(path: str | Path) -> bool:
+    """It is a checkpoint of openpi_ar with all parts: a converted one may lack tokenizer and statistics."""
     try:
         return not store.missing_parts(store.resolve_step_dir(path))
     except UserError:
@@ -135,22 +124,11 @@ def _is_ours(path: str | Path) -> bool:
 
 
 def _with_robot(cfg: InferenceConfig, spec: RobotSpec, path: str | Path) -> InferenceConfig:
-    """The config for this robot; unchanged if the checkpoint has a robot of that name, which its statistics belong
-    to."""
+    """The config for this robot; unchanged if the checkpoint has a robot of that name: its statistics are of that."""
     own = cfg.robot.name if cfg.robot is not None else ""
     if own and own != spec.name:
         raise UserError(f"{path} was trained for robot {own!r}, not {spec.name!r}: leave out --robot")
     return cfg if own else dataclasses.replace(cfg, robot=spec.of_model(cfg.model.kind))
-
-
-def _refuse_without_robot(path: str | Path) -> None:
-    """Raises UserError: what is wrong with the path as a checkpoint of openpi_ar, and what to do if it is not one."""
-    try:
-        store.load_assets(store.resolve_step_dir(path))
-    except UserError as e:
-        raise UserError(
-            f"{e}. If it is a checkpoint of openpi or LeRobot, name the robot it is for: --robot {' | '.join(ROBOTS)}"
-        ) from e
 
 
 def _root(path: Path) -> Path:

@@ -22,19 +22,21 @@ from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
-from openpi_ar.data.inputs import InputTransform
+from openpi_ar.data.inputs import InputTransform, stack_rows
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.confidence import check_finite, confidence
-from openpi_ar.policy.host import (
+from openpi_ar.policy.programs import (
+    Drawn,
+    Programs,
     blank_observation,
     inference_dtype,
     milliseconds,
     resizes_on_device,
+    stacked_drafts,
 )
-from openpi_ar.policy.programs import Drawn, Programs, stacked_drafts
 from openpi_ar.policy.session import Session
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Tokens
@@ -56,13 +58,7 @@ class Policy:
         UserError: tokenizer, statistics or robot do not fit the model.
     """
 
-    def __init__(
-        self,
-        cfg: InferenceConfig,
-        model: VLA,
-        tokenizer: Tokenizer,
-        stats: Mapping[str, NormStats],
-    ):
+    def __init__(self, cfg: InferenceConfig, model: VLA, tokenizer: Tokenizer, stats: Mapping[str, NormStats]):
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces but the model reads {cfg.model.vocab_size}: "
@@ -187,8 +183,7 @@ class Policy:
         drawn = self._drawn(sessions, rows, noise)
         draft = None
         if text is None and self._programs.drafts:
-            drafts = [session.draft for session in sessions]
-            draft = stacked_drafts(drafts + drafts[:1] * (rows - len(drafts)), self._programs.budget)
+            draft = stacked_drafts(_padded([session.draft for session in sessions], rows), self._programs.budget)
         readings = [self.robot.read(raw) for raw in raws]
         obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
@@ -288,15 +283,13 @@ class Policy:
 
     def _drawn(self, sessions: Sequence[Session], batch: int, noise: np.ndarray | None) -> Drawn:
         """The random numbers of a call. Rows of padding have those of the first row."""
-        keys = [session.key for session in sessions]
-        drawn = self._programs.draw(np.stack(keys + keys[:1] * (batch - len(keys))))
+        drawn = self._programs.draw(np.stack(_padded([session.key for session in sessions], batch)))
         if noise is None:
             return drawn
         given, chunk, rows = np.asarray(noise, np.float32), self._programs.chunk, len(sessions)
         if given.shape not in (chunk, (rows, *chunk)):
             raise UserError(f"noise must be {list(chunk)} or {[rows, *chunk]}, found {list(given.shape)}")
-        given = np.broadcast_to(given, (rows, *chunk))
-        return drawn._replace(noise=np.concatenate([given, *[given[:1]] * (batch - rows)]))
+        return drawn._replace(noise=np.stack(_padded(list(np.broadcast_to(given, (rows, *chunk))), batch)))
 
     def _forced_text(self, subtasks: Sequence[str | None] | None, given: int, rows: int) -> Tokens | None:
         """The texts of the batch's rows; None if none is forced."""
@@ -305,18 +298,21 @@ class Policy:
             return None
         if not len(subtasks) == len(forced) == given:
             raise UserError(f"give a subtask for each of the {given} observations or for none, found {list(subtasks)}")
-        return self._texts(forced + forced[:1] * (rows - given))
+        return self._texts(_padded(forced, rows))
 
     def _texts(self, subtasks: Sequence[str]) -> Tokens:
         """Subtasks as the model's template writes them, a row each."""
         if not self.transform.writes_text:
-            raise UserError(
-                f"template {self.cfg.text.template!r} has no subtask: this model only acts, so it has no text"
-            )
+            name = self.cfg.text.template
+            raise UserError(f"template {name!r} has no subtask: this model only acts, so it has no text")
         if not subtasks:
             raise UserError("the list of subtasks is empty: give one or more")
-        targets = [self.transform.target({"subtask": s}) for s in subtasks]
-        return Tokens(**{name: np.stack([t[name] for t in targets]) for name in targets[0]})
+        return Tokens(**stack_rows([self.transform.target({"subtask": s}) for s in subtasks]))
+
+
+def _padded(rows: list[Any], count: int) -> list[Any]:
+    """The rows of a batch, the first one again where there are fewer than `count`."""
+    return rows + rows[:1] * (count - len(rows))
 
 
 def _rows(raws: Sequence[Raw], batch_size: int | None) -> int:
@@ -330,10 +326,10 @@ def _sessions(sessions: Sequence[Session] | None, given: int, seed: int) -> Sequ
     """The sessions of a batch; None: new ones of that seed. Raises UserError unless each row has one of its own."""
     if sessions is None:
         return [Session(seed) for _ in range(given)]
-    if len(sessions) != given or len({id(session) for session in sessions}) != given:
+    different = len({id(session) for session in sessions})
+    if len(sessions) != given or different != given:
         raise UserError(
             f"a batch needs a session of its own for each of the {given} observations, found {len(sessions)} sessions, "
-            f"{len({id(session) for session in sessions})} of them different: make one for each robot with "
-            "policy.session(seed)"
+            f"{different} of them different: make one for each robot with policy.session(seed)"
         )
     return sessions

@@ -1,6 +1,8 @@
-"""The policy's compiled programs: random numbers, talk-and-act in one, and its stages apart, for timing."""
+"""The policy's compiled programs: random numbers, talk-and-act in one, and its stages apart, for timing; what they
+compute in and are warmed up with."""
 
 from collections.abc import Callable
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +15,8 @@ from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.algorithms.score import score
 from openpi_ar.config import InferenceConfig
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
-from openpi_ar.policy.host import Stopwatch
 from openpi_ar.types import Array, Observation, Tokens
 
 Draft = tuple[Array, Array]
@@ -40,13 +42,46 @@ class Stages:
     def __init__(self):
         self._programs: dict[str, Callable[..., Any]] = {}
 
-    def timed(self, clock: Stopwatch) -> Callable[..., Any]:
-        """The composition's `run`, which stops the time of each stage."""
+    def timed(self) -> tuple[Callable[..., Any], dict[str, float]]:
+        """The composition's `run`, and the milliseconds of each stage that it has run."""
+        ms: dict[str, float] = {}
 
         def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-            return clock.lap(name, self._programs.setdefault(name, jax.jit(function))(*arguments))
+            began = time.perf_counter()
+            value = jax.block_until_ready(self._programs.setdefault(name, jax.jit(function))(*arguments))
+            ms[name] = milliseconds(time.perf_counter() - began)
+            return value
 
-        return run
+        return run, ms
+
+
+def milliseconds(seconds: float) -> float:
+    """Rounded to microseconds."""
+    return round(1000 * seconds, 3)
+
+
+def inference_dtype(wanted: str) -> str:
+    """`auto` is float32 on CPU, where one-row bfloat16 matmuls are 2 to 13 times slower, and bfloat16 elsewhere."""
+    if wanted != "auto":
+        return wanted
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def resizes_on_device(wanted: str) -> bool:
+    """`auto`: where there is a device besides the CPU. There the resize costs the control loop nothing."""
+    return wanted == "device" or (wanted == "auto" and jax.default_backend() != "cpu")
+
+
+def blank_observation(
+    cfg: ModelConfig, batch: int, cameras: int, prompt: int, image_size: tuple[int, int] | None = None
+) -> Observation:
+    """Black images (None: of the model's size) and a prompt that fills its slots, to compile and warm up with."""
+    return Observation(
+        images=np.zeros((batch, cameras, *(image_size or cfg.siglip.image_size), 3), np.uint8),
+        image_mask=np.ones((batch, cameras), bool),
+        prompt=Tokens.of(np.zeros((batch, prompt), np.int32)),
+        state=np.zeros((batch, cfg.state_dim), np.float32),
+    )
 
 
 class Programs:
@@ -70,14 +105,13 @@ class Programs:
 
     def act_in_stages(self, *arguments: Any) -> tuple[Act, dict[str, float]]:
         """`act` as separate programs, and the milliseconds of each."""
-        clock = Stopwatch()
-        return self._act(*arguments, run=self._acting.timed(clock)), clock.ms
+        run, ms = self._acting.timed()
+        return self._act(*arguments, run=run), ms
 
     def answer(self, model: VLA, obs: Observation, keys: Array) -> tuple[Generated, dict[str, float]]:
         """Text alone, in stages, and the milliseconds of each."""
-        clock = Stopwatch()
-        run = self._answering.timed(clock)
-        return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run)[0], clock.ms
+        run, ms = self._answering.timed()
+        return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run)[0], ms
 
     def _score(self, model: VLA, obs: Observation, texts: Tokens) -> Array:
         """Log-probabilities [N T] of the tokens of each text, for the one observation."""

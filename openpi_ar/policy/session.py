@@ -1,5 +1,4 @@
-"""What lasts from one call of a policy to the next. It belongs to the caller, so two robots never share noise or
-drafts."""
+"""What lasts from one call of a policy to the next. It belongs to the caller: robots share no noise and no drafts."""
 
 import numpy as np
 
@@ -15,7 +14,8 @@ class Session:
 
     Attributes:
         key: data of the JAX key, uint32; every call splits it.
-        draft: the last generated text; the next call checks it instead of decoding it anew. None: there is none.
+        draft: the last generated text; the next call checks it instead of decoding it anew. None (which you may set):
+            there is none. The text does not depend on it, only the time that it takes.
         chunk: the last actions, normalised, float32 [A X]. None before the first call.
         executed: actions of `chunk` that the robot has executed. The caller counts them; a new chunk starts at 0.
     """
@@ -27,10 +27,6 @@ class Session:
         self.draft: Draft | None = None
         self.chunk: np.ndarray | None = None
         self.executed = 0
-
-    def clear_draft(self) -> None:
-        """Have the next call decode its text anew. The text does not depend on it, only the time that it takes."""
-        self.draft = None
 
     def advance(self, key: np.ndarray, draft: Draft | None, chunk: np.ndarray) -> None:
         """Records one call: the next key, the text that was generated (None: it was given) and the actions."""

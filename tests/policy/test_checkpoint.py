@@ -8,6 +8,7 @@ import sys
 import types
 from typing import Any
 
+from flax import nnx
 import numpy as np
 import pytest
 
@@ -17,7 +18,6 @@ from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.data.normalize import NormStats, save_norm_stats
 from openpi_ar.data.robots import ROBOTS, dumps
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy import Policy
 from openpi_ar.policy import checkpoint as foreign
@@ -28,18 +28,6 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 SIZES: dict[str, Any] = {"cameras": CAMERAS, "state_dim": 32, "action_dim": 32, "vocab_size": 1040}
 
 
-@dataclasses.dataclass
-class Loaded:
-    model: VLA
-    config: ModelConfig
-    kind: str
-    path: Path
-    tells_horizon: bool
-
-    def acting(self) -> tuple[VLA, ModelConfig]:
-        return self.model, self.config
-
-
 class Loader:
     """Stands for `checkpoints.load`: whatever the path, a tiny model of the public models' default horizon."""
 
@@ -47,17 +35,24 @@ class Loader:
         self.kind, self.pi05, self.calls, self.remote = "openpi", True, [], None
         self.models: dict[bool, VLA] = {}
 
-    def __call__(self, path, options: LoadOptions) -> Loaded:
+    def inspect(self, path, options: LoadOptions) -> Any:
         assert options == LoadOptions(action_horizon=options.action_horizon)
-        self.calls.append(options.action_horizon)
         said = Path(path) / "config.json"
         horizon = options.action_horizon or (
             json.loads(said.read_text()).get("action_horizon") if said.is_file() else None
         )
         cfg = tiny_config(**SIZES, pi05=self.pi05, action_horizon=horizon or 50)
+        source = types.SimpleNamespace(path=self.remote or Path(path))
+        found = {"acting": lambda: cfg, "kind": self.kind, "tells_horizon": horizon is not None}
+        return types.SimpleNamespace(**found, matched=types.SimpleNamespace(source=source))
+
+    def load_model(self, path, options: LoadOptions) -> Any:
+        self.calls.append(options.action_horizon)
         if self.pi05 not in self.models:
             self.models[self.pi05] = tiny_model(tiny_config(**SIZES, pi05=self.pi05, action_horizon=50))
-        return Loaded(self.models[self.pi05], cfg, self.kind, self.remote or Path(path), horizon is not None)
+        model: Any = nnx.clone(self.models[self.pi05])
+        model.cfg = self.inspect(path, options).acting()
+        return types.SimpleNamespace(acting=lambda: (model, model.cfg))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +64,7 @@ def one_loader() -> Loader:
 def loader(one_loader, monkeypatch) -> Loader:
     one_loader.__dict__.update(kind="openpi", pi05=True, calls=[], remote=None)
     module = types.ModuleType("openpi_ar.checkpoints.load")
-    module.load_model = one_loader  # type: ignore[attr-defined]
+    module.inspect, module.load_model = one_loader.inspect, one_loader.load_model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "openpi_ar.checkpoints.load", module)
     # PaliGemma's is not shipped; any vocabulary will do here.
     monkeypatch.setattr(foreign, "load_tokenizer", lambda name: {"paligemma": load_tokenizer("embedded")}[name])
@@ -111,7 +106,6 @@ def test_the_robots_name_says_the_rest(loader, tmp_path, robot, pi05, asset, hor
     assert parts.cfg.robot == ROBOTS[robot].of_model("pi05" if pi05 else "pi0")
     assert {s.mode for s in parts.stats.values()} == {"quantile" if pi05 else "z_score"}
     np.testing.assert_array_equal(parts.stats["actions"].q99, openpi_stats(32)["actions"]["q99"])
-    assert loader.models[pi05].cfg.action_horizon == 50  # the caller's model is left alone
 
 
 def test_horizon_and_statistics_can_be_named(loader, tmp_path):
@@ -170,13 +164,14 @@ def test_what_is_wrong_is_said_before_parameters_are_read(loader, tmp_path):
     assert loader.calls == []
 
 
-def test_what_only_the_parameters_tell_is_checked_too(loader, tmp_path):
+def test_what_only_the_headers_tell_is_checked_too(loader, tmp_path):
     path = checkpoint(tmp_path / "c", "droid")
     stats = {k: NormStats(**{n: np.array(a) for n, a in v.items()}) for k, v in openpi_stats(32).items()}
     save_norm_stats(path / "assets" / "droid", stats)  # says quantile
     loader.pi05 = False
     with pytest.raises(UserError, match="mode quantile, but pi0 is trained with z_score"):
         foreign.load_policy_parts(path, "droid")
+    assert loader.calls == []  # the headers tell it
 
 
 def droid_observation(file: Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ import pytest
 from openpi_ar.checkpoints import store
 from openpi_ar.data.inputs import shrink
 from openpi_ar.policy import Policy, programs
-from openpi_ar.policy import host as runtime
 from tests.model_fixtures import act, greedy, max_diff, noise_for, ragged_observation, tiny_config, tiny_model
 from tests.policy.test_policy import raw_observation
 
@@ -46,7 +45,7 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
     texts = [policy.infer(r, session=session)["subtask"] for r in (raw, raw, other, raw)]
     assert steps[0] > 0 == steps[1]
     assert texts[0] == texts[1] == texts[3]
-    session.clear_draft()
+    session.draft = None
     assert policy.infer(raw, session=session)["subtask"] == texts[0] and steps[-1] == steps[0]
     # Without a session nothing is remembered.
     assert [policy.infer(raw)["subtask"] for _ in range(2)] == [texts[0]] * 2 and steps[-2:] == steps[:1] * 2
@@ -79,10 +78,10 @@ def test_after_warming_up_prompts_of_all_lengths_are_served_without_compiling(ti
 
 
 def test_dtype_follows_the_device():
-    assert runtime.inference_dtype("auto") == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    assert runtime.inference_dtype("bfloat16") == "bfloat16"
+    assert programs.inference_dtype("auto") == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    assert programs.inference_dtype("bfloat16") == "bfloat16"
 
 
 def test_the_resize_follows_the_device():
-    assert runtime.resizes_on_device("auto") == (jax.default_backend() != "cpu")
-    assert runtime.resizes_on_device("device") and not runtime.resizes_on_device("host")
+    assert programs.resizes_on_device("auto") == (jax.default_backend() != "cpu")
+    assert programs.resizes_on_device("device") and not programs.resizes_on_device("host")
