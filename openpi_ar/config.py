@@ -23,6 +23,12 @@ class TextConfig:
     max_prompt_tokens: int = 200
     max_target_tokens: int = 32
     """Budget of what the model writes, EOS included; also the most tokens ever generated."""
+    conditioning: Literal["append", "reprompt"] = "append"
+    """How the actions see the text. append: its keys and values follow the prompt's. reprompt: they see a prompt of
+    their own instead, in which the text takes the task's place, as released pi0.5 models read a subtask; it costs a
+    second prefill, without the vision tower."""
+    action_template: str = "openpi"
+    """The template of that prompt, for `conditioning` reprompt."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,9 +118,12 @@ class Batch(nnx.Pytree):
     actions      normalised action chunks, padded to the model's action dimension.
     action_mask  entry counts in the flow loss: False past an episode's end, in padded dimensions (unless the config
                  asks for openpi's average over all of them), and in rows that carry no actions.
+    action_prompt  what the actions see in place of the observation's prompt and the target (`text.conditioning`
+                 reprompt). None: they see those.
     """
 
     observation: Observation = nnx.data()
     target: Tokens = nnx.data()
     actions: Float[Array, "B A X"] = nnx.data()
     action_mask: Bool[Array, "B A X"] = nnx.data()
+    action_prompt: Tokens | None = nnx.data(default=None)

@@ -3,6 +3,7 @@
     images    the vision tower over all cameras              -> image tokens
     prefill   images, prompt and known text through tower 1  -> hidden states, cache
     text      autoregressive text, one token a step          -> tokens, cache
+    reprompt  only where actions see a prompt of their own: it and the image tokens through tower 1  -> cache
     flow      Euler steps of the action tower                -> actions
 
 The keys and values of the text are in the cache when the actions are denoised, so they are conditioned on it at no
@@ -25,7 +26,7 @@ from openpi_ar.models.cache import Cache
 from openpi_ar.models.vlm import VLA, VLM
 from openpi_ar.types import Array, Observation, Tokens
 
-STAGES = ("images", "prefill", "text", "flow")
+STAGES = ("images", "prefill", "text", "reprompt", "flow")
 RunStage = Callable[..., Any]
 """`run(name, function, *arguments)` runs one stage. Arguments are pytrees; the function depends on nothing else that
 changes from call to call, so it may be jitted once by its name, and timed."""
@@ -64,12 +65,55 @@ def act(
     (action-only models). `draft` is any earlier text (ids, valid): the right part of it is not decoded again, the
     result is the same. `keys` are as in `generate`, `table` (of `flow_table`) and `guide` as in `denoise`.
     """
-    generated, cache = talk(model, obs, sampling, keys=keys, text=text, draft=draft, run=run)
+    talked = talk(model, obs, sampling, keys=keys, text=text, draft=draft, run=run)
+    actions = _flow(model, obs, talked.cache, noise, table, num_steps=num_steps, guide=guide, run=run)
+    return Act(text=talked.text, actions=actions)
 
+
+def act_on(
+    model: VLA,
+    obs: Observation,
+    images: Float[Array, "B _ D"],
+    noise: Float[Array, "B A X"],
+    *,
+    num_steps: int,
+    table: Float[Array, "n m W"] | None = None,
+    guide: Guide | None = None,
+    run: RunStage = call,
+) -> Float[Array, "B A X"]:
+    """Actions from the prompt of `obs` alone: that of `reprompt`, with the text in it. `images` are those of `talk`."""
+
+    def read(model: VLM, obs: Observation, images: Array) -> Cache:
+        return prefill(model, obs, image_tokens=images, last_only=True)[1]
+
+    cache = run("reprompt", read, model, obs, images)
+    return _flow(model, obs, cache, noise, table, num_steps=num_steps, guide=guide, run=run)
+
+
+def _flow(
+    model: VLA,
+    obs: Observation,
+    cache: Cache,
+    noise: Array,
+    table: Array | None,
+    *,
+    num_steps: int,
+    guide: Guide | None,
+    run: RunStage,
+) -> Array:
     def flow(model: VLA, obs: Observation, cache: Cache, noise: Array, table: Array | None) -> Array:
         return denoise(model, obs, cache, noise, num_steps=num_steps, table=table, guide=guide)
 
-    return Act(text=generated, actions=run("flow", flow, model, obs, cache, noise, table))
+    return run("flow", flow, model, obs, cache, noise, table)
+
+
+@nnx.dataclass
+class Talk(nnx.Pytree):
+    """Generated (or given) text, the cache with it, and the tokens of the images."""
+
+    text: Generated = nnx.data()
+    cache: Cache = nnx.data()
+    images: Float[Array, "B _ D"] = nnx.data()
 
 
 def talk(
@@ -81,8 +125,8 @@ def talk(
     text: Tokens | None = None,
     draft: tuple[Int[Array, "B _"], Bool[Array, "B _"]] | None = None,
     run: RunStage = call,
-) -> tuple[Generated, Cache]:
-    """The stages before the actions: the text, and the cache with it. Arguments as in `act`."""
+) -> Talk:
+    """The stages before the actions. Arguments as in `act`."""
     images = run("images", lambda model, obs: model.embed_images(obs), model, obs)
     known = text
     if text is None and draft is not None and sampling.max_new_tokens:
@@ -96,8 +140,10 @@ def talk(
 
     out, cache = run("prefill", read, model, obs, known, images)
     if text is not None:
-        return Generated.given(text.ids, text.valid), cache
+        return Talk(text=Generated.given(text.ids, text.valid), cache=cache, images=images)
     if not sampling.max_new_tokens:
         batch = out.prompt_last.shape[0]
-        return Generated.given(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool)), cache
-    return run("text", write, model, cache, out, keys, known)
+        nothing = Generated.given(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
+        return Talk(text=nothing, cache=cache, images=images)
+    generated, cache = run("text", write, model, cache, out, keys, known)
+    return Talk(text=generated, cache=cache, images=images)

@@ -1,5 +1,6 @@
 """The training loss, `10 * flow + cross-entropy of each kind of token`: one prefill, one velocity per noise draw."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -147,14 +148,21 @@ def compute_loss(
 
     The true text is the text run of the prefill, so the actions are conditioned on it exactly as they are on generated
     text at inference. `counts` stand in for the batch's own where it is a slice of a larger one. `fed` is fed in place
-    of the true text, which stays the target.
+    of the true text, which stays the target. With an `action_prompt` the actions see a second prefill, of that prompt
+    and the same image tokens.
     """
     counts = batch_counts(batch) if counts is None else counts
-    out, cache = prefill(model, batch.observation, batch.target if fed is None else fed)
+    images = None if batch.action_prompt is None else model.embed_images(batch.observation)
+    text = batch.target if fed is None else fed
+    out, cache = prefill(model, batch.observation, text, image_tokens=images)
     assert out.text is not None
-    text, metrics = text_loss(model, out.prompt_last, out.text, batch.target, cfg, counts)
+    if batch.action_prompt is not None:
+        _, cache = prefill(
+            model, dataclasses.replace(batch.observation, prompt=batch.action_prompt), image_tokens=images
+        )
+    ce, metrics = text_loss(model, out.prompt_last, out.text, batch.target, cfg, counts)
     if cfg.knowledge_insulation:
         cache = jax.lax.stop_gradient(cache)
     flow = flow_loss(model, batch, cache, key, cfg.flow_draws, counts)
-    loss = cfg.flow_weight * flow + text
+    loss = cfg.flow_weight * flow + ce
     return loss, {"loss": loss, "flow": flow, **metrics}

@@ -26,14 +26,16 @@ from openpi_ar.data.transforms import actions_from_model, actions_to_model, pad_
 from openpi_ar.errors import UserError
 from openpi_ar.images import resize_with_pad
 from openpi_ar.robot_spec import plain
-from openpi_ar.text.segments import Segment, TokenArrays, pack
+from openpi_ar.text.segments import Segment, Special, TokenArrays, pack
 from openpi_ar.text.templates import Template, get_template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Batch, Observation, Tokens
 
 Arrays = dict[str, Any]
 """Nested dict of numpy arrays: images, image_mask, state, prompt (a dict), and for samples target (a dict), actions,
-action_mask."""
+action_mask, and action_prompt (a dict) where actions have a prompt of their own."""
+_NOTHING = (Segment(Special.BOS),)
+"""The prompt of actions that are not there."""
 
 
 class InputTransform:
@@ -46,7 +48,8 @@ class InputTransform:
         average_padded_dims: padded action dimensions count in the loss (`LossConfig.average_padded_dims`).
 
     Raises:
-        UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks.
+        UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks; or
+            the actions' prompt cannot hold a subtask.
     """
 
     def __init__(
@@ -63,6 +66,12 @@ class InputTransform:
         self.action_stats = stats["actions"].first(spec.action_dims, "actions")
         self.robot = Robot(spec, cfg.model.cameras, self.state_stats.dims, self.action_stats.dims)
         self._average_padded_dims = average_padded_dims
+        if self.reprompts and (self.template().key != "subtask" or self.template().target is None):
+            raise UserError(
+                f"text.conditioning reprompt puts the subtask into the actions' prompt, but template "
+                f"{cfg.text.template!r} writes none: use one that does ('subtask'), or --text.conditioning append"
+            )
+        self.template(cfg.text.action_template)
         for name, real, model in (
             ("state", self.state_stats.dims, cfg.model.state_dim),
             ("action", self.action_stats.dims, cfg.model.action_dim),
@@ -77,6 +86,11 @@ class InputTransform:
     def for_training(cls, cfg: TrainConfig, tokenizer: Tokenizer, stats: Mapping[str, NormStats]) -> "InputTransform":
         """The transform of a run, which its policy shares."""
         return cls(cfg.inference, tokenizer, stats, average_padded_dims=cfg.loss.average_padded_dims)
+
+    @property
+    def reprompts(self) -> bool:
+        """Actions see a prompt of their own, with the subtask in it (`text.conditioning`)."""
+        return self.cfg.text.conditioning == "reprompt"
 
     @property
     def writes_text(self) -> bool:
@@ -114,21 +128,26 @@ class InputTransform:
                 images[i] = resize_with_pad(reading.images[camera], height, width)
         if reading.state is None and (needs_state or self.template(reading.template).needs_state):
             raise self.robot.no_state()
-        dims = self.state_stats.dims
-        state = np.zeros(dims, np.float32) if reading.state is None else self.state_stats.normalize(reading.state)
+        state = self._state(reading)
+        state = np.zeros(self.state_stats.dims, np.float32) if state is None else state
         return {
             "images": images,
             "image_mask": np.array([camera in reading.images for camera in cameras]),
-            "prompt": pack(self.tokenizer, self.prompt_segments(reading), self.cfg.text.max_prompt_tokens),
+            "prompt": self._pack_prompt(self.prompt_segments(reading)),
             "state": pad_dims(state, self.cfg.model.state_dim),
         }
 
     def prompt_segments(self, reading: Reading) -> list[Segment]:
         """Segments of the prompt. Raises UserError if there is no task, or no state for it."""
         template = self.template(reading.template)
-        # The state enters the prompt before it is padded: openpi's order, and padding carries nothing.
-        state = None if reading.state is None else self.state_stats.normalize(reading.state)
-        return template.prompt_segments(template.task(reading.prompt, reading.question), state)
+        return template.prompt_segments(template.task(reading.prompt, reading.question), self._state(reading))
+
+    def _state(self, reading: Reading) -> np.ndarray | None:
+        """The state, normalised. It enters a prompt before it is padded: openpi's order; padding carries nothing."""
+        return None if reading.state is None else self.state_stats.normalize(reading.state)
+
+    def _pack_prompt(self, segments: Sequence[Segment]) -> TokenArrays:
+        return pack(self.tokenizer, segments, self.cfg.text.max_prompt_tokens)
 
     def sample(self, raw: Mapping[str, Any]) -> Arrays:
         """Arrays of one training sample. A row without `actions` (questions and answers) trains the text only."""
@@ -153,7 +172,36 @@ class InputTransform:
             valid = np.asarray(raw["action_valid"], bool)
             arrays["action_mask"] = valid[:, None] & (np.arange(dims) < counted)[None]
         arrays["target"] = self.target(raw)
+        if self.reprompts:
+            subtask = raw.get("subtask") if self.template(reading.template).key == "subtask" else None
+            arrays["action_prompt"] = (
+                self.action_prompt(reading, subtask or "") if acts else self._pack_prompt(_NOTHING)
+            )
         return arrays
+
+    def action_prompt(self, reading: Reading, subtask: str) -> TokenArrays:
+        """The prompt that actions see with `text.conditioning` reprompt: the subtask in place of the task.
+
+        An empty subtask leaves the task where it is. Raises UserError if the prompt takes more tokens than its budget.
+        """
+        template = self.template(self.cfg.text.action_template)
+        task = subtask.strip() or template.task(reading.prompt)
+        return self._pack_prompt(template.prompt_segments(task, self._state(reading)))
+
+    def action_prompts(self, readings: Sequence[Reading], subtasks: Sequence[str], rows: int) -> Tokens:
+        """`action_prompt` of each generated subtask, numpy, in as few tokens as it takes.
+
+        One that takes more tokens than there is room for leaves the task where it is: a robot does not stop for what a
+        model writes. Rows that are not read repeat the first one.
+        """
+        prompts = []
+        for reading, subtask in zip(readings, subtasks, strict=True):
+            try:
+                prompts.append(self.action_prompt(reading, subtask))
+            except UserError:
+                prompts.append(self.action_prompt(reading, ""))
+        stacked = stack_rows(prompts + prompts[:1] * (rows - len(prompts)))
+        return shrink_prompt(Tokens(**stacked), self.cfg.decode.prompt_buckets)
 
     def target(self, raw: Mapping[str, Any]) -> TokenArrays:
         """What the model is to write, as arrays; all padding if the row's template has no target."""
@@ -200,12 +248,21 @@ def to_device(arrays: Arrays, sharding: jax.sharding.Sharding | None = None) -> 
     obs = Observation(images=a["images"], image_mask=a["image_mask"], prompt=Tokens(**a["prompt"]), state=a["state"])
     if "actions" not in a:
         return obs
-    return Batch(observation=obs, target=Tokens(**a["target"]), actions=a["actions"], action_mask=a["action_mask"])
+    actions, own = {name: a[name] for name in ("actions", "action_mask")}, a.get("action_prompt")
+    prompt = None if own is None else Tokens(**own)
+    return Batch(observation=obs, target=Tokens(**a["target"]), **actions, action_prompt=prompt)
 
 
 def collate(rows: Sequence[Arrays]) -> Any:
     """A Batch of `sample` rows, or an Observation of `observation` rows."""
     return to_device(stack_rows(rows))
+
+
+def shrink_prompt(prompt: Tokens, buckets: Sequence[int]) -> Tokens:
+    """The prompts (numpy) cut to the smallest bucket that holds them."""
+    longest = int(np.flatnonzero(np.asarray(prompt.valid).any(0)).max(initial=0)) + 1
+    size = min((b for b in buckets if b >= longest), default=prompt.ids.shape[1])
+    return jax.tree.map(lambda a: a[:, :size], prompt)
 
 
 def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
@@ -214,11 +271,5 @@ def shrink(obs: Observation, buckets: Sequence[int]) -> Observation:
     Neither holds a position, so the numbers stay the same. Each number of cameras and each bucket has its own program.
     """
     seen = np.asarray(obs.image_mask).any(0)
-    longest = int(np.flatnonzero(np.asarray(obs.prompt.valid).any(0)).max(initial=0)) + 1
-    size = min((b for b in buckets if b >= longest), default=obs.prompt.ids.shape[1])
-    return dataclasses.replace(
-        obs,
-        images=obs.images[:, seen],
-        image_mask=obs.image_mask[:, seen],
-        prompt=jax.tree.map(lambda a: a[:, :size], obs.prompt),
-    )
+    images, mask = obs.images[:, seen], obs.image_mask[:, seen]
+    return dataclasses.replace(obs, images=images, image_mask=mask, prompt=shrink_prompt(obs.prompt, buckets))

@@ -9,6 +9,7 @@ same.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+from functools import partial
 from pathlib import Path
 import time
 from typing import Any
@@ -18,13 +19,14 @@ import numpy as np
 
 from openpi_ar.algorithms.act import STAGES
 from openpi_ar.algorithms.flow import flow_table
+from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
 from openpi_ar.data.inputs import InputTransform, stack_rows
 from openpi_ar.data.normalize import NormStats
-from openpi_ar.data.robot import Robot
+from openpi_ar.data.robot import Reading, Robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.confidence import check_finite, confidence
@@ -115,7 +117,12 @@ class Policy:
             start = time.perf_counter()
             _, keys, noise = self._programs.draw(np.stack([Session().key] * batch_size))
             draft = stacked_drafts([None] * batch_size, self._programs.budget) if self._programs.drafts else None
-            jax.block_until_ready(self._programs.act(self._model, obs, keys, noise, None, draft, self._table))
+            arguments = (self._model, obs, keys, noise, None, draft, self._table)
+            if self.transform.reprompts:
+                out, _ = self._programs.act_reprompted(lambda _, prompt=obs.prompt: prompt, *arguments)
+            else:
+                out = self._programs.act(*arguments)
+            jax.block_until_ready(out)
             took[size] = time.perf_counter() - start
         return took
 
@@ -188,10 +195,15 @@ class Policy:
         obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
         arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
-        if timing:
+        if self.transform.reprompts:
+            prompts = partial(self._action_prompts, readings, rows)
+            out, ms = self._programs.act_reprompted(prompts, *arguments, timing=timing)
+        elif timing:
             out, ms = self._programs.act_in_stages(*arguments)
         else:
-            out = jax.block_until_ready(self._programs.act(*arguments))
+            out, ms = self._programs.act(*arguments), {}
+        jax.block_until_ready(out)
+        if not timing:
             ms = {"prepare": milliseconds(prepared - start), "model": milliseconds(time.perf_counter() - prepared)}
         chunks, ids, valid, logprobs, margins = (
             np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid, out.text.logprobs, out.text.margins)
@@ -280,6 +292,12 @@ class Policy:
         medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
         total = float(np.median([ms["total"] for ms in warm]))
         return {**result, "timing": {**medians, "total": total, **first}}
+
+    def _action_prompts(self, readings: Sequence[Reading], rows: int, text: Generated) -> Tokens:
+        """The prompts that actions see, from the generated text of the rows."""
+        ids, valid = np.asarray(text.ids), np.asarray(text.valid)
+        subtasks = [self.transform.text(r, ids[i][valid[i]].tolist())[0] for i, r in enumerate(readings)]
+        return self.transform.action_prompts(readings, subtasks, rows)
 
     def _drawn(self, sessions: Sequence[Session], batch: int, noise: np.ndarray | None) -> Drawn:
         """The random numbers of a call. Rows of padding have those of the first row."""

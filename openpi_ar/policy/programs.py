@@ -2,6 +2,8 @@
 compute in and are warmed up with."""
 
 from collections.abc import Callable
+import dataclasses
+from functools import partial
 import time
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from openpi_ar.algorithms.act import Act, act, talk
+from openpi_ar.algorithms.act import Act, RunStage, act, act_on, call, talk
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
@@ -101,6 +103,7 @@ class Programs:
         self.draw = jax.jit(self._draw)
         self.act = jax.jit(self._act)
         self.score = jax.jit(self._score)
+        self._talking, self._acting_on = jax.jit(self._talk), jax.jit(self._act_on)
         self._acting, self._answering = Stages(), Stages()
 
     def act_in_stages(self, *arguments: Any) -> tuple[Act, dict[str, float]]:
@@ -111,7 +114,44 @@ class Programs:
     def answer(self, model: VLA, obs: Observation, keys: Array) -> tuple[Generated, dict[str, float]]:
         """Text alone, in stages, and the milliseconds of each."""
         run, ms = self._answering.timed()
-        return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run)[0], ms
+        return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run).text, ms
+
+    def act_reprompted(
+        self,
+        prompts: Callable[[Generated], Tokens],
+        model: VLA,
+        obs: Observation,
+        keys: Array,
+        noise: Array,
+        text: Tokens | None,
+        draft: Draft | None,
+        table: Array | None,
+        *,
+        timing: bool = False,
+    ) -> tuple[Act, dict[str, float]]:
+        """`act` where the actions see a prompt of their own: `prompts` makes it of the text, on the host.
+
+        Two programs; with `timing` a program for each stage, and their milliseconds.
+        """
+        talk, act_on, ms = self._talking, self._acting_on, {}
+        if timing:
+            run, ms = self._acting.timed()
+            talk, act_on = partial(self._talk, run=run), partial(self._act_on, run=run)
+        generated, images = talk(model, obs, keys, text, draft)
+        own = dataclasses.replace(obs, prompt=prompts(generated))
+        return Act(text=generated, actions=act_on(model, own, images, noise, table)), ms
+
+    def _talk(
+        self, model: VLA, obs: Observation, keys: Array, text: Tokens | None, draft: Draft | None, run: RunStage = call
+    ) -> tuple[Generated, Array]:
+        rows = _row_keys(self._sampling, keys)
+        out = talk(model, obs, self._sampling, keys=rows, text=text, draft=draft, run=run)
+        return out.text, out.images
+
+    def _act_on(
+        self, model: VLA, obs: Observation, images: Array, noise: Array, table: Array | None, run: RunStage = call
+    ) -> Array:
+        return act_on(model, obs, images, noise, num_steps=self._steps, table=table, run=run)
 
     def _score(self, model: VLA, obs: Observation, texts: Tokens) -> Array:
         """Log-probabilities [N T] of the tokens of each text, for the one observation."""

@@ -3,20 +3,23 @@ matters to the model at all.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
 
 from openpi_ar.algorithms.act import Act
+from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform, stack_rows, to_device
 from openpi_ar.data.loader import Source, evaluation_batches
+from openpi_ar.data.shards import place
 from openpi_ar.models.vlm import VLA
 from openpi_ar.training.metrics import averaged
 from openpi_ar.training.sharding import Placement
 from openpi_ar.training.step import make_act, make_eval_loss
-from openpi_ar.types import Observation
+from openpi_ar.types import Observation, Tokens
 
 _SHOWN = 4
 
@@ -51,14 +54,18 @@ class Evaluator:
         budget = cfg.text.max_target_tokens if self._writing.any() else 0
         sampling = text_sampling(cfg.decode, transform.tokenizer, cfg.model.vocab_size, budget)
         # Every process sees the whole answer: all of them decide by the same figures.
-        self._act = make_act(cfg.decode, sampling, None if placement is None else placement.replicated)
+        replicated = None if placement is None else placement.replicated
+        self._act = make_act(
+            cfg.decode, sampling, replicated, reprompts=transform.reprompts and bool(self._acting.any())
+        )
+        self._sharding = sharding
         self._key = jax.random.key(cfg.seed)
         self._swapped = self._with_swapped_prompts(sharding)
 
     def __call__(self, model: VLA) -> tuple[dict[str, float], list[tuple[str, str]]]:
         metrics = averaged([self._loss(model, batch, self._key) for _, batch in self._batches])
         raw, batch = self._batches[0]
-        act = self._act(model, batch.observation, self._key)
+        act = self._act(model, batch.observation, self._key, partial(self._prompts, raw))
         metrics |= self._action_errors(raw, act)
         metrics |= self._swap_sensitivity(model, raw, act)
         exact, texts = self._generated(raw, act)
@@ -77,6 +84,16 @@ class Evaluator:
             exact.setdefault(template.key, []).append(truth == text)
             texts.append((truth, text))
         return {f"{kind}_generated_exact": float(np.mean(hits)) for kind, hits in exact.items()}, texts
+
+    def _prompts(self, raw: Sequence[dict], text: Generated) -> Tokens:
+        """The prompts that actions see, where they have one of their own. Rows without actions have a neighbour's."""
+        ids, valid = np.asarray(text.ids), np.asarray(text.valid)
+        acting = np.flatnonzero(self._acting).tolist()
+        readings = [self._transform.robot.read(raw[i]) for i in acting]
+        written = [self._transform.text(r, ids[i][valid[i]].tolist())[0] for i, r in zip(acting, readings, strict=True)]
+        prompts = self._transform.action_prompts(readings, written, len(acting))
+        neighbour = np.maximum(np.cumsum(self._acting) - 1, 0)
+        return place(jax.tree.map(lambda a: a[neighbour], prompts), self._sharding)
 
     def _real_actions(self, raw: Sequence[dict], act: Act, rows: np.ndarray) -> np.ndarray:
         """Actions of these rows (bool [B]) in the robot's units."""
@@ -115,7 +132,7 @@ class Evaluator:
         if self._swapped is None:
             return {}
         changed, obs = self._swapped
-        swapped = self._act(model, obs, self._key)
+        swapped = self._act(model, obs, self._key, partial(self._prompts, raw))
         a, b = (self._real_actions(raw, x, changed) for x in (act, swapped))
         metrics = {"swap_action": float(np.abs(a - b).mean())}
         if (writing := changed & self._writing).any():

@@ -91,7 +91,8 @@ def abstract_batch(cfg: TrainConfig, where: jax.sharding.Sharding | None = None)
             state=jnp.zeros((rows, m.state_dim)),
         )
         chunk = (rows, m.action_horizon, m.action_dim)
-        return Batch(obs, text(cfg.text.max_target_tokens), jnp.zeros(chunk), jnp.zeros(chunk, bool))
+        own = text(cfg.text.max_prompt_tokens) if cfg.text.conditioning == "reprompt" else None
+        return Batch(obs, text(cfg.text.max_target_tokens), jnp.zeros(chunk), jnp.zeros(chunk, bool), own)
 
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(batch))
 
@@ -211,10 +212,11 @@ def _activation_bytes(cfg: TrainConfig) -> int:
     s = m.siglip
     vision = TowerConfig(s.width, s.depth, s.mlp_dim, s.num_heads, s.num_heads, s.width // s.num_heads)
     prefix = len(m.cameras) * s.num_tokens + cfg.text.max_prompt_tokens + cfg.text.max_target_tokens
+    prefills = 2 if cfg.text.conditioning == "reprompt" else 1
     suffix = m.suffix_tokens
     towers = [
         (vision, s.num_tokens, s.num_tokens, len(m.cameras)),
-        (m.vlm, prefix, prefix, 1),
+        (m.vlm, prefix, prefix, prefills),
         (m.expert, suffix, prefix + suffix, cfg.loss.flow_draws),
     ]
     kept = [_kept(m, t, tokens, keys, size) * t.depth * copies for t, tokens, keys, copies in towers]

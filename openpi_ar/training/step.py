@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 import optax
 
-from openpi_ar.algorithms.act import Act, act
+from openpi_ar.algorithms.act import Act, act, act_on, talk
+from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.losses import Counts, Metrics, batch_counts, compute_loss
 from openpi_ar.algorithms.sampling import Sampling, row_keys
 from openpi_ar.config import DecodeConfig, LossConfig, TrainConfig
@@ -113,18 +115,39 @@ def make_eval_loss(cfg: LossConfig) -> Callable[[VLA, Batch, jax.Array], Metrics
 
 
 def make_act(
-    cfg: DecodeConfig, sampling: Sampling, where: jax.sharding.Sharding | None = None
-) -> Callable[[VLA, Observation, jax.Array], Act]:
+    cfg: DecodeConfig, sampling: Sampling, where: jax.sharding.Sharding | None = None, *, reprompts: bool = False
+) -> Callable[[VLA, Observation, jax.Array, Callable[[Generated], Tokens]], Act]:
     """Jitted talk-and-act on stacked parameters, for evaluation between steps (the policy has its own).
 
-    `where`: the sharding of what comes out, if the model is on several devices.
+    `where`: the sharding of what comes out, if the model is on several devices. `reprompts`: the actions see a prompt
+    of their own, which the function's last argument makes of the text; it is not called otherwise.
     """
 
-    def run(model: VLA, obs: Observation, key: jax.Array) -> Act:
+    def keys_and_noise(model: VLA, obs: Observation, key: jax.Array) -> tuple[Array | None, Array]:
         text_key, noise_key = jax.random.split(key)
         batch = obs.images.shape[0]
         noise = jax.random.normal(noise_key, (batch, model.cfg.action_horizon, model.cfg.action_dim))
-        keys = None if sampling.greedy else row_keys(text_key, batch)
+        return None if sampling.greedy else row_keys(text_key, batch), noise
+
+    @partial(jax.jit, out_shardings=where)
+    def at_once(model: VLA, obs: Observation, key: jax.Array) -> Act:
+        keys, noise = keys_and_noise(model, obs, key)
         return act(model.unstacked(), obs, noise, sampling, num_steps=cfg.denoise_steps, keys=keys)
 
-    return jax.jit(run, out_shardings=where)
+    @partial(jax.jit, out_shardings=(where, None))
+    def first(model: VLA, obs: Observation, key: jax.Array) -> tuple[Generated, Array]:
+        out = talk(model.unstacked(), obs, sampling, keys=keys_and_noise(model, obs, key)[0])
+        return out.text, out.images
+
+    @partial(jax.jit, out_shardings=where)
+    def then(model: VLA, obs: Observation, images: Array, key: jax.Array) -> Array:
+        noise = keys_and_noise(model, obs, key)[1]
+        return act_on(model.unstacked(), obs, images, noise, num_steps=cfg.denoise_steps)
+
+    def run(model: VLA, obs: Observation, key: jax.Array, prompts: Callable[[Generated], Tokens]) -> Act:
+        if not reprompts:
+            return at_once(model, obs, key)
+        text, images = first(model, obs, key)
+        return Act(text=text, actions=then(model, dataclasses.replace(obs, prompt=prompts(text)), images, key))
+
+    return run

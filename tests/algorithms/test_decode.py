@@ -221,7 +221,7 @@ def test_stages_run_apart_are_the_same_composition():
 
     whole = act(model, obs, noise_for(cfg), greedy(4), num_steps=3)
     staged = acting.act(model, obs, noise_for(cfg), greedy(4), num_steps=3, run=apart)
-    assert tuple(names) == acting.STAGES
+    assert names == [name for name in acting.STAGES if name != "reprompt"]
     assert jnp.array_equal(staged.text.ids, whole.text.ids)
     assert max_diff(staged.actions, whole.actions) < TOL
     other = acting.act(model, obs, noise_for(cfg, seed=1), greedy(4), num_steps=3, run=apart)  # control

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from openpi_ar.algorithms import losses
 from openpi_ar.algorithms.losses import _TEXT, sample_time
@@ -16,6 +17,7 @@ from tests.model_fixtures import (
     flow_loss,
     prefill,
     ragged_batch,
+    ragged_observation,
     text_loss,
     tiny_config,
     tiny_model,
@@ -210,6 +212,25 @@ def test_total_is_ten_flow_plus_text():
     assert abs(float(loss) - 2 * float(half)) < 1e-4
     text = {f"{kind}_{name}" for kind in ("subtask", "answer", "action_token") for name in _TEXT}
     assert set(m) == {"loss", "flow", *text}
+
+
+def test_reprompted_actions_see_their_own_prompt_and_images_and_no_text():
+    cfg = tiny_config()
+    model, batch = tiny_model(cfg), ragged_batch(cfg)
+    own = ragged_observation(cfg, seed=9).prompt
+    key, loss = jax.random.key(0), LossConfig(flow_draws=2)
+    _, plain = compute_loss(model, batch, key, cfg=loss)
+    _, got = compute_loss(model, dataclasses.replace(batch, action_prompt=own), key, cfg=loss)
+    assert float(got["subtask_ce"]) == pytest.approx(float(plain["subtask_ce"]), rel=1e-6)
+    silent = dataclasses.replace(batch.target, valid=np.zeros_like(batch.target.valid), loss=batch.target.loss & False)
+    alone = Batch(dataclasses.replace(batch.observation, prompt=own), silent, batch.actions, batch.action_mask)
+    want = compute_loss(model, alone, key, cfg=loss)[1]["flow"]
+    assert float(got["flow"]) == pytest.approx(float(want), rel=1e-5)
+    assert abs(float(got["flow"]) - float(plain["flow"])) > 1e-4  # control
+    # Another target moves the flow loss by exactly nothing.
+    other = dataclasses.replace(batch.target, ids=(batch.target.ids + 7) % VOCAB)
+    _, moved = compute_loss(model, dataclasses.replace(batch, target=other, action_prompt=own), key, cfg=loss)
+    assert float(moved["flow"]) == float(got["flow"]) and float(moved["subtask_ce"]) != float(got["subtask_ce"])
 
 
 def test_more_draws_estimate_the_same_loss():

@@ -72,6 +72,27 @@ def test_target_is_supervised_only_when_asked():
     assert TEMPLATES["subtask"].parse(t.tokenizer, on["target"]["ids"].tolist()) == raw()["subtask"]
 
 
+def test_reprompted_samples_hold_the_prompt_of_an_action_only_row_with_the_subtask_as_its_task():
+    text = dataclasses.replace(PLAIN.text, conditioning="reprompt")
+    t = transform(dataclasses.replace(PLAIN, text=text))
+    acting = transform(
+        dataclasses.replace(PLAIN, text=dataclasses.replace(text, template="openpi", conditioning="append"))
+    )
+    row, plain = t.sample(raw()), transform().sample(raw())
+    want = acting.sample(raw(prompt=raw()["subtask"]))["prompt"]
+    for name, array in want.items():
+        np.testing.assert_array_equal(row["action_prompt"][name], array)
+    assert "action_prompt" not in plain
+    for part in ("prompt", "target"):  # what is generated does not change
+        for name, array in plain[part].items():
+            np.testing.assert_array_equal(row[part][name], array)
+    batch = collate([row, t.sample(question())])
+    assert isinstance(batch, Batch) and batch.action_prompt is not None
+    np.testing.assert_array_equal(batch.action_prompt.valid.sum(-1), [want["valid"].sum(), 1])
+    with pytest.raises(UserError, match="budget"):
+        t.sample(raw(subtask="very " * 20))
+
+
 def test_action_only_template_writes_nothing():
     t = transform(dataclasses.replace(PLAIN, text=dataclasses.replace(PLAIN.text, template="openpi")))
     sample = raw()

@@ -108,6 +108,52 @@ def test_staged_path_gives_the_same_numbers(policy):
     assert staged["subtask"] == forced["subtask"] == "done"
 
 
+def with_text(tiny_checkpoint, **changes) -> Policy:
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    return Policy(dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, **changes)), model, tok, stats)
+
+
+def test_reprompted_actions_are_those_of_the_subtask_as_the_task(tiny_checkpoint):
+    """As openpi's pi0.5 would be asked: by an action-only policy whose prompt is the subtask."""
+    # Room for the tokens of any text: such a model writes bytes that take several each when they are read back.
+    policy = with_text(tiny_checkpoint, conditioning="reprompt", max_prompt_tokens=64)
+    acting = with_text(tiny_checkpoint, template="openpi", max_prompt_tokens=64)
+    raws = [raw_observation(1), raw_observation(2, "clear the table into the left bin")]
+    texts = ["pick up the red block", "place it in the left bin"]
+    noise = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    forced = policy.infer_batch(raws, subtasks=texts, noise=noise, batch_size=3)
+    want = acting.infer_batch([{**r, "prompt": t} for r, t in zip(raws, texts, strict=True)], noise=noise)
+    for got, w in zip(forced, want, strict=True):
+        np.testing.assert_allclose(got["actions"], w["actions"], atol=1e-5)
+    # The task is not seen any more, to the last bit; appended text leaves it in sight.
+    other = {**raws[0], "prompt": "put the blue block in the right bin"}
+    first, second = (policy.infer(r, subtask="done", noise=noise[0])["actions"] for r in (raws[0], other))
+    np.testing.assert_array_equal(first, second)
+    appending = with_text(tiny_checkpoint)
+    first, second = (appending.infer(r, subtask="done", noise=noise[0])["actions"] for r in (raws[0], other))
+    assert np.abs(first - second).max() > 1e-4  # control
+
+    # Generated text: the same text as without, and the actions of that text; so in stages, and with a draft.
+    out = policy.infer(raws[0], noise=noise[0])
+    assert out["subtask"] == appending.infer(raws[0])["subtask"] != ""
+    want = acting.infer({**raws[0], "prompt": out["subtask"]}, noise=noise[0])
+    np.testing.assert_allclose(out["actions"], want["actions"], atol=1e-5)
+    staged = policy.infer(raws[0], noise=noise[0], timing=True)
+    np.testing.assert_allclose(staged["actions"], out["actions"], atol=1e-5)
+    assert set(staged["timing"]) == {"images", "prefill", "text", "reprompt", "flow", "total"}
+    session = policy.session()
+    policy.infer(raws[0], session=session)
+    drafted = policy.infer(raws[0], session=session, noise=noise[0])
+    np.testing.assert_allclose(drafted["actions"], out["actions"], atol=1e-5)
+    tight = with_text(tiny_checkpoint, conditioning="reprompt")
+    task = acting.infer(raws[0], noise=noise[0])["actions"]
+    np.testing.assert_allclose(tight.infer(raws[0], noise=noise[0])["actions"], task, atol=1e-5)
+    with pytest.raises(UserError, match="writes none"):
+        with_text(tiny_checkpoint, conditioning="reprompt", template="openpi")
+    with pytest.raises(UserError, match="unknown template"):
+        with_text(tiny_checkpoint, conditioning="reprompt", action_template="opnpi")
+
+
 def test_a_call_is_a_function_of_its_arguments(policy):
     raw, other = raw_observation(1), raw_observation(2, "clear the table into the left bin")
     first = policy.infer(raw)

@@ -16,7 +16,7 @@ from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import init_state
 from openpi_ar.training.step import make_train_step
 from openpi_ar.types import Batch
-from tests.data_fixtures import sources, transform
+from tests.data_fixtures import PLAIN, sources, transform
 from tests.model_fixtures import random_like
 
 CFG = dataclasses.replace(DEBUG, batch_size=4, eval_batches=1)
@@ -99,6 +99,27 @@ def test_a_batch_of_both_trains_both():
     # A batch without answers says nothing about them; without any, there is nothing to report.
     assert means["answer_ce"] == history[0]["answer_ce"] > 0
     assert "answer_ce" not in averaged(history[1:2]) and not any("_count" in name for name in means)
+
+
+def test_reprompted_rows_train_and_are_evaluated_beside_questions():
+    text = dataclasses.replace(CFG.text, conditioning="reprompt")
+    cfg = dataclasses.replace(CFG, text=text, batch_size=len(MIXED))
+    t = transform(dataclasses.replace(PLAIN, text=text))
+    tx = make_optimizer(cfg.optimizer, 10)
+    state, step = init_state(cfg, tx), make_train_step(cfg, tx)
+    batch = collate([t.sample(r) for r in MIXED])
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    mixed, _ = Evaluator(cfg, Rows(MIXED), t)(model())
+    alone, _ = Evaluator(dataclasses.replace(cfg, batch_size=len(ROBOT)), Rows(ROBOT), t)(model())
+    for name in set(alone) - {"loss"}:
+        assert mixed[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
+    appended, _ = evaluated(ROBOT)
+    assert abs(appended["action_error"] - alone["action_error"]) > 1e-5  # control
+    assert appended["subtask_generated_exact"] == alone["subtask_generated_exact"]
 
 
 def test_the_dry_run_shows_each_rows_own_texts(capsys, monkeypatch):
