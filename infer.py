@@ -106,6 +106,8 @@ def run(args: Args) -> None:
         options["subtasks"] = read_texts(args.subtasks)
     with console.status(f"loading {args.ckpt}"):
         policy = Policy.from_checkpoint(args.ckpt, **options)
+    for note in policy.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if args.rollout:
         report = _rollout(args, policy, console)
     else:

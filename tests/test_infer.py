@@ -199,7 +199,7 @@ def test_bad_checkpoint_directories(tiny_checkpoint, tmp_path, capsys):
     assert "does not exist" in message(tmp_path / "none")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "model.safetensors").write_bytes(b"x")
-    assert "not a complete checkpoint" in message(tmp_path / "foreign")
+    assert "cannot be read as safetensors" in message(tmp_path / "foreign")
 
     step = tiny_checkpoint / "0"
     for missing in ("assets/config.json", "assets/tokenizer.model", "assets/norm_stats.json", "params/_METADATA"):

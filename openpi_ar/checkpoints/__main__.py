@@ -42,28 +42,30 @@ def convert(
     if target.exists():
         raise UserError(f"{target} exists: name a new directory, or delete this one first")
     loaded = load.load_model(source, options)
-    for note in loaded.notes:
+    for note in (*loaded.notes, *export.convert(loaded, target, to)):
         _out.print(f"note: {note}", highlight=False)
-    export.convert(loaded, target, to)
-    _out.print(f"{target}: {export.size_of(target) / 1e6:.1f} MB, {loaded.kind} -> {to}", highlight=False)
+    _out.print(f"{target}: {_size_of(target) / 1e6:.1f} MB, {loaded.kind} -> {to}", highlight=False)
 
 
-def inspect(source: Where) -> None:
+def inspect(source: Where, *, options: Annotated[LoadOptions, tyro.conf.OmitArgPrefixes] = AS_IT_IS) -> None:
     """Say what a checkpoint is, from its headers alone.
 
     Args:
         source: directory, file, address or hub id of the checkpoint.
+        options: what the checkpoint does not tell.
     """
-    from openpi_ar.checkpoints import export, load
+    from openpi_ar.checkpoints import load
+    from openpi_ar.checkpoints.sources import root_of
 
-    looked = load.inspect(source)
+    looked = load.inspect(source, options)
     cfg, opened = looked.config, looked.matched.source
     specs = opened.specs
     count = {name: int(np.prod(spec.shape, dtype=np.int64)) for name, spec in specs.items()}
     dtypes: dict[str, int] = {}
     for name, spec in specs.items():
         dtypes[spec.dtype.name] = dtypes.get(spec.dtype.name, 0) + count[name]
-    assets = export.assets_of(opened.path)
+    root = root_of(opened.path)
+    files = (p for pattern in ("assets/**/*", "policy_*") for p in root.glob(pattern) if p.is_file())
     table = Table(show_header=False, box=None)
     rows = {
         "path": str(opened.path),
@@ -78,9 +80,7 @@ def inspect(source: Where) -> None:
         f"{cfg.siglip.num_heads}",
         "first tower": _tower(cfg.vlm) + f", vocabulary {cfg.vocab_size}",
         "second tower": "none: it answers questions and cannot act",
-        "assets": ", ".join(sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file()))
-        if assets
-        else "none",
+        "assets": ", ".join(sorted(str(p.relative_to(root)) for p in files)) or "none",
     }
     if isinstance(cfg, ModelConfig):
         rows["second tower"] = _tower(cfg.expert)
@@ -100,6 +100,11 @@ _FORMATS = {
     "big_vision": "big_vision (.npz)",
     "transformers": "transformers (safetensors)",
 }
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def _tower(t: TowerConfig) -> str:

@@ -16,30 +16,38 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_ar import config_json
-from openpi_ar.checkpoints import store
+from openpi_ar.checkpoints import assets, lerobot, store
+from openpi_ar.checkpoints.assets import Said
 from openpi_ar.checkpoints.family import Family, expected_shape
 from openpi_ar.checkpoints.load import FAMILIES, Loaded
 from openpi_ar.checkpoints.options import Format
-from openpi_ar.config import InferenceConfig, TextConfig
+from openpi_ar.checkpoints.sources import SAFETENSORS, root_of
+from openpi_ar.data.normalize import FILE as NORM_STATS
+from openpi_ar.data.normalize import save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
 from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.params import flatten, unflatten
-from openpi_ar.robot_spec import RobotSpec
+from openpi_ar.textfile import read_object
 from openpi_ar.types import Array
 
-SAFETENSORS = "model.safetensors"
+_PROCESSORS = "lerobot"
+"""Directory under `assets/` that keeps LeRobot's processors in other formats."""
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def convert(loaded: Loaded, target: Path, to: Format) -> None:
+def convert(loaded: Loaded, target: Path, to: Format) -> list[str]:
     """Writes a loaded model as another format, in the types that its parameters have in memory.
 
     Args:
-        loaded: see `load.load_model`. Its assets (norm stats, tokenizer) travel along.
+        loaded: see `load.load_model`. Its assets (statistics, tokenizer) travel along, and so does its configuration,
+            as `assets/config.json`, which openpi_ar reads in any format.
         target: new directory; must not exist.
         to: "openpi" (orbax, what its `restore_params` reads), "torch" (openpi's `model.safetensors`), "lerobot" or
             "ours".
+
+    Returns what a user should know: what no file of the source said, and what no file of the target says to its own
+    readers.
 
     Raises:
         UserError: the target exists, it cannot be written, the model is not written in that format, or the name table
@@ -49,20 +57,36 @@ def convert(loaded: Loaded, target: Path, to: Format) -> None:
     family = _family(flat, loaded.config)
     if to not in family.formats:
         raise UserError(
-            f"{loaded.path} is {family.title}, which can be written as {', '.join(family.formats)}, not {to}"
+            f"{loaded.source.path} is {family.title}, which can be written as {', '.join(family.formats)}, not {to}"
         )
-    assets = assets_of(loaded.path)
+    said = assets.read(loaded.source, loaded.config) if isinstance(loaded.config, ModelConfig) else None
     with when_whole(target.absolute(), must_be_new=True) as scratch:
-        if assets is not None:
-            shutil.copytree(assets, scratch / "assets", ignore=shutil.ignore_patterns(store.COMMITTED, store.CONFIG))
+        if (files := root_of(loaded.source.path) / "assets").is_dir():
+            shutil.copytree(files, scratch / "assets", ignore=shutil.ignore_patterns(store.COMMITTED, store.CONFIG))
         if to == "ours":
             _save_orbax(scratch / "params", unflatten(flat))
-            _save_config(scratch / "assets", assets, loaded.acting()[1])
             (scratch / store.MARK).write_text("{}\n")
         elif to == "openpi":
             _save_orbax(scratch / "params", unflatten(to_openpi(flat, loaded.config)))
         else:
             save_safetensors(scratch, flat, loaded.config, to)
+        notes = [] if said is None else _save_assets(scratch, said)
+        if said is not None and to == "lerobot":
+            lacking = lerobot.write(
+                scratch, said.inference, said.stats, np.dtype(flat[family.token_embedding].dtype).name
+            )
+            _restore_processors(scratch, said)
+            if lacking:
+                notes.append(
+                    f"LeRobot has no place for {', '.join(lacking)}: kept in assets/, which openpi_ar alone reads"
+                )
+        elif said is not None and to != "ours":
+            notes.append(
+                f"cameras, template, budgets and robot are in assets/{store.CONFIG}: openpi has them in its code"
+            )
+        if to in ("torch", "lerobot") and any("lora" in path for path in flat):
+            notes.append("LoRA adapters are added to the weights that they belong to: PyTorch's files have none")
+    return notes
 
 
 def to_openpi(flat: Mapping[str, Array], cfg: PaliGemmaConfig) -> dict[str, Array]:
@@ -105,7 +129,7 @@ def to_torch(flat: Mapping[str, Array], cfg: PaliGemmaConfig) -> Iterator[tuple[
                     return rearrange(one.astype(dtype), f"{row.part_layout} -> {row.to_torch}", **axes)
 
                 yield name.format(i), Tensor(shape, dtype, make)
-    dtype = np.dtype(flat["embedder/table"].dtype)
+    dtype = np.dtype(flat[family.token_embedding].dtype)
     for name, shape in family.padding(cfg).items():
         yield name, Tensor(shape, dtype, lambda shape=shape: np.zeros(shape, dtype))
 
@@ -128,21 +152,48 @@ def _save_orbax(folder: Path, tree: Any) -> None:
     (folder / store.COMMITTED).unlink(missing_ok=True)
 
 
-def _save_config(folder: Path, assets: Path | None, model: ModelConfig) -> None:
-    """The checkpoint's config with this model; for one that is not ours, an inference config that says the model and no
-    more."""
+def _save_assets(scratch: Path, said: Said) -> list[str]:
+    """The target's `assets/`; returns notes on what was filled in."""
+    folder, cfg, notes = scratch / "assets", said.config, list(said.notes)
     folder.mkdir(exist_ok=True)
-    own = None if assets is None else assets / store.CONFIG
-    if own is not None and own.is_file():
-        cfg = config_json.read(own)
-    else:
-        cfg = InferenceConfig(text=TextConfig("paligemma", RobotSpec().variant(model.kind).template))
-    (folder / store.CONFIG).write_text(config_json.dumps(dataclasses.replace(cfg, model=model)))
+    (folder / store.CONFIG).write_text(config_json.dumps(cfg))
+    if said.tokenizer is not None:
+        shutil.copy(said.tokenizer, folder / store.TOKENIZER)
+    if said.lerobot is not None and said.stats:
+        for file in folder.rglob(NORM_STATS):
+            file.unlink()
+        save_norm_stats(folder, said.stats)
+    for file in said.root.glob(lerobot.FILES):
+        (folder / _PROCESSORS).mkdir(exist_ok=True)
+        shutil.copy(file, folder / _PROCESSORS)
+    if said.problem is not None:
+        notes.append(f"statistics: {said.problem}")
+    if not said.knows_robot:
+        notes.append(
+            f"template {cfg.text.template}, max_prompt_tokens {cfg.text.max_prompt_tokens}, tokenizer "
+            f"{cfg.text.tokenizer}: no file says them, openpi's are written; a robot named at inference brings its own "
+            "template"
+        )
+    return notes
+
+
+def _restore_processors(scratch: Path, said: Said) -> None:
+    """LeRobot's own processors in place of those just written, if a conversion has kept them and the statistics are
+    still theirs: they may normalise images, or in ways that ours do not know."""
+    kept = scratch / "assets" / _PROCESSORS
+    if said.stats and any(kept.glob(lerobot.FILES)):
+        _, stats = lerobot.read(kept, read_object(scratch / "config.json"), None, said.config.model)
+        if stats and assets.same_map(stats, said.stats):
+            for file in scratch.glob(lerobot.FILES):
+                file.unlink()
+            for file in kept.glob(lerobot.FILES):
+                shutil.copy(file, scratch)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: PaliGemmaConfig, to: Format) -> None:
-    """Writes `model.safetensors` and `config.json`: of LeRobot, or ("torch") of openpi's PyTorch port, or for PaliGemma
-    of the transformers library."""
+    """Writes `model.safetensors` of LeRobot, or ("torch") of openpi's PyTorch port, for PaliGemma of the transformers
+    library, with its `config.json`."""
     family = _family(flat, cfg)
     (kept, other), names = family.tied, family.formats[to]
     # `safetensors.torch.save_model` writes one of two tied tensors and notes the other.
@@ -154,8 +205,9 @@ def save_safetensors(folder: Path, flat: Mapping[str, Array], cfg: PaliGemmaConf
             yield from ((prefix + written, tensor) for written in (names if name == kept else (name,)))
 
     write_safetensors(folder / SAFETENSORS, dict(tensors()), metadata)
-    body = family.torch_settings(cfg, np.dtype(flat["embedder/table"].dtype).name, to)
-    (folder / "config.json").write_text(json.dumps(body, indent=2) + "\n")
+    if to == "torch":
+        body = family.torch_settings(cfg, np.dtype(flat[family.token_embedding].dtype).name)
+        (folder / "config.json").write_text(json.dumps(body, indent=2) + "\n")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -178,16 +230,3 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         f.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             f.write(np.ascontiguousarray(tensors[name].make()).view(np.uint8).data)
-
-
-def assets_of(path: Path) -> Path | None:
-    """The assets directory of a checkpoint, given its params directory, step directory or file."""
-    for folder in (path, path.parent):
-        if (folder / "assets").is_dir():
-            return folder / "assets"
-    return None
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

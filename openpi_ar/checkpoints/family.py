@@ -15,6 +15,12 @@ from openpi_ar.checkpoints.options import Format, LoadOptions
 from openpi_ar.model_config import PaliGemmaConfig
 
 Column = Literal["ours", "openpi", "torch"]
+
+# What PyTorch puts before the names inside a wrapped module: torch.compile, DDP and DataParallel, DeepSpeed, FSDP,
+# activation checkpointing.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 Sizes = dict[str, int]
 """Size of each axis letter of a family's table; `L` and `l` are the numbers of layers."""
 
@@ -83,7 +89,9 @@ class Writer:
 
     def wrote(self, names: list[str], settings: Mapping[str, Any]) -> bool:
         """Whether these names and config.json are of this program, as far as they tell."""
-        return any(re.match(self.prefix, name) for name in names) and (not self.setting or self.setting in settings)
+        return any(re.match(self.prefix, _WRAPPERS.sub("", name)) for name in names) and (
+            not self.setting or self.setting in settings
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,8 @@ class Family:
     writers  who writes such checkpoints; the first that fits a checkpoint is its writer.
     fixed    axes whose size never varies.
     public   {option of LoadOptions: (axis, size)} of axes that no PyTorch tensor tells: the public models' sizes.
+    needs    (pattern of parameters, what to say of a checkpoint that holds none of them).
+    position_embedding, token_embedding   paths of what is resampled to other image sizes, and of the vocabulary.
     tied     (name, other name) of one PyTorch matrix; where a file has both, the first is read.
     formats  formats that it is written in; of those of PyTorch, which of the tied names have the matrix.
     ignored  (pattern of a whole PyTorch name, reason) of tensors that may be there and are not read.
@@ -103,7 +113,7 @@ class Family:
     build    (paths found, sizes, overrides, base) -> configuration; raises ValueError, also if a size is missing.
     sizes    configuration -> size of every axis.
     padding  tensors that its PyTorch files have and nothing reads: configuration -> {name: shape}.
-    torch_settings  (configuration, dtype, writer's kind) -> body of config.json.
+    torch_settings  (configuration, dtype) -> body of the config.json beside its file of PyTorch tensors.
     told     body of the config.json beside the tensors -> (what it says of what they do not tell, base of `build`).
     """
 
@@ -113,6 +123,9 @@ class Family:
     writers: tuple[Writer, ...]
     fixed: Mapping[str, int]
     public: Mapping[str, tuple[str, int]]
+    needs: tuple[tuple[str, str], ...]
+    position_embedding: str
+    token_embedding: str
     tied: tuple[str, str]
     formats: Mapping[Format, tuple[str, ...]]
     ignored: tuple[tuple[str, str], ...]
@@ -120,7 +133,7 @@ class Family:
     build: Callable[[set[str], Sizes, Mapping[str, Any], Any], Any]
     sizes: Callable[[Any], Sizes]
     padding: Callable[[Any], dict[str, tuple[int, ...]]]
-    torch_settings: Callable[[Any, str, str], dict[str, Any]]
+    torch_settings: Callable[[Any, str], dict[str, Any]]
     told: Callable[[Mapping[str, Any]], tuple[LoadOptions, PaliGemmaConfig | None]]
 
     @functools.cached_property
@@ -130,6 +143,7 @@ class Family:
 
     def canonical(self, name: str) -> str:
         """A stored tensor's name as the table has it."""
+        name = _WRAPPERS.sub("", name)
         for pattern, replacement in self.renames:
             if re.match(pattern, name):
                 return re.sub(f"^{pattern}", replacement, name)

@@ -9,6 +9,7 @@ Tensors are read one at a time, largest first, converted and placed on the devic
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
+import re
 from typing import Any
 import warnings
 
@@ -22,8 +23,8 @@ from openpi_ar import config_json
 from openpi_ar.checkpoints import match, paligemma, pi0, remote, store
 from openpi_ar.checkpoints.family import Family, Sizes, expected_shape
 from openpi_ar.checkpoints.match import Matched, Shape, Stored
-from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
-from openpi_ar.checkpoints.sources import open_source
+from openpi_ar.checkpoints.options import AS_IT_IS, Dtype, LoadOptions
+from openpi_ar.checkpoints.sources import Source, open_source, root_of
 from openpi_ar.errors import UserError
 from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.models import family
@@ -45,19 +46,19 @@ class Loaded:
     """A model and what it came from.
 
     kind           what wrote it: "ours", "openpi", "torch", "lerobot"; of PaliGemma "big_vision" or "transformers".
-    path           local file or directory.
+    source         the tensors, and the files beside them.
     notes          what a user should know: ignored tensors, sizes that no tensor tells.
     """
 
     model: VLM
     config: PaliGemmaConfig
     kind: str
-    path: Path
+    source: Source
     notes: tuple[str, ...]
 
     def acting(self) -> tuple[VLA, ModelConfig]:
         """Model and configuration of a model that acts. Raises UserError if it has no action tower."""
-        config = _acting(self.config, self.path)
+        config = _acting(self.config, self.source.path)
         assert isinstance(self.model, VLA)
         return self.model, config
 
@@ -68,6 +69,7 @@ class Inspected:
 
     tells_horizon  the options or the checkpoint's files say how many actions a chunk has.
     grid           of the stored position embedding, in patches.
+    dtype          of the parameters that are wanted; None: as stored.
     """
 
     matched: Matched
@@ -76,6 +78,7 @@ class Inspected:
     notes: tuple[str, ...]
     tells_horizon: bool
     grid: tuple[int, int]
+    dtype: Dtype | None = None
 
     @property
     def kind(self) -> str:
@@ -99,8 +102,14 @@ def inspect(path: str | Path, options: LoadOptions = AS_IT_IS) -> Inspected:
     folder = store.resolve_step_dir(local) if local.is_dir() else local
     source = open_source(folder)
     m = match.recognise(source, FAMILIES)
-    ours = _own_config(folder)
-    told, base = m.family.told(source.settings) if ours is None else ours
+    for pattern, reason in m.family.needs:
+        if not any(re.match(pattern, item.row.ours) for item in m.found):
+            raise UserError(f"{source.path} {reason}")
+    told, base = m.family.told(source.settings)
+    own = root_of(source.path) / "assets" / store.CONFIG
+    ours = config_json.read(own).model if own.is_file() else None
+    if ours is not None and type(ours) is m.family.config:
+        told, base = told.over(_of_config(ours)), ours
     known = options.over(told)
     notes = list(m.ignored)
     given = {axis: getattr(known, option) or size for option, (axis, size) in m.family.public.items()}
@@ -111,6 +120,8 @@ def inspect(path: str | Path, options: LoadOptions = AS_IT_IS) -> Inspected:
     fields = _overrides(known, m, ours is None)
     if "action_horizon" in fields and known.action_horizon is None:
         notes.append(f"action_horizon {PUBLIC_HORIZON}: no tensor tells it, the base models' value is taken")
+    if issubclass(m.family.config, ModelConfig) and known.cameras is None:
+        notes.append(f"cameras {', '.join(m.family.config().cameras)}: no file names them, openpi's are taken")
     sizes = match.solve(m, given)
     try:
         config = m.family.build({i.row.ours for i in m.found}, sizes, fields, base)
@@ -120,7 +131,7 @@ def inspect(path: str | Path, options: LoadOptions = AS_IT_IS) -> Inspected:
         raise UserError(f"{source.path} makes no model: {e}; {options_given} and image_size can be given") from e
     if problems := _misfits(m, config, sizes):
         raise UserError(f"{source.path} does not fit the model it seems to hold: {'; '.join(problems)}")
-    return Inspected(m, config, sizes, tuple(notes), known.action_horizon is not None, grid)
+    return Inspected(m, config, sizes, tuple(notes), known.action_horizon is not None, grid, options.dtype)
 
 
 def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: bool = True) -> Loaded:
@@ -135,7 +146,11 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
         UserError: no checkpoint that is known, or one that does not fit: all missing, unknown and misshapen tensors at
             once.
     """
-    looked = inspect(path, options)
+    return read(inspect(path, options), progress=progress)
+
+
+def read(looked: Inspected, *, progress: bool = True) -> Loaded:
+    """The parameters of a checkpoint that was inspected. Raises UserError if its files are damaged."""
     m, cfg, notes = looked.matched, looked.config, list(looked.notes)
     abstract = family.abstract(cfg)
     want = flatten(abstract)
@@ -149,8 +164,8 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
         task = bar.add_task("loading", total=total)
         # Largest first: while it is converted, nothing else is in memory yet.
         for ours in sorted(items, key=lambda path: -int(np.prod(want[path].shape))):
-            array = _assemble(m, items[ours], looked.sizes, options.dtype, lambda n: bar.advance(task, n))
-            if ours == "img/pos_embedding" and looked.grid != cfg.siglip.grid:
+            array = _assemble(m, items[ours], looked.sizes, looked.dtype, lambda n: bar.advance(task, n))
+            if ours == m.family.position_embedding and looked.grid != cfg.siglip.grid:
                 old, new = looked.grid, cfg.siglip.grid
                 array = resample_pos_embedding(array.astype(np.float32), old, new).astype(array.dtype)
                 notes.append(f"position embedding resampled from {old} to {new} patches")
@@ -159,7 +174,7 @@ def load_model(path: str | Path, options: LoadOptions = AS_IT_IS, *, progress: b
                 name = items[ours][0].row.openpi
                 warnings.warn(f"{m.source.path}: {name} holds values that are not finite", stacklevel=2)
             del array
-    return Loaded(with_leaves(abstract, done), cfg, looked.kind, m.source.path, tuple(notes))
+    return Loaded(with_leaves(abstract, done), cfg, looked.kind, m.source, tuple(notes))
 
 
 def _overrides(known: LoadOptions, m: Matched, foreign: bool) -> dict[str, Any]:
@@ -174,8 +189,7 @@ def _overrides(known: LoadOptions, m: Matched, foreign: bool) -> dict[str, Any]:
     if known.compute_dtype or foreign:
         # bfloat16 matrix-vector products are 10 to 20 times slower than float32 on CPUs.
         fields["dtype"] = known.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    has = {"image_size", *(f.name for f in dataclasses.fields(m.family.config))}
-    return {name: value for name, value in fields.items() if name in has}
+    return {name: value for name, value in fields.items() if name == "image_size" or hasattr(m.family.config, name)}
 
 
 def _grid(sizes: Sizes, cfg: PaliGemmaConfig, told: tuple[int, int] | None) -> tuple[int, int]:
@@ -203,7 +217,7 @@ def _assemble(
         advance(specs[items[0].raw].nbytes)
         array = array.reshape(array.shape[1:]) if row.lead and m.column == "openpi" else array
         return array if dtype is None else array.astype(np.dtype(dtype), copy=False)
-    target = np.dtype(dtype) if dtype else np.result_type(*{specs[item.raw].dtype for item in items})
+    target = np.dtype(dtype) if dtype else np.dtype(jnp.result_type(*(specs[item.raw].dtype for item in items)))
     out = np.empty(expected_shape(row.stored_layout("ours"), sizes), target)
     used = row.part_axes(sizes)
     for item in items:
@@ -218,13 +232,14 @@ def _misfits(m: Matched, cfg: PaliGemmaConfig, sizes: Sizes) -> list[str]:
     paths = set(flatten(family.abstract(cfg)))
     unnamed = [f"{path}: no row of the name table" for path in sorted(paths - m.family.by_path.keys())]
     have = {i.name: Shape(m.shape(i)) for i in m.found} | dict.fromkeys(m.left, Shape(()))
+    types = {i.name: m.source.specs[i.raw].dtype for i in m.found}
+    whole = {name: t for name, t in types.items() if not jnp.issubdtype(t, jnp.floating)}
+    unnamed += [f"{name}: stored as {t}, expected floating point" for name, t in whole.items()]
     return unnamed + misfits(match.expected(m, sizes, paths), have)
 
 
-def _own_config(folder: Path) -> tuple[LoadOptions, PaliGemmaConfig] | None:
-    """(what is read of it first, the whole configuration) of a checkpoint of ours."""
-    path = (folder if folder.is_dir() else folder.parent) / "assets" / store.CONFIG
-    if not path.is_file():
-        return None
-    cfg = config_json.read(path).model
-    return LoadOptions(action_horizon=cfg.action_horizon, image_size=cfg.siglip.image_size), cfg
+def _of_config(cfg: PaliGemmaConfig) -> LoadOptions:
+    """What a configuration of ours says of what no tensor tells."""
+    acts = {"action_horizon": cfg.action_horizon, "cameras": cfg.cameras} if isinstance(cfg, ModelConfig) else {}
+    heads, kv_heads = cfg.siglip.num_heads, cfg.vlm.num_kv_heads
+    return LoadOptions(image_size=cfg.siglip.image_size, siglip_heads=heads, num_kv_heads=kv_heads, **acts)

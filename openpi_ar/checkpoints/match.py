@@ -60,11 +60,17 @@ def recognise(source: Source, families: Sequence[Family]) -> Matched:
     """
     tried = [match(source, family, column) for family in families for column in source.columns]
     best = max(tried, key=lambda m: len(m.found))
+    if adapters := [name for name in best.left if re.search(r"\.lora_[AB](\.|$)", name)]:
+        raise UserError(
+            f"{source.path} holds PEFT adapters that are not merged ({adapters[0]}, ...): merge them first "
+            "(`model.merge_and_unload().save_pretrained(DIR)`) and give DIR"
+        )
     if len(best.left) > len(source.specs) // 2:
         known = "; ".join(family.title for family in families)
+        policy, count = source.settings.get("type"), f"{len(best.left)} of its {len(source.specs)}"
         raise UserError(
-            f"{source.path} holds another model: {len(best.left)} of its {len(source.specs)} tensors are unknown to "
-            f"{known} ({', '.join(sorted(best.left)[:4])}, ...)"
+            f"{source.path} holds another model{f', {policy}' if policy else ''}: {count} tensors are unknown to"
+            f" {known} ({', '.join(sorted(best.left)[:4])}, ...)"
         )
     seen: dict[str, str] = {}
     twice = [f"{seen[i.name]} and {i.raw}" for i in best.found if seen.setdefault(i.name, i.raw) != i.raw]

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 import openpi_ar
 from openpi_ar.errors import UserError
 from openpi_ar.files import openpi_cache_root
+from openpi_ar.lookup import nearest
 
 SHIPPED = {"tabletop": Path(openpi_ar.__file__).parent / "assets" / "tabletop"}
 """Names of the checkpoints that come with the package, and where they are."""
@@ -49,26 +50,30 @@ def local_copy(path: str | Path) -> Path:
     cannot be reached.
     """
     text = str(shipped(path))
-    scheme = text.split("://", 1)[0] if "://" in text else ""
+    scheme, address = (text.split("://", 1)[0] if "://" in text else ""), text
     if not scheme:
         local = Path(text).expanduser()
         if local.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
             return local
-        text, scheme = f"hf://{text}", "hf"
+        if local.parent.is_dir():
+            there = ", ".join(nearest(local.name, (p.name for p in local.parent.iterdir()))[:8]) or "nothing"
+            raise UserError(f"{text} does not exist: {local.parent} holds {there}; one on the hub is hf://{text}")
+        address, scheme = f"hf://{text}", "hf"
+        text = f"{text} does not exist, and as {address} on the hub it"
     if scheme not in _SCHEMES:
         raise UserError(
             f"{text}: expected a local path, a hub id or an address of {', '.join(_SCHEMES)}, found {scheme}://"
         )
-    parts = urlsplit(text)
+    parts = urlsplit(address)
     target = openpi_cache_root() / (parts.netloc.replace(":", "_") or scheme) / parts.path.strip("/")
     if target.is_file() or (target.is_dir() and not (target.parent / f".{target.name}{_PARTIAL}").exists()):
         return target
     try:
-        _download(text, target)
+        _download(address, target)
     except UserError:
         raise
     except ImportError as e:
-        raise UserError(f"{text}: {scheme}:// needs one more package ({e}): pip install 'openpi-ar[remote]'") from e
+        raise UserError(f"{text} needs one more package ({e}): pip install 'openpi-ar[remote]'") from e
     except Exception as e:  # every backend has its own errors
         raise UserError(
             f"{text} cannot be downloaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}; what has arrived "

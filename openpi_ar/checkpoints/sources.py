@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 import zipfile
@@ -18,10 +17,14 @@ from openpi_ar.checkpoints.family import Column
 from openpi_ar.errors import UserError
 from openpi_ar.textfile import read_object
 
-INDEX = "model.safetensors.index.json"
+SAFETENSORS = "model.safetensors"
 
+# Beside a model: PEFT's adapters, and the statistics of LeRobot's processors.
+_NO_MODEL = ("adapter_model", "policy_preprocessor", "policy_postprocessor")
 _NPY_BFLOAT16 = "|V2"  # numpy's files have no bfloat16: two bytes of anything
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"} | {
+    f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,17 @@ class Source:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def root_of(path: Path) -> Path:
+    """The directory that holds a checkpoint's other files: its tensors are a file in it, or its `params/`."""
+    return path.parent if path.is_file() or path.name == "params" else path
+
+
 def open_source(path: Path) -> Source:
     """The tensors of a local checkpoint, whatever it is: see `load.load_model`.
 
     Raises UserError if the path is no checkpoint that is known, or its headers cannot be read.
     """
-    source = _open(path)
-    beside = (path if path.is_dir() else path.parent) / "config.json"
+    source, beside = _open(path), (path if path.is_dir() else path.parent) / "config.json"
     return dataclasses.replace(source, settings=read_object(beside)) if beside.is_file() else source
 
 
@@ -69,44 +76,53 @@ def _open(path: Path) -> Source:
     if path.is_file():
         if path.suffix == ".npz":
             return _open_npz(path)
-        if path.suffix == ".safetensors":
-            return _open_safetensors(path, [path])
         if path.name.endswith(".safetensors.index.json"):
             return _open_index(path)
-        raise UserError(
-            f"{path} is no checkpoint: expected a .safetensors or .npz file or a directory, found {path.suffix!r}"
-        )
-    if not path.is_dir():
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path} is no checkpoint: expected a .safetensors or .npz file or a directory, found {path.suffix!r}"
+            )
+    elif not path.is_dir():
         raise UserError(f"{path} does not exist: expected a checkpoint directory, a .safetensors or a .npz file")
     for folder in (path / "params", path):
         if (folder / "_METADATA").is_file():
             return _open_orbax(folder)
-    if index := sorted(path.glob("*.safetensors.index.json")):
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [file for file in files if not file.name.startswith(_NO_MODEL)]
+    if path / SAFETENSORS in files:
+        files = [path / SAFETENSORS]
+    elif index := sorted(path.glob("*.safetensors.index.json")):
         return _open_index(index[0])
-    if files := sorted(path.glob("*.safetensors")):
-        return _open_safetensors(path, files)
+    if files:
+        return open_safetensors(path, files)
+    if (config := root_of(path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} is an adapter (PEFT), not a whole model: merge it into its base model, "
+            f"{read_object(config).get('base_model_name_or_path')}, and give the directory that "
+            "`model.merge_and_unload().save_pretrained(DIRECTORY)` writes"
+        )
     if (path / "params").is_dir() or (path / "manifest.ocdbt").exists():
-        raise UserError(f"{path} holds an orbax checkpoint without its _METADATA: it is half-written or half-copied")
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise UserError(f"{path} holds an orbax checkpoint without params/_METADATA: it is half-written or half-copied")
+    found = path.name if path.is_file() else ", ".join(sorted(p.name for p in path.iterdir())[:8])
     raise UserError(
-        f"{path} is no checkpoint that is known: expected params/ (orbax), model.safetensors or a step directory in "
-        f"it, found {found}"
+        f"{path} is no checkpoint that is known: expected params/ (orbax), {SAFETENSORS} or a step directory in "
+        f"it, found {found or 'nothing'}"
     )
 
 
 def _open_index(index: Path) -> Source:
-    try:
-        shards = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as e:
+    where = read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(
-            f'{index} is no index of shards: expected {{"weight_map": {{tensor: file}}}}, found {e!r}'
-        ) from e
+            f'{index} is no index of shards: expected {{"weight_map": {{tensor: file}}}}, found {where!r:.80}'
+        )
+    shards = sorted(set(where.values()))
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise UserError(f"{index} names shards that are not beside it: {', '.join(missing)}")
-    return _open_safetensors(index.parent, [index.parent / name for name in shards])
+    return open_safetensors(index.parent, [index.parent / name for name in shards])
 
 
-def _open_safetensors(path: Path, files: list[Path]) -> Source:
+def open_safetensors(path: Path, files: list[Path]) -> Source:
     where: dict[str, Path] = {}
     names: dict[str, str] = {}
     specs: dict[str, Spec] = {}

@@ -30,6 +30,7 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 MARK = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 """orbax's marks of success name the directory they were written in: they are not copied."""
+_TENSORS = ("params/_METADATA", "_METADATA", "model.safetensors", "model.safetensors.index.json", "adapter_config.json")
 _NEEDED = (MARK, "params/_METADATA", f"assets/{CONFIG}", f"assets/{TOKENIZER}", f"assets/{NORM_STATS}")
 
 # orbax narrates every save at INFO and warns about its own defaults; the run says in one line that it saved.
@@ -92,17 +93,21 @@ def load_assets(step_dir: Path) -> Assets:
 
 
 def resolve_step_dir(path: str | Path) -> Path:
-    """A step directory as it is; an experiment directory as its newest complete step."""
+    """The directory that holds a checkpoint's tensors: `path` itself, or of an experiment the newest step.
+
+    Of ours the newest complete one, of openpi's the highest number, of LeRobot's that number's `pretrained_model`.
+    Raises UserError if there is no such directory.
+    """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path} does not exist: expected the directory of a checkpoint step or of an experiment")
     if (step := latest_step(path)) is not None:
         return path / str(step)
-    parts = [p.name for p in path.iterdir() if p.name.isdigit()]
-    if parts:
-        newest = path / max(parts, key=int)
-        raise UserError(f"{path} holds no complete checkpoint: {newest.name} lacks {', '.join(missing_parts(newest))}")
-    return path
+    steps = [p for folder in (path, path / "checkpoints") for p in folder.glob("*") if p.name.isdecimal()]
+    newest = sorted(steps, key=lambda p: int(p.name), reverse=True)
+    inner = (folder for step in (path, *newest) for folder in (step, step / "pretrained_model"))
+    found = (folder for folder in inner if any((folder / name).is_file() for name in _TENSORS))
+    return next(found, newest[0] if newest else path)
 
 
 def load_policy_checkpoint(path: str | Path) -> tuple[InferenceConfig, VLA, Tokenizer, dict[str, NormStats]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def load_norm_stats(
             raise UserError(f"{path}: mode must be quantile or z_score, found {mode!r}")
         check_mode(path, mode, required_mode)
         entries = body["norm_stats"]
-        stats = {name: _parse(path, name, entries[name], mode) for name in ("state", "actions")}
+        stats = {name: parse_stats(str(path), name, entries[name], mode) for name in ("state", "actions")}
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path}: expected {{"norm_stats": {{"state": ..., "actions": ...}}}}, found {e!r}') from e
     return stats
@@ -209,7 +209,11 @@ def find_norm_stats(checkpoint: str | Path, *, asset_id: str | None = None, know
     )
 
 
-def _parse(path: Path, name: str, entry: dict, mode: Mode) -> NormStats:
+def parse_stats(path: str, name: str, entry: Mapping[str, Any], mode: Mode) -> NormStats:
+    """Statistics from lists of numbers by `mean`, `std`, `q01`, `q99`, those that `mode` does not need optional.
+
+    Raises UserError naming `path` and `name` if arrays are missing, differ in length or are not finite numbers.
+    """
     needed = _MODE_ARRAYS[mode]
     if missing := [key for key in needed if entry.get(key) is None]:
         raise UserError(f"{path}: {name} lacks {', '.join(missing)}, which mode {mode} needs")

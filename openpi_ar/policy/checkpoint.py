@@ -1,19 +1,19 @@
 """All that a policy needs, from a checkpoint of openpi_ar or from openpi's or LeRobot's models.
 
-A checkpoint of openpi_ar holds everything. Others hold parameters and statistics: what the model was fed depends on the
-robot that it was trained for, so the robot has to be named.
+A checkpoint of openpi_ar holds everything, and one of LeRobot nearly so. openpi's hold parameters and statistics: what
+the model was fed depends on the robot that it was trained for, so the robot has to be named.
 """
 
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from openpi_ar.checkpoints import remote, store
+from openpi_ar.checkpoints import lerobot, remote, store
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.compilation import keep_compiled_programs
-from openpi_ar.config import InferenceConfig, TextConfig
-from openpi_ar.data.normalize import NormStats, check_mode, find_norm_stats, load_norm_stats
+from openpi_ar.config import InferenceConfig, TrainConfig
+from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
@@ -21,17 +21,18 @@ from openpi_ar.policy.policy import Policy
 from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 
-# openpi's Pi0Config.max_token_len: pi0's prompt does not carry the state.
-_PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
+if TYPE_CHECKING:
+    from openpi_ar.checkpoints.assets import Said
 
 
 class PolicyParts(NamedTuple):
-    """Arguments of `Policy`; layers stacked."""
+    """Arguments of `Policy`; layers stacked. `notes` are what a user should know: what was filled in."""
 
     cfg: InferenceConfig
     model: VLA
     tokenizer: Tokenizer
     stats: dict[str, NormStats]
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -63,9 +64,9 @@ def load_policy_parts(
     Args:
         path: `tabletop`, which comes with the package; a step or experiment of openpi_ar; or an openpi or LeRobot
             checkpoint, local or remote (`load_model`). A directory called `tabletop` is `./tabletop`.
-        robot: name in `ROBOTS` or a .yaml or .json file. Checkpoints of openpi and LeRobot need it. Those of
-            openpi_ar then take its observations, unless they were trained with a named robot: that one is used, and
-            another is an error.
+        robot: name in `ROBOTS` or a .yaml or .json file. Checkpoints of openpi need it; those of LeRobot take LeRobot's
+            features without it. Checkpoints of openpi_ar then take its observations, unless they were trained with a
+            named robot: that one is used, and another is an error.
         asset_id: directory under `assets/` with the statistics, where there are several.
         horizon: actions in a chunk. None: the checkpoint's config.json, else the robot's in openpi's configurations.
 
@@ -76,61 +77,79 @@ def load_policy_parts(
     spec = None if robot is None else get_robot(robot)
     if horizon is not None and horizon < 1:
         raise UserError(f"the horizon must be 1 action or more, found {horizon}")
-    complete = _is_complete(path)
-    if spec is not None and not complete:
-        return _load_foreign(path, spec, asset_id, horizon)
-    if complete and (asset_id is not None or horizon is not None):
-        raise UserError(f"{path} holds its own statistics and horizon: leave out --asset-id and --horizon")
-    try:
-        parts = PolicyParts(*store.load_policy_checkpoint(path))
-    except UserError as e:
-        if complete:
-            raise
-        robots = " | ".join(ROBOTS)
-        raise UserError(
-            f"{e}. If it is a checkpoint of openpi or LeRobot, name the robot it is for: --robot {robots}"
-        ) from e
-    return parts if spec is None else parts._replace(cfg=_with_robot(parts.cfg, spec, path))
+    if _is_ours(path):
+        if asset_id is not None or horizon is not None:
+            raise UserError(f"{path} holds its own statistics and horizon: leave out --asset-id and --horizon")
+        if spec is None:
+            return PolicyParts(*store.load_policy_checkpoint(path))
+    from openpi_ar.checkpoints import assets, load  # here, because reading other formats is a heavy import
+
+    looked = load.inspect(path, LoadOptions(action_horizon=horizon))
+    model = looked.acting()
+    known = () if spec is None else spec.asset_ids
+    said = assets.read(looked.matched.source, model, asset_id=asset_id, known=known)
+    if looked.kind == "ours" and (isinstance(said.config, TrainConfig) or not said.own):
+        store.load_assets(said.root)  # raises: a part of it is lost
+    if spec is None and not said.knows_robot and said.lerobot is None:
+        raise UserError(f"{path} does not say which robot it is for: name it with --robot {' | '.join(ROBOTS)} | FILE")
+    if said.stats is None:
+        raise said.problem or UserError(f"{path} holds no normalisation statistics")
+    notes = [note for note in looked.notes if not note.startswith("action_horizon")]
+    by_files = said.inference if said.knows_robot or said.lerobot is None else said.lerobot
+    cfg = by_files if spec is None else _with_robot(said, spec, path, notes)
+    if not looked.tells_horizon:
+        horizon = model.action_horizon if spec is None else spec.variant(cfg.model.kind).horizon
+        notes.append(f"action_horizon {horizon}: no file tells it, the robot's in openpi's configurations is taken")
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, action_horizon=horizon))
+    if said.tokenizer is None:
+        notes.append(f"tokenizer {cfg.text.tokenizer}: none lies beside the parameters")
+        tokenizer = load_tokenizer(cfg.text.tokenizer)
+    else:
+        tokenizer = load_tokenizer(str(said.tokenizer))
+    vla, _ = load.read(dataclasses.replace(looked, config=cfg.model)).acting()
+    return PolicyParts(cfg, vla, tokenizer, said.stats, (*notes, *said.notes))
 
 
-def _load_foreign(path: str | Path, spec: RobotSpec, asset_id: str | None, horizon: int | None) -> PolicyParts:
-    from openpi_ar.checkpoints.load import inspect, load_model  # here, because reading other formats is a heavy import
+def _is_ours(path: str | Path) -> bool:
+    """Whether it is a complete checkpoint of openpi_ar.
 
-    tokenizer = load_tokenizer("paligemma")
-    options = LoadOptions(action_horizon=horizon)
-    found = inspect(path, options)
-    source, config = found.matched.source.path, found.acting()
-    if found.kind == "ours" and not store.missing_parts(source.parent):
-        assets = store.load_assets(step := store.resolve_step_dir(source))
-        check_mode(step / "assets" / store.NORM_STATS, assets.stats["state"].mode, assets.config.model.norm_mode)
-        model = load_model(path, options).acting()[0]
-        return PolicyParts(_with_robot(assets.inference, spec, path), model, assets.tokenizer, assets.stats)
-    folder = find_norm_stats(_root(source), asset_id=asset_id, known=spec.asset_ids)
-    stats = load_norm_stats(folder, required_mode=config.norm_mode)
-    variant = spec.variant(config.kind)
-    if not found.tells_horizon:
-        options = LoadOptions(action_horizon=variant.horizon)
-    model, config = load_model(path, options).acting()
-    text = TextConfig("paligemma", variant.template, max_prompt_tokens=_PROMPT_TOKENS[config.kind])
-    return PolicyParts(InferenceConfig(config, text, robot=spec.of_model(config.kind)), model, tokenizer, stats)
-
-
-def _is_complete(path: str | Path) -> bool:
-    """It is a checkpoint of openpi_ar with all parts: a converted one may lack tokenizer and statistics."""
+    One converted from another format may lack tokenizer and statistics.
+    """
     try:
         return not store.missing_parts(store.resolve_step_dir(path))
     except UserError:
         return False
 
 
-def _with_robot(cfg: InferenceConfig, spec: RobotSpec, path: str | Path) -> InferenceConfig:
-    """The config for this robot; unchanged if the checkpoint has a robot of that name: its statistics are of that."""
+def _with_robot(said: "Said", spec: RobotSpec, path: str | Path, notes: list[str]) -> InferenceConfig:
+    """The config for this robot; unchanged if the checkpoint has a robot of that name, which its statistics belong
+    to. Adds to `notes` what was made to fit. Raises UserError for another robot, or one that the model cannot serve."""
+    cfg, kind = said.inference, said.config.model.kind
     own = cfg.robot.name if cfg.robot is not None else ""
     if own and own != spec.name:
         raise UserError(f"{path} was trained for robot {own!r}, not {spec.name!r}: leave out --robot")
-    return cfg if own else dataclasses.replace(cfg, robot=spec.of_model(cfg.model.kind))
-
-
-def _root(path: Path) -> Path:
-    """The directory that holds `assets/`: openpi's parameters are in its `params/`, or in a file in it."""
-    return path.parent if path.is_file() or path.name == "params" else path
+    if own:
+        return cfg
+    if said.lerobot is not None and not set(spec.cameras.values()) & set(cfg.model.cameras):
+        seen = [camera for camera in cfg.model.cameras if not lerobot.is_empty(camera)]
+        if len(seen) < len(spec.cameras):
+            raise UserError(
+                f"robot {spec.name} sends {len(spec.cameras)} images ({', '.join(spec.cameras)}), but the model reads "
+                f"{len(seen)} ({', '.join(seen)}): write a robot file whose cameras are those"
+            )
+        spec = dataclasses.replace(spec, cameras=dict(zip(spec.cameras, seen, strict=False)))
+        notes.append("cameras, in order: " + ", ".join(f"{key} is {camera}" for key, camera in spec.cameras.items()))
+    if not said.knows_robot:
+        template = spec.variant(kind).template
+        return dataclasses.replace(
+            cfg, text=dataclasses.replace(cfg.text, template=template), robot=spec.of_model(kind)
+        )
+    if isinstance(said.config, TrainConfig):
+        return dataclasses.replace(cfg, robot=spec.of_model(kind))
+    # LeRobot trains on a robot's own numbers: what openpi does to them for its released models was not done.
+    delta = cfg.robot.delta_mask if cfg.robot is not None else ()
+    spec = dataclasses.replace(spec, pi0=None, pi05=None, delta_mask=spec.delta_mask or delta)
+    if spec.name in ROBOTS and (spec.flips or spec.aloha_grippers or spec.inverted_grippers):
+        spec = dataclasses.replace(spec, flips=(), aloha_grippers=(), inverted_grippers=())
+        notes.append(f"robot {spec.name}: joints and grippers as LeRobot has them, without openpi's conversions")
+    return dataclasses.replace(cfg, robot=spec)

@@ -55,18 +55,26 @@ class Policy:
         model: its parameters, layers stacked; brought into the inference form here, once.
         tokenizer: the checkpoint's.
         stats: normalisation statistics of "state" and "actions".
+        notes: what a user should know of the checkpoint.
 
     Raises:
         UserError: tokenizer, statistics or robot do not fit the model.
     """
 
-    def __init__(self, cfg: InferenceConfig, model: VLA, tokenizer: Tokenizer, stats: Mapping[str, NormStats]):
+    def __init__(
+        self,
+        cfg: InferenceConfig,
+        model: VLA,
+        tokenizer: Tokenizer,
+        stats: Mapping[str, NormStats],
+        notes: Sequence[str] = (),
+    ):
         if tokenizer.vocab_size > cfg.model.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces but the model reads {cfg.model.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.notes = cfg, tokenizer, tuple(notes)
         self.transform = InputTransform(cfg, tokenizer, stats)
         self.robot: Robot = self.transform.robot
         dtype = inference_dtype(cfg.decode.dtype)

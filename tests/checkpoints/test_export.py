@@ -1,5 +1,6 @@
 """If this fails, what we write is not what others read, or something half-written is left behind."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from openpi_ar import config_json
 from openpi_ar.checkpoints import __main__ as cli
 from openpi_ar.checkpoints import export, store
-from openpi_ar.checkpoints.load import Loaded, load_model
+from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.checkpoints.pi0 import names
 from openpi_ar.config import InferenceConfig
@@ -102,7 +103,7 @@ def test_lora_is_inferred_and_exported(tmp_path):
     leaves, treedef = jax.tree.flatten(family.abstract(cfg))
     rng = np.random.default_rng(0)
     model = treedef.unflatten([jax.numpy.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
-    source = Loaded(model, cfg, "ours", tmp_path / "none", ())
+    source = dataclasses.replace(golden(GOLDEN / "pi0"), model=model, config=cfg)
     export.convert(source, tmp_path / "openpi", "openpi")
     back = load_model(tmp_path / "openpi", LoadOptions(action_horizon=cfg.action_horizon))
     assert (back.config.vlm.lora_rank, back.config.expert.lora_rank) == (2, 3)

@@ -66,7 +66,7 @@ def test_half_written_step_is_not_the_latest_and_is_named(copy, part):
     with pytest.raises(UserError, match=f"5 is not a complete checkpoint: {part} missing"):
         store.load_policy_checkpoint(copy / "5")
     shutil.rmtree(copy / "2")
-    with pytest.raises(UserError, match=f"holds no complete checkpoint: 5 lacks {part}"):
+    with pytest.raises(UserError, match=f"5 is not a complete checkpoint: {part} missing"):
         store.load_policy_checkpoint(copy)
 
 

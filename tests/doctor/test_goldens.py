@@ -209,9 +209,11 @@ def test_verify_command(tmp_path, capsys):
 
 
 def test_a_converted_checkpoint_still_agrees(tmp_path):
-    """In PyTorch's format it would run with PyTorch's time embedding; the golden says whose it is."""
+    """Its configuration travels along; without, it would run with PyTorch's time embedding. The golden says whose it is."""
     loaded = load_model(GOLDEN / "pi05")
     export.convert(loaded, tmp_path / "torch", "torch")
+    assert load_model(tmp_path / "torch").config == loaded.config
+    (tmp_path / "torch" / "assets" / "config.json").unlink()
     assert load_model(tmp_path / "torch").config.exact_time
     differences, _ = verify(tmp_path / "torch", GOLDEN / "pi05")
     assert [d.name for d in differences if not d.ok] == []

@@ -3,72 +3,72 @@
 import dataclasses
 import json
 from pathlib import Path
+import shutil
 import subprocess
 import sys
-import types
 from typing import Any
 
 from flax import nnx
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import infer
-from openpi_ar.checkpoints import remote
-from openpi_ar.checkpoints.options import LoadOptions
+from openpi_ar.checkpoints import export, load, remote
 from openpi_ar.data.normalize import NormStats, save_norm_stats
 from openpi_ar.data.robots import ROBOTS, dumps
 from openpi_ar.errors import UserError
-from openpi_ar.models.vlm import VLA
+from openpi_ar.model_config import VitConfig
+from openpi_ar.params import flatten, unflatten
 from openpi_ar.policy import Policy
 from openpi_ar.policy import checkpoint as foreign
 from openpi_ar.text.tokenizer import load_tokenizer
 from tests.model_fixtures import tiny_config, tiny_model
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-SIZES: dict[str, Any] = {"cameras": CAMERAS, "state_dim": 32, "action_dim": 32, "vocab_size": 1040}
+SIGLIP = VitConfig(width=24, depth=2, mlp_dim=40, num_heads=2, patch_size=8, image_size=(16, 16))
+SIZES: dict[str, Any] = {"cameras": CAMERAS, "state_dim": 32, "action_dim": 32, "vocab_size": 1040, "siglip": SIGLIP}
 
 
-class Loader:
-    """Stands for `checkpoints.load`: whatever the path, a tiny model of the public models' default horizon."""
+class Reader:
+    """Stands for `load.read`: the headers are read, the parameters are those of a tiny model made once."""
 
-    def __init__(self):
-        self.kind, self.pi05, self.calls, self.remote = "openpi", True, [], None
-        self.models: dict[bool, VLA] = {}
+    def __init__(self, folder: Path):
+        self.models = {kind: tiny_model(tiny_config(**SIZES, pi05=kind == "pi05")) for kind in ("pi0", "pi05")}
+        self.kind, self.calls = "pi05", 0
+        for kind, model in self.models.items():
+            arrays = export.to_openpi(flatten(model), model.cfg)
+            ocp.PyTreeCheckpointer().save(folder / kind / "params", {"params": unflatten(arrays)})
+        self.folder = folder
 
-    def inspect(self, path, options: LoadOptions) -> Any:
-        assert options == LoadOptions(action_horizon=options.action_horizon)
-        said = Path(path) / "config.json"
-        horizon = options.action_horizon or (
-            json.loads(said.read_text()).get("action_horizon") if said.is_file() else None
-        )
-        cfg = tiny_config(**SIZES, pi05=self.pi05, action_horizon=horizon or 50)
-        source = types.SimpleNamespace(path=self.remote or Path(path))
-        found = {"acting": lambda: cfg, "kind": self.kind, "tells_horizon": horizon is not None}
-        return types.SimpleNamespace(**found, matched=types.SimpleNamespace(source=source))
+    def __call__(self, looked: load.Inspected) -> load.Loaded:
+        self.calls += 1
+        model = nnx.clone(self.models[self.kind])
+        model.cfg = looked.config
+        return load.Loaded(model, looked.config, looked.kind, looked.matched.source, looked.notes)
 
-    def load_model(self, path, options: LoadOptions) -> Any:
-        self.calls.append(options.action_horizon)
-        if self.pi05 not in self.models:
-            self.models[self.pi05] = tiny_model(tiny_config(**SIZES, pi05=self.pi05, action_horizon=50))
-        model: Any = nnx.clone(self.models[self.pi05])
-        model.cfg = self.inspect(path, options).acting()
-        return types.SimpleNamespace(acting=lambda: (model, model.cfg))
+    def checkpoint(self, folder: Path, *asset_ids: str, dims: int = 32) -> Path:
+        """One of openpi's, with statistics of these robots."""
+        shutil.copytree(self.folder / self.kind, folder)
+        for asset_id in asset_ids:
+            (folder / "assets" / asset_id).mkdir(parents=True)
+            body = json.dumps({"norm_stats": openpi_stats(dims)})
+            (folder / "assets" / asset_id / "norm_stats.json").write_text(body)
+        return folder
 
 
 @pytest.fixture(scope="module")
-def one_loader() -> Loader:
-    return Loader()
+def one_reader(tmp_path_factory) -> Reader:
+    return Reader(tmp_path_factory.mktemp("openpi"))
 
 
 @pytest.fixture
-def loader(one_loader, monkeypatch) -> Loader:
-    one_loader.__dict__.update(kind="openpi", pi05=True, calls=[], remote=None)
-    module = types.ModuleType("openpi_ar.checkpoints.load")
-    module.inspect, module.load_model = one_loader.inspect, one_loader.load_model  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "openpi_ar.checkpoints.load", module)
+def reader(one_reader, monkeypatch) -> Reader:
+    one_reader.kind, one_reader.calls = "pi05", 0
+    monkeypatch.setattr(load, "read", one_reader)
     # PaliGemma's is not shipped; any vocabulary will do here.
     monkeypatch.setattr(foreign, "load_tokenizer", lambda name: {"paligemma": load_tokenizer("embedded")}[name])
-    return one_loader
+    return one_reader
 
 
 def openpi_stats(dims: int) -> dict[str, dict[str, list[float]]]:
@@ -76,15 +76,6 @@ def openpi_stats(dims: int) -> dict[str, dict[str, list[float]]]:
     mean, std = rng.normal(size=dims), rng.uniform(0.5, 2, dims)
     entry = {"mean": mean, "std": std, "q01": mean - 2 * std, "q99": mean + 3 * std}
     return {name: {k: v.tolist() for k, v in entry.items()} for name in ("state", "actions")}
-
-
-def checkpoint(folder: Path, *asset_ids: str, dims: int = 32) -> Path:
-    (folder / "params").mkdir(parents=True)
-    for asset_id in asset_ids:
-        (folder / "assets" / asset_id).mkdir(parents=True)
-        body = json.dumps({"norm_stats": openpi_stats(dims)})
-        (folder / "assets" / asset_id / "norm_stats.json").write_text(body)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -98,9 +89,9 @@ def checkpoint(folder: Path, *asset_ids: str, dims: int = 32) -> Path:
         ("aloha_sim", False, "lerobot/aloha_sim_transfer_cube_human", 50, "openpi_pi0", 48),
     ],
 )
-def test_the_robots_name_says_the_rest(loader, tmp_path, robot, pi05, asset, horizon, template, tokens):
-    loader.pi05 = pi05
-    parts = foreign.load_policy_parts(checkpoint(tmp_path / "c", asset, "other"), robot)
+def test_the_robots_name_says_the_rest(reader, tmp_path, robot, pi05, asset, horizon, template, tokens):
+    reader.kind = "pi05" if pi05 else "pi0"
+    parts = foreign.load_policy_parts(reader.checkpoint(tmp_path / "c", asset, "other"), robot)
     assert parts.cfg.model.action_horizon == parts.model.cfg.action_horizon == horizon
     assert (parts.cfg.text.template, parts.cfg.text.max_prompt_tokens) == (template, tokens)
     assert parts.cfg.robot == ROBOTS[robot].of_model("pi05" if pi05 else "pi0")
@@ -108,10 +99,10 @@ def test_the_robots_name_says_the_rest(loader, tmp_path, robot, pi05, asset, hor
     np.testing.assert_array_equal(parts.stats["actions"].q99, openpi_stats(32)["actions"]["q99"])
 
 
-def test_horizon_and_statistics_can_be_named(loader, tmp_path):
-    path = checkpoint(tmp_path / "c", "mine", "theirs")
+def test_horizon_and_statistics_can_be_named(reader, tmp_path):
+    path = reader.checkpoint(tmp_path / "c", "mine", "theirs")
     parts = foreign.load_policy_parts(path, "droid", asset_id="mine", horizon=16)
-    assert parts.model.cfg.action_horizon == 16 and loader.calls == [16]
+    assert parts.model.cfg.action_horizon == 16
     # One that says its horizon itself is believed.
     (path / "config.json").write_text('{"action_horizon": 50}')
     assert foreign.load_policy_parts(path, "droid", asset_id="mine").cfg.model.action_horizon == 50
@@ -119,21 +110,20 @@ def test_horizon_and_statistics_can_be_named(loader, tmp_path):
     assert foreign.load_policy_parts(path, "droid", asset_id="mine").cfg.model.action_horizon == 15
 
 
-def test_parameters_may_be_named_instead_of_the_checkpoint(loader, tmp_path):
-    path = checkpoint(tmp_path / "c", "droid")
-    (path / "model.safetensors").write_bytes(b"")
+def test_parameters_may_be_named_instead_of_the_checkpoint(reader, tmp_path):
+    path = reader.checkpoint(tmp_path / "c", "droid")
+    export.save_safetensors(path, flatten(reader.models["pi05"]), reader.models["pi05"].cfg, "torch")
     for inner in ("params", "model.safetensors"):
         assert foreign.load_policy_parts(path / inner, "droid").cfg.robot.name == "droid"
-    loader.remote = path
-    assert foreign.load_policy_parts("gs://bucket/pi05_droid", "droid").cfg.robot.name == "droid"
+    assert foreign.load_policy_parts(f"file://{path}", "droid").cfg.robot.name == "droid"
 
 
-def test_a_robot_of_your_own_is_a_file(loader, tmp_path):
+def test_a_robot_of_your_own_is_a_file(reader, tmp_path):
     mine = dataclasses.replace(
         ROBOTS["droid"], name="mine", pi05=dataclasses.replace(ROBOTS["droid"].pi05, horizon=7), asset_ids=()
     )
     (tmp_path / "mine.json").write_text(dumps(mine))
-    parts = foreign.load_policy_parts(checkpoint(tmp_path / "c", "droid"), str(tmp_path / "mine.json"))
+    parts = foreign.load_policy_parts(reader.checkpoint(tmp_path / "c", "droid"), str(tmp_path / "mine.json"))
     assert (parts.cfg.model.action_horizon, parts.cfg.robot) == (7, mine.of_model("pi05"))
 
 
@@ -146,10 +136,10 @@ def test_a_checkpoint_of_ours_needs_no_robot_and_may_be_given_one(tiny_checkpoin
             foreign.load_policy_parts(tiny_checkpoint, **option)
 
 
-def test_what_is_wrong_is_said_before_parameters_are_read(loader, tmp_path):
-    path = checkpoint(tmp_path / "c", "a", "b/c")
+def test_what_is_wrong_is_said_before_parameters_are_read(reader, tmp_path):
+    path = reader.checkpoint(tmp_path / "c", "a", "b/c")
     for robot, options, words in (
-        (None, {}, r"is not a complete checkpoint.*--robot aloha \| aloha_sim \| droid"),
+        (None, {}, r"does not say which robot it is for: .*--robot aloha \| aloha_sim \| droid"),
         ("drod", {}, "unknown robot 'drod': choose one of droid"),
         ("droid", {}, "several robots: a, b/c; pick one with --asset-id"),
         ("droid", {"asset_id": "b"}, "no statistics of --asset-id b: it has "),
@@ -158,20 +148,20 @@ def test_what_is_wrong_is_said_before_parameters_are_read(loader, tmp_path):
         with pytest.raises(UserError, match=words):
             foreign.load_policy_parts(path, robot, **options)
     with pytest.raises(UserError, match=r"expected .*/assets/droid/norm_stats\.json"):
-        foreign.load_policy_parts(checkpoint(tmp_path / "none"), "droid")
-    with pytest.raises(UserError, match=r"does not exist.*--robot"):
+        foreign.load_policy_parts(reader.checkpoint(tmp_path / "none"), "droid")
+    with pytest.raises(UserError, match="nowhere does not exist"):
         foreign.load_policy_parts(tmp_path / "nowhere")
-    assert loader.calls == []
+    assert reader.calls == 0
 
 
-def test_what_only_the_headers_tell_is_checked_too(loader, tmp_path):
-    path = checkpoint(tmp_path / "c", "droid")
+def test_what_only_the_parameters_tell_is_checked_too(reader, tmp_path):
+    reader.kind = "pi0"
+    path = reader.checkpoint(tmp_path / "c", "droid")
     stats = {k: NormStats(**{n: np.array(a) for n, a in v.items()}) for k, v in openpi_stats(32).items()}
     save_norm_stats(path / "assets" / "droid", stats)  # says quantile
-    loader.pi05 = False
     with pytest.raises(UserError, match="mode quantile, but pi0 is trained with z_score"):
         foreign.load_policy_parts(path, "droid")
-    assert loader.calls == []  # the headers tell it
+    assert reader.calls == 0  # the headers tell it
 
 
 def droid_observation(file: Path) -> dict[str, np.ndarray]:
@@ -186,9 +176,9 @@ def droid_observation(file: Path) -> dict[str, np.ndarray]:
     return raw
 
 
-def test_infer_with_a_robot_needs_no_code(loader, tmp_path, capsys):
+def test_infer_with_a_robot_needs_no_code(reader, tmp_path, capsys):
     """From the command line, in the robot's units, equal to the policy's and to its model's actions by openpi's formula."""
-    path = checkpoint(tmp_path / "pi05_droid", "droid")
+    path = reader.checkpoint(tmp_path / "pi05_droid", "droid")
     raw = droid_observation(tmp_path / "o.npz")
     argv = ["--ckpt", str(path), "--robot", "droid", "--observation", str(tmp_path / "o.npz"), "--repeats", "1"]
     infer.main([*argv, "--horizon", "4", "--json", str(tmp_path / "o.json")])
@@ -203,12 +193,12 @@ def test_infer_with_a_robot_needs_no_code(loader, tmp_path, capsys):
     np.testing.assert_allclose(written["actions"], (normalised + 1) / 2 * (high - low + 1e-6) + low, atol=1e-3)
 
 
-def test_infer_takes_the_robots_own_prompt_and_prints_all_its_columns(loader, tmp_path, capsys, monkeypatch):
+def test_infer_takes_the_robots_own_prompt_and_prints_all_its_columns(reader, tmp_path, capsys, monkeypatch):
     result = {"subtask": "", "text_status": "ok", "actions": np.full((2, 14), -0.123456), "timing": {"total": 1.0}}
     seen = []
     monkeypatch.setattr(Policy, "measure", lambda self, raw, **_: seen.append(raw) or dict(result))
-    loader.pi05 = False
-    path = checkpoint(tmp_path / "c", "lerobot/aloha_sim_transfer_cube_human")
+    reader.kind = "pi0"
+    path = reader.checkpoint(tmp_path / "c", "lerobot/aloha_sim_transfer_cube_human")
     np.savez(tmp_path / "o.npz", **{"images/cam_high": np.zeros((3, 8, 8), np.uint8), "state": np.zeros(14)})
     infer.main(["--ckpt", str(path), "--robot", "aloha_sim", "--observation", str(tmp_path / "o.npz")])
     out = capsys.readouterr().out
@@ -249,12 +239,12 @@ def test_infer_on_the_tabletop_by_its_robot_is_the_same(tiny_checkpoint, tmp_pat
         (["--rollout", "1", "--world", "moon"], ["no world 'moon'", "tabletop"]),
     ],
 )
-def test_infer_says_in_one_line_what_a_robot_lacks(loader, tmp_path, capsys, change, parts):
+def test_infer_says_in_one_line_what_a_robot_lacks(reader, tmp_path, capsys, change, parts):
     from PIL import Image
 
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "w.png")
     change = [c.replace("WRIST", str(tmp_path / "w.png")) for c in change]
-    path = checkpoint(tmp_path / "c", "droid")
+    path = reader.checkpoint(tmp_path / "c", "droid")
     prompt = [] if "--rollout" in change else ["--prompt", "go"]
     with pytest.raises(SystemExit) as e:
         infer.main(["--ckpt", str(path), "--robot", "droid", *prompt, *change])

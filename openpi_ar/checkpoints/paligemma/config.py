@@ -97,7 +97,7 @@ def told(settings: Mapping[str, Any]) -> tuple[LoadOptions, PaliGemmaConfig | No
     return options, dataclasses.replace(base, siglip=siglip, vlm=dataclasses.replace(base.vlm, **constants))
 
 
-def torch_settings(cfg: PaliGemmaConfig, dtype: str, kind: str) -> dict[str, Any]:
+def torch_settings(cfg: PaliGemmaConfig, dtype: str) -> dict[str, Any]:
     """Body of transformers' config.json."""
     s, v = cfg.siglip, cfg.vlm
     height, width = s.image_size

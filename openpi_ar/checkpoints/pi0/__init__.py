@@ -17,6 +17,15 @@ FAMILY = Family(
     ),
     fixed=names.FIXED,
     public={"siglip_heads": ("n", 16), "num_kv_heads": ("K", 1)},
+    needs=(
+        (
+            "expert/|action_",
+            "has no action expert: it is PaliGemma alone, as in pi0-FAST's checkpoints, which write actions as text. "
+            "openpi_ar acts with pi0 and pi0.5",
+        ),
+    ),
+    position_embedding="img/pos_embedding",
+    token_embedding="embedder/table",
     tied=(names.EMBED_TOKENS, names.LM_HEAD),
     # LeRobot writes both of the tied tensors.
     formats={"openpi": (), "torch": (names.LM_HEAD,), "lerobot": (names.EMBED_TOKENS, names.LM_HEAD), "ours": ()},

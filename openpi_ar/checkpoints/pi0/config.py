@@ -4,11 +4,13 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from openpi_ar.checkpoints import lerobot
 from openpi_ar.checkpoints.family import Sizes
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.checkpoints.paligemma import config as paligemma
 from openpi_ar.checkpoints.pi0.names import FIXED, ROWS
 from openpi_ar.model_config import ModelConfig
+from openpi_ar.textfile import whole_number
 
 _NEEDED = "w m n h p T D F N K H V l L E G X"
 
@@ -40,45 +42,31 @@ def sizes(cfg: ModelConfig) -> Sizes:
 
 
 def told(settings: Mapping[str, Any]) -> tuple[LoadOptions, None]:
-    """What the config.json of openpi's PyTorch port or of LeRobot says and no tensor does."""
-    inputs, cameras = settings.get("input_features"), None
-    if isinstance(inputs, dict):
-        # LeRobot lists the cameras in the order in which its policy stacks them.
-        visual = [k for k, v in inputs.items() if isinstance(v, dict) and v.get("type") == "VISUAL"]
-        cameras = tuple(k.removeprefix("observation.images.") for k in visual) or None
+    """What the config.json of openpi's PyTorch port or of LeRobot says and no tensor does. Raises UserError."""
+
+    def number(*keys: str) -> int | None:
+        key = next((key for key in keys if settings.get(key) is not None), None)
+        return None if key is None else whole_number(settings, key, "config.json", 1)
+
     options = LoadOptions(
-        action_horizon=settings.get("action_horizon", settings.get("chunk_size")),
-        siglip_heads=settings.get("siglip_heads"),
-        num_kv_heads=settings.get("num_kv_heads"),
-        cameras=cameras,
+        action_horizon=number("action_horizon", "chunk_size"),
+        siglip_heads=number("siglip_heads"),
+        num_kv_heads=number("num_kv_heads"),
+        cameras=lerobot.cameras(settings),
+        image_size=lerobot.image_size(settings),
     )
     return options, None
 
 
-def torch_settings(cfg: ModelConfig, dtype: str, kind: str) -> dict[str, Any]:
-    """Body of config.json beside openpi's PyTorch file ("torch") or of LeRobot's policies ("lerobot")."""
-    body: dict[str, Any] = (
-        _lerobot(cfg) if kind == "lerobot" else {"action_dim": cfg.action_dim, "action_horizon": cfg.action_horizon}
-    )
-    body |= {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-    body["dtype" if kind == "lerobot" else "precision"] = dtype
-    # What shapes do not tell, for readers that are not bound to the public sizes.
-    return body | {"siglip_heads": cfg.siglip.num_heads, "num_kv_heads": cfg.vlm.num_kv_heads}
-
-
-def _lerobot(cfg: ModelConfig) -> dict[str, Any]:
-    """What LeRobot's `PI0Config` and `PI05Config` need to build the same model."""
-    height, width = cfg.siglip.image_size
-    images = {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, height, width]} for c in cfg.cameras}
-    norm = "QUANTILES" if cfg.norm_mode == "quantile" else "MEAN_STD"
+def torch_settings(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Body of config.json beside openpi's PyTorch file."""
     return {
-        "type": cfg.kind,
-        "input_features": images | {"observation.state": {"type": "STATE", "shape": [cfg.state_dim]}},
-        "output_features": {"action": {"type": "ACTION", "shape": [cfg.action_dim]}},
-        "chunk_size": cfg.action_horizon,
-        "n_action_steps": cfg.action_horizon,
-        "max_state_dim": cfg.state_dim,
-        "max_action_dim": cfg.action_dim,
-        "image_resolution": [height, width],
-        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": norm, "ACTION": norm},
+        "action_dim": cfg.action_dim,
+        "action_horizon": cfg.action_horizon,
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "precision": dtype,
+        # What shapes do not tell, for readers that are not bound to the public sizes.
+        "siglip_heads": cfg.siglip.num_heads,
+        "num_kv_heads": cfg.vlm.num_kv_heads,
     }

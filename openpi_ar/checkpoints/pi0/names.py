@@ -11,6 +11,7 @@ The first tower and SigLIP are PaliGemma's rows (`checkpoints/paligemma/names.py
 import re
 
 from openpi_ar.checkpoints.family import Row
+from openpi_ar.checkpoints.lerobot import STATISTICS
 from openpi_ar.checkpoints.paligemma import names as paligemma
 
 FIXED = paligemma.FIXED | {"t": 3}
@@ -48,14 +49,16 @@ ROWS: tuple[Row, ...] = (
 IGNORED: tuple[tuple[str, str], ...] = (
     (re.escape(EXPERT_HEAD), "the second tower has no vocabulary: random and never used"),
     *paligemma.IGNORED,
+    (r"(model\.)*" + STATISTICS + r".*", "statistics of LeRobot before 0.4, not parameters"),
 )
 
+_PALIGEMMA = r"(model\.)*(paligemma_with_expert\.paligemma\.)?(model\.)?"
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"params/", "PaliGemma/"),  # big_vision's PaliGemma
-    (r"model\.(?=action_|time_|state_|paligemma_with_expert\.)", ""),  # LeRobot's policies
-    # PaliGemma as the transformers library writes it.
-    (r"(model\.)?language_model\.(model\.)?(?=layers|norm|embed_tokens)", f"{_LM}."),
-    (r"(model\.)?vision_tower\.vision_model", _VIT),
-    (r"(model\.)?multi_modal_projector\.linear", _PROJECTOR),
-    (r"(language_model\.)?lm_head\.weight", LM_HEAD),
+    # PaliGemma alone as the transformers library writes it, and pi0 as it was before transformers 4.52.
+    (_PALIGEMMA + r"language_model\.(model\.)?(?=layers|norm|embed_tokens)", f"{_LM}."),
+    (_PALIGEMMA + r"vision_tower\.vision_model", _VIT),
+    (_PALIGEMMA + r"multi_modal_projector\.linear", _PROJECTOR),
+    (_PALIGEMMA + r"(language_model\.)?lm_head\.weight", LM_HEAD),
+    (r"(model\.)+(?=action_|time_|state_|paligemma_with_expert\.)", ""),  # LeRobot's policies
 )
