@@ -43,8 +43,7 @@ def run_once(program: Callable[..., Any], *args: Any) -> Any:
 
 
 def _processor() -> str:
-    """A name that differs between processors: code for one may use instructions that another lacks, and machines share
-    home directories."""
+    """A name that differs between processors: machines share home directories, code for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")

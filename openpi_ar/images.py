@@ -48,8 +48,7 @@ def _placed(size: tuple[int, int], height: int, width: int) -> tuple[int, int, i
 
 
 def _resample(x: UInt8[Array, "..."], size: int, axis: int) -> UInt8[Array, "..."]:
-    """One pass along one axis. Sums stay below 2^31: the weights of a pixel add up to 2^22 and pixels are eight
-    bits."""
+    """One pass along one axis. Sums stay below 2^31: a pixel's weights add up to 2^22 and pixels are eight bits."""
     starts, weights = _filter(x.shape[axis], size)
     shape = [1] * x.ndim
     shape[axis] = size

@@ -18,8 +18,7 @@ class VitConfig:
     num_heads: int = 16
     patch_size: int = 14
     image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels. What is left over of a multiple of the patch size is not seen (right and bottom
-    edge)."""
+    """Height and width in pixels. What exceeds a multiple of the patch size (right and bottom edge) is not seen."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """GELU's tanh approximation, or GELU itself."""
     norm_eps: float = 1e-6
@@ -28,11 +27,9 @@ class VitConfig:
     layer_scale: bool = False
     """Each branch has a learned factor per channel (DINOv2)."""
     lead_tokens: int = 0
-    """Learned tokens before the patches: a class token, then registers. They have no position and are dropped at the
-    end."""
+    """Learned tokens before the patches, without positions and dropped at the end: a class token, then registers."""
     tap: int = -1
-    """Block whose output is read, counted from the end: -1 is the last. Later ones are kept, so that a checkpoint stays
-    whole, and not computed."""
+    """Block whose output is read, from the end: -1 is the last. Later ones are kept for the checkpoint, not run."""
     final_norm: bool = True
     """A LayerNorm after the blocks."""
 

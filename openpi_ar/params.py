@@ -74,8 +74,7 @@ def fill(template: Tree, pure: Any) -> Tree:
 
 
 def split(model: Any, without: Collection[str]) -> Any:
-    """The parameters of a model whose paths are not in `without`: a nested dict, or the model itself if none is left
-    out."""
+    """A nested dict of a model's parameters whose paths are not in `without`; the model itself if that is empty."""
     if not without:
         return model
     return unflatten({path: leaf for path, leaf in flatten(model).items() if path not in without})

@@ -20,8 +20,7 @@ _TEXT = ("ce", "exact_match", "first_token")
 KINDS = (Kind.SUBTASK, Kind.ANSWER, Kind.ACTION)
 """What a model may be trained to write, in the order of the arrays [K]."""
 PARTS = ("flow", *(kind.label for kind in KINDS))
-"""What losses are made of. A part's metrics have names that begin with it; `<part>_count` is how much it was measured
-on."""
+"""Parts of the loss. The names of a part's metrics begin with it; `<part>_count` is how much it was measured on."""
 
 
 class Counts(NamedTuple):

@@ -1,5 +1,4 @@
-"""Random changes of training batches inside the jitted step: uint8 goes to the device, what the model sees is made
-there."""
+"""Random changes of training batches inside the jitted step, which gets uint8 and makes what the model sees."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -67,8 +66,7 @@ def with_mistakes(batch: Batch, key: Array, fraction: float) -> tuple[Batch, Tok
 
 
 def _random_window(image: Float[Array, "h w 3"], key: Array, crop: float) -> Float[Array, "h w 3"]:
-    """A window of the image at a random place, by up to `crop` smaller on each side, resized to the whole
-    (bilinear)."""
+    """A window of the image at a random place, by up to `crop` smaller on each side, resized (bilinear) to its size."""
     size_key, place_key = jax.random.split(key)
     size = jnp.array(image.shape[:2], jnp.float32)
     scale = 1.0 / (1.0 - crop * jax.random.uniform(size_key))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
-from openpi_ar.data.layout import Column, SingleSource, TrainingSource
+from openpi_ar.data.layout import Column, Numbers, SingleSource, TrainingSource
 from openpi_ar.data.mixture import parts_of
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats
 from openpi_ar.errors import UserError
@@ -53,7 +53,7 @@ def dry_run(
             odd += problems
         if plot is not None:
             file = plot.with_stem(f"{plot.stem}_{k}") if k else plot
-            _plot(file, {what: [c.values for c in columns] for what, columns in numbers.items()}, names, stats)
+            _plot(file, numbers, names, stats)
             out.print(f"drawn into {file}", soft_wrap=True)
     out.print(_texts(train, transform))
     odd += _labels(train, transform) + _budgets(cfg, train, transform)
@@ -61,11 +61,6 @@ def dry_run(
         out.print(f"! {line}", style="yellow", soft_wrap=True)
     out.print(f"{len(odd) or 'no'} remark{'s' * (len(odd) != 1)}; nothing was trained")
     return odd
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# mapping
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _mapping(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> Table:
@@ -76,10 +71,8 @@ def _mapping(cfg: TrainConfig, train: TrainingSource, transform: InputTransform)
         image = sample["images"].get(camera)
         size = "masked" if image is None else f"{image.shape[0]} x {image.shape[1]} -> {height} x {width}"
         table.add_row(camera, layout.cameras.get(camera, ""), size)
-    for what, names, model in (
-        ("state", layout.state, cfg.model.state_dim),
-        ("action", layout.actions, cfg.model.action_dim),
-    ):
+    dims = (("state", layout.state, cfg.model.state_dim), ("action", layout.actions, cfg.model.action_dim))
+    for what, names, model in dims:
         table.add_section()
         for i, name in enumerate(names):
             table.add_row(f"{what} {i}", name, _done(transform, what, i))
@@ -98,11 +91,6 @@ def _done(transform: InputTransform, what: str, i: int) -> str:
     return ", ".join(done)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ranges
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _ranges(
     what: str, columns: Sequence[Column], names: Sequence[str], stats: NormStats, source: SingleSource
 ) -> tuple[Table, list[str]]:
@@ -113,11 +101,10 @@ def _ranges(
     odd = []
     for i, (column, name) in enumerate(zip(columns, names, strict=True)):
         x = (column.values - offset[i]) / scale[i]
-        low, q01, median, q99, high = np.quantile(x, [0, 0.01, 0.5, 0.99, 1])
+        cells = [f"{v:.2f}" for v in np.quantile(x, [0, 0.01, 0.5, 0.99, 1])]
         outside = float((np.abs(x) > 1).mean())
         worst = int(np.argmax(np.abs(x)))
         where = source.where(int(column.rows[worst]))
-        cells = [f"{v:.2f}" for v in (low, q01, median, q99, high)]
         table.add_row(name, *cells, f"{100 * outside:.1f} %", where.rsplit(": ", 1)[-1], _histogram(x))
         if np.ptp(np.quantile(column.values, [0.01, 0.99])) < NEAR_CONSTANT:
             odd.append(f"{what} {i} ({name}) is constant, {column.values[worst]:.5g}: it is centred, not scaled")
@@ -130,27 +117,22 @@ def _ranges(
     return table, odd
 
 
-def _histogram(x: np.ndarray, bins: int = 24) -> str:
-    counts, _ = np.histogram(np.clip(x, -1.5, 1.5), bins, (-1.5, 1.5))
-    # What occurs at all is seen.
+def _histogram(x: np.ndarray) -> str:
+    counts, _ = np.histogram(np.clip(x, -1.5, 1.5), 24, (-1.5, 1.5))
+    # Rounded up: what occurs at all is seen.
     return "".join(_BARS[int(np.ceil(c / counts.max() * (len(_BARS) - 1)))] for c in counts)
 
 
-def _plot(path: Path, numbers: dict[str, list[np.ndarray]], names: dict[str, Sequence[str]], stats: dict) -> None:
-    import matplotlib as mpl
+def _plot(path: Path, numbers: Numbers, names: dict[str, Sequence[str]], stats: dict[str, NormStats]) -> None:
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = max(len(columns) for columns in numbers.values())
-    fig, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.4 * rows), squeeze=False)
-    for ax, (what, columns) in zip(axes[0], numbers.items(), strict=True):
+    fig = Figure(figsize=(12, 1.5 + 0.4 * max(map(len, numbers.values()))), layout="tight")
+    for ax, (what, columns) in zip(fig.subplots(1, 2), numbers.items(), strict=True):
         offset, scale = stats[what].offset_scale
         ax.axvspan(-1, 1, color="0.93")
         for i, column in enumerate(columns):
-            low, q01, q25, median, q75, q99, high = np.quantile(
-                (column - offset[i]) / scale[i], [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1]
-            )
+            x = (column.values - offset[i]) / scale[i]
+            low, q01, q25, median, q75, q99, high = np.quantile(x, [0, 0.01, 0.25, 0.5, 0.75, 0.99, 1])
             ax.plot([low, high], [i, i], color="C1", lw=1)
             ax.plot([q01, q99], [i, i], color="C0", lw=3)
             ax.plot([q25, q75], [i, i], color="C0", lw=8)
@@ -159,18 +141,10 @@ def _plot(path: Path, numbers: dict[str, list[np.ndarray]], names: dict[str, Seq
         ax.set_xlim(-4, 4)
         ax.invert_yaxis()
         ax.set_title(f"{what}: all (thin), 1 to 99 %, 25 to 75 % (thick)", fontsize=9)
-    fig.tight_layout()
     try:
         fig.savefig(path, dpi=120)
     except (OSError, ValueError) as e:
         raise UserError(f"--plot {path} cannot be written: {e}; give the path of a .png, .pdf or .svg file") from e
-    finally:
-        plt.close(fig)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# texts
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _labels(train: TrainingSource, transform: InputTransform) -> list[str]:

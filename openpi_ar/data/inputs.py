@@ -32,8 +32,8 @@ from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Batch, Observation, Tokens
 
 Arrays = dict[str, Any]
-"""Nested dict of numpy arrays: images, image_mask, state, prompt (a dict), and for samples target (a dict), actions,
-action_mask, and action_prompt (a dict) where actions have a prompt of their own."""
+"""Numpy arrays: images, image_mask, state, prompt (a dict); of samples also target (a dict), actions, action_mask, and
+action_prompt (a dict) where actions have a prompt of their own."""
 _NOTHING = (Segment(Special.BOS),)
 """The prompt of actions that are not there."""
 

@@ -22,8 +22,7 @@ Numbers = dict[str, list[Column]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a sample comes from, for people: by model camera the feature (empty: masked), and a name of each
-    dimension."""
+    """Names for people: by model camera the feature that its images are (empty: masked), and of each dimension."""
 
     cameras: Mapping[str, str]
     state: Sequence[str]

@@ -86,8 +86,7 @@ class NormStats:
         )
 
     def first(self, dims: int, what: str) -> "NormStats":
-        """The first `dims` dimensions, 0: all; the rest of a longer one is padding, as openpi treats it. Raises
-        UserError."""
+        """The first `dims` dimensions, 0: all; more are padding, as in openpi. Raises UserError if there are fewer."""
         dims = dims or self.dims
         if self.dims < dims:
             raise UserError(

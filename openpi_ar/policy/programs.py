@@ -1,5 +1,4 @@
-"""The policy's compiled programs: random numbers, talk-and-act in one, and its stages apart, for timing; what they
-compute in and are warmed up with."""
+"""The policy's compiled programs: talk-and-act in one, and its stages apart, for timing; what warms them up."""
 
 from collections.abc import Callable
 import dataclasses

@@ -1,5 +1,4 @@
-"""Prompt templates: data that yields the segments of a row's prompt and target. Each row of a batch may have another
-one.
+"""Prompt templates: data that yields the segments of a row's prompt and target. Rows of a batch may differ in theirs.
 
 Only the target is causal and supervised: a bidirectional target would be learnt by copying. The target's EOS is
 `hidden`: at inference nothing reads it, because decoding stops when it is chosen, so the action tower must not see it
@@ -8,7 +7,6 @@ in training.
 
 from collections.abc import Sequence
 import dataclasses
-import difflib
 import string
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 
 from openpi_ar.errors import UserError
 from openpi_ar.kinds import Kind
+from openpi_ar.lookup import nearest
 from openpi_ar.text.segments import Segment, Special
 from openpi_ar.text.tokenizer import Tokenizer
 
@@ -29,9 +28,8 @@ class Template:
     target       with {text}; EOS follows it. None if the model writes nothing.
     kind         of the target's tokens.
     needs_state  a row must have a state: it is written into the prompt, or the row acts from it.
-    lower        lower-case the task and the text.
-    full_stop    drop one closing punctuation mark of the task and the text: the template brings its own.
-    verbatim     leave "_" and line breaks of the text as they are (openpi's forks turn them into spaces).
+    cleans       task and text are lower-cased and lose one closing punctuation mark, which the template brings itself,
+                 and "_" and line breaks of the text become spaces (openpi's forks).
     """
 
     name: str
@@ -39,9 +37,7 @@ class Template:
     target: str | None = None
     kind: Kind = Kind.SUBTASK
     needs_state: bool = True
-    lower: bool = False
-    full_stop: bool = False
-    verbatim: bool = True
+    cleans: bool = False
 
     @property
     def key(self) -> str:
@@ -92,11 +88,10 @@ class Template:
 
     def canonical(self, text: str) -> str:
         """The text as the template writes it: what `parse` returns for an exact copy of the target."""
-        return text.strip() if self.verbatim else self._clean(text)
+        return self._clean(text) if self.cleans else text.strip()
 
     def parse(self, tokenizer: Tokenizer, ids: list[int]) -> str:
-        """The bare subtask or answer in generated ids: EOS and everything after it dropped, the template's own text
-        removed."""
+        """The subtask or answer in generated ids, without EOS, everything after it and the template's own text."""
         if tokenizer.eos_id in ids:
             ids = ids[: ids.index(tokenizer.eos_id)]
         before, after = (self.target or "{text}").split("{text}")
@@ -111,11 +106,11 @@ class Template:
         return text.strip()
 
     def _clean(self, text: str) -> str:
-        text = text.lower() if self.lower else text
         text = text.strip().replace("_", " ").replace("\n", " ")
-        if self.full_stop and text and text[-1] in string.punctuation:
-            text = text[:-1]
-        return text
+        if not self.cleans:
+            return text
+        text = text.lower()
+        return text[:-1] if text[-1:] in set(string.punctuation) else text
 
 
 TEMPLATES: dict[str, Template] = {
@@ -128,23 +123,9 @@ TEMPLATES: dict[str, Template] = {
         # Ours. The prompt ends without a space, the target begins with one: " pick" is one piece, " " + "pick" two.
         Template("subtask", "Task: {task}, State: {state};\nSubtask:", " {text}"),
         # BrunoFANG1/openpi_subtask_generation, zero-shot on pi05_base.
-        Template(
-            "openpi_subtask_generation",
-            "Task: {task}. Subtask: ",
-            "{text}.;\nAction: ",
-            lower=True,
-            full_stop=True,
-            verbatim=False,
-        ),
+        Template("openpi_subtask_generation", "Task: {task}. Subtask: ", "{text}.;\nAction: ", cleans=True),
         # Ke-Wang1017/openpi_subtask.
-        Template(
-            "openpi_subtask",
-            "Task: {task}.; State: {state}; Subtask: ",
-            "{text}.;\nAction: ",
-            lower=True,
-            full_stop=True,
-            verbatim=False,
-        ),
+        Template("openpi_subtask", "Task: {task}.; State: {state}; Subtask: ", "{text}.;\nAction: ", cleans=True),
         # PaliGemma's visual question answering.
         Template("vqa", "answer en {task}\n", "{text}", kind=Kind.ANSWER, needs_state=False),
     )
@@ -154,8 +135,7 @@ TEMPLATES: dict[str, Template] = {
 def get_template(name: str) -> Template:
     """The template of that name. Raises UserError listing all names, nearest first."""
     if name not in TEMPLATES:
-        near = sorted(TEMPLATES, key=lambda t: -difflib.SequenceMatcher(None, str(name), t).ratio())
-        raise UserError(f"unknown template {name!r}: choose one of {', '.join(near)}")
+        raise UserError(f"unknown template {name!r}: choose one of {', '.join(nearest(str(name), TEMPLATES))}")
     return TEMPLATES[name]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from tyro.conf import Suppress
 
 from openpi_ar.policy.session import Session
 
@@ -72,22 +73,22 @@ class World(Protocol):
 class Play:
     """Which episodes of a world are asked for, and for which model. A world refuses what it does not have.
 
-    cameras, image_size, dims   of the model: camera names, height and width of its images, dimensions of the robot's
-                                state and actions. None: the world's own.
-    episodes, seed              how many, and of the first.
-    split                       tasks: those of training, or combinations never trained on.
-    subtask                     the policy is made to output this, always.
-    wrong_subtask               it is made to output one that is not next.
+    The first four fields are how many, and of the model (None: the world's own) its cameras, the height and width of
+    its images, and the dimensions of the robot's state and actions.
     """
 
-    cameras: tuple[str, ...] | None = None
-    image_size: tuple[int, int] | None = None
-    dims: tuple[int, int] | None = None
-    episodes: int = 1
+    episodes: Suppress[int] = 1
+    cameras: Suppress[tuple[str, ...] | None] = None
+    image_size: Suppress[tuple[int, int] | None] = None
+    dims: Suppress[tuple[int, int] | None] = None
     seed: int = 0
+    """Of the first episode's task and layout and of the policy's session; `seed + 1` of the second, ..."""
     split: Literal["train", "held_out"] = "train"
+    """Tasks asked for: those of training, or combinations never trained on."""
     subtask: str | None = None
+    """The policy is made to output this, always."""
     wrong_subtask: bool = False
+    """It is made to output a subtask that could be asked for but is not next."""
 
     @classmethod
     def of(cls, policy: Any, **asked: Any) -> "Play":
@@ -95,4 +96,5 @@ class Play:
         if policy is None:
             return cls(**asked)
         dims = policy.transform.state_stats.dims, policy.transform.action_stats.dims
-        return cls(policy.cameras, policy.cfg.model.siglip.image_size, dims, **asked)
+        model = {"cameras": policy.cameras, "image_size": policy.cfg.model.siglip.image_size, "dims": dims}
+        return cls(**asked | model)

@@ -11,10 +11,10 @@ import pytest
 
 from openpi_ar.errors import UserError
 from openpi_ar.worlds import video
-from openpi_ar.worlds.protocol import World
+from openpi_ar.worlds.protocol import Play, World
 from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.__main__ import main
-from openpi_ar.worlds.tabletop.episodes import EpisodeConfig, TabletopEpisodes
+from openpi_ar.worlds.tabletop.episodes import TabletopEpisodes
 from openpi_ar.worlds.tabletop.expert import expert_action
 from openpi_ar.worlds.tabletop.tasks import next_subtask
 from openpi_ar.worlds.tabletop.world import Tabletop
@@ -29,7 +29,7 @@ class OpenTabletop(Tabletop):
 
 
 def small_world(**which) -> TabletopEpisodes:
-    return TabletopEpisodes(EpisodeConfig(**which), OpenTabletop((24, 24)))
+    return TabletopEpisodes(Play(**which), OpenTabletop((24, 24)))
 
 
 class Scripted:
@@ -59,7 +59,7 @@ class Scripted:
 
 def run(policy, **options):
     """`options` of the episodes and of how they are run."""
-    names = {f.name for f in dataclasses.fields(EpisodeConfig)}
+    names = {"seed", "split", "subtask", "wrong_subtask"}
     which = {k: v for k, v in options.items() if k in names}
     how = {"episodes": 3, "execute": 2, "batch": 2} | {k: v for k, v in options.items() if k not in names}
     return run_rollouts(policy, RolloutConfig(**how), lambda: small_world(**which), progress=False)

@@ -26,8 +26,7 @@ INFO = "meta/info.json"
 SUBTASK_INDEX = "subtask_index"
 LANGUAGE = "language_persistent"
 SUPERVISE = "supervise_text"
-"""Optional boolean feature: False where the subtask does not follow from the prompt, so that its text is not
-trained."""
+"""Optional boolean feature: False where the subtask does not follow from the prompt, so its text is not trained."""
 
 _LAYOUT = {"v2.0": 2, "v2.1": 2, "v3.0": 3}
 

@@ -15,7 +15,7 @@ from openpi_ar.tables import console
 from openpi_ar.worlds.protocol import Play
 from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.dataset import Demonstrations, record_dataset
-from openpi_ar.worlds.tabletop.episodes import EpisodeConfig, open_episodes
+from openpi_ar.worlds.tabletop.episodes import open_episodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Rollout:
 
     ckpt: str = "expert"
     """Checkpoint, as for infer.py; `expert`: the scripted expert, which checks the world itself."""
-    which: Annotated[EpisodeConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EpisodeConfig)
+    which: Annotated[Play, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Play)
     how: Annotated[RolloutConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RolloutConfig)
     video: Path | None = None
     """Film the episodes: .mp4 or .gif."""

@@ -1,5 +1,4 @@
-"""Frames of a dataset that the tabletop recorded, together with where its blocks truly are: what pre-training learns
-from."""
+"""Frames that the tabletop recorded, together with where its blocks truly are: what pre-training learns from."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,8 +15,7 @@ from openpi_ar.worlds.tabletop.scene import COLORS
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PosedFrames:
-    """Rows of a source with the blocks' positions, float32 [rows O 3] in metres, NaN where a block is not on the
-    table."""
+    """Rows of a source with the blocks' positions, float32 [rows O 3] in metres, NaN for blocks that are not there."""
 
     source: LeRobotSource
     blocks: np.ndarray

@@ -62,8 +62,7 @@ def pretrain(cfg: TrainConfig, *, vision_steps: int, naming_steps: int, quiet: b
 
 
 def save(found: Pretrained, out: Path, step: int) -> Path:
-    """Writes the model and its assets as step `step` of the experiment directory `out`, and returns the step's
-    directory."""
+    """Writes the model and its assets as step `step` of the experiment `out`; returns the step's directory."""
     writer = CheckpointStore(out, keep_last=1)
     writer.save_for_policy(step, found.model, found.assets)
     writer.close()

@@ -15,8 +15,7 @@ from openpi_ar.worlds.tabletop.tasks import Facts, Layout, Task, command_task, n
 from openpi_ar.worlds.tabletop.world import Tabletop
 
 _TRAINING = 0x7AB1E
-"""Opens the seed of every training episode, so that `Tabletop.reset(0)`, `reset(1)`, ... are layouts never trained
-on."""
+"""Begins the seed of every training episode: `Tabletop.reset(0)`, `reset(1)`, ... are layouts never trained on."""
 
 _DONE_FRAMES = 5
 _MAX_ATTEMPTS = 20

@@ -18,8 +18,7 @@ import numpy as np
 COLORS: tuple[str, ...] = ("red", "yellow", "green", "blue", "purple")
 """Every block colour, in the order in which tasks that do not name an order take them."""
 BINS: tuple[str, ...] = ("left", "middle", "right")
-"""Three, so that a colour never shown with one of them is still shown with two: which one must be read in the
-prompt."""
+"""Three: a colour never shown with one of them is still shown with two, so the prompt must tell which."""
 
 RGB: dict[str, tuple[float, float, float]] = {
     "red": (0.95, 0.08, 0.06),
@@ -48,8 +47,7 @@ WALL_HALF = 0.003
 
 TOOL_LOW = np.array([-0.18, -0.18, 0.022])
 TOOL_HIGH = np.array([0.18, 0.20, 0.20])
-"""Limits of the tool point, the middle between the two pads. At the lowest z the finger tips are 2 mm above the
-table."""
+"""Limits of the tool point, the middle between the pads. At the lowest z the finger tips are 2 mm above the table."""
 MAX_OPENING = 0.09
 """Distance between the pads of the open hand: 5 cm wider than a block."""
 

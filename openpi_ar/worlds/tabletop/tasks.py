@@ -102,8 +102,7 @@ def pair_task(first: str, first_bin: str, second: str, second_bin: str) -> Task:
 
 
 def command_task(rng: np.random.Generator, prompt: str, colors: tuple[str, ...]) -> Task:
-    """A random plan for these blocks, whatever the prompt asks: only the subtask tells what is done next. Asks for no
-    held-out combination."""
+    """A random plan without held-out combinations, whatever the prompt asks: only the subtask tells what is next."""
     allowed = {c: [b for b in BINS if (c, b) not in HELD_OUT_COMBOS] for c in colors}
     order = [str(color) for color in rng.permutation(colors)]
     return Task("command", prompt, tuple((c, allowed[c][int(rng.integers(len(allowed[c])))]) for c in order))

@@ -1,5 +1,4 @@
-"""Trains the embedded tokenizer: `python -m openpi_ar.worlds.tabletop.train_tokenizer [--out FILE]`. Takes under a
-second."""
+"""Trains the embedded tokenizer: `python -m openpi_ar.worlds.tabletop.train_tokenizer [--out FILE]`."""
 
 import dataclasses
 import io
@@ -14,8 +13,7 @@ from openpi_ar.worlds.tabletop.corpus import sentences
 VOCAB_SIZE = 1024
 
 MARKERS = ("Task:", "▁State:", "Subtask:", "▁Subtask:", "Action:", "\n")
-"""Fixed words of the prompt templates, one piece each. Being atomic they also keep a prompt's end from merging with
-what is said next."""
+"""Fixed words of the templates, one piece each; a prompt's end so never merges with what is generated next."""
 STATE_BINS = tuple(f"▁{n}" for n in range(-1, 256))
 """Every value of a discretised state, with the space before it."""
 DIGITS = tuple("0123456789")
