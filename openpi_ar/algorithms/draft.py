@@ -11,24 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.algorithms.sampling import Sampling, certainty
+from openpi_ar.algorithms.sampling import Generated, Sampling, certainty
 from openpi_ar.models.vlm import VLM
 from openpi_ar.types import Array, Kind, Tokens
 
 
 class Start(NamedTuple):
-    """Where decoding begins: each row after the `agreed` first tokens of its draft.
+    """The beginning of decoding, of each row after the `agreed` first tokens of its draft.
 
     logits      of the next token, constrained.
-    ids         the draft's tokens, their log-probabilities and margins; meaningless past the agreed ones.
+    text        the agreed tokens.
     constraint  its state after the agreed tokens.
     """
 
     agreed: Int[Array, " B"]
     logits: Float[Array, "B V"]
-    ids: Int[Array, "B M"]
-    logprobs: Float[Array, "B M"]
-    margins: Float[Array, "B M"]
+    text: Generated
     constraint: Any
 
 
@@ -44,14 +42,9 @@ def without_draft(model: VLM, last_hidden: Float[Array, "B D"], sampling: Sampli
     """Decoding begins with the first token."""
     batch, most = last_hidden.shape[0], sampling.max_new_tokens
     state = sampling.init(batch)
-    return Start(
-        agreed=jnp.zeros((batch,), jnp.int32),
-        logits=sampling.constrained(model.logits(last_hidden), state),
-        ids=jnp.zeros((batch, most), jnp.int32),
-        logprobs=jnp.zeros((batch, most), jnp.float32),
-        margins=jnp.zeros((batch, most), jnp.float32),
-        constraint=state,
-    )
+    logits = sampling.constrained(model.logits(last_hidden), state)
+    text = Generated.given(jnp.zeros((batch, most), jnp.int32), jnp.zeros((batch, most), bool))
+    return Start(jnp.zeros((batch,), jnp.int32), logits, text, state)
 
 
 def check_draft(
@@ -74,14 +67,13 @@ def check_draft(
     right = (predicted[:, :length] == draft.ids) & draft.valid
     agreed = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(-1)
     at = jnp.minimum(agreed, count - 1)
-    ends = [(0, 0), (0, most - length)]
-    logprobs, margins = certainty(logits[:, :length], draft.ids)
+    kept = jnp.arange(most) < agreed[:, None]
+    draft_values = (draft.ids, *certainty(logits[:, :length], draft.ids))
+    ids, logprobs, margins = (jnp.where(kept, jnp.pad(x, [(0, 0), (0, most - length)]), 0) for x in draft_values)
     return Start(
         agreed=agreed,
         logits=jnp.take_along_axis(logits, at[:, None, None], axis=1)[:, 0],
-        ids=jnp.pad(draft.ids, ends),
-        logprobs=jnp.pad(logprobs, ends),
-        margins=jnp.pad(margins, ends),
+        text=Generated(ids, kept, logprobs, margins, steps=jnp.zeros((), jnp.int32)),
         constraint=jax.tree.map(lambda s: s[at, jnp.arange(batch)], states),
     )
 

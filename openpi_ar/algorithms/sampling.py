@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -128,6 +129,29 @@ jax.tree_util.register_dataclass(
     data_fields=["constraint"],
     meta_fields=["eos_id", "max_new_tokens", "temperature", "top_k", "top_p"],
 )
+
+
+@nnx.dataclass
+class Generated(nnx.Pytree):
+    """Decoded tokens. A row is valid up to and including its EOS; after it come zeros.
+
+    logprobs  log-probability of each token under the model's own softmax over the ids that the constraint allowed: at
+              temperature 1 and before `top_k` and `top_p`, however the token was chosen. 0 where it was given.
+    margins   by how much each log-probability exceeds that of the next best id (`certainty`). 0 where it was given.
+    steps     passes through the model that it took, the same for all rows; 0 if a draft was right.
+    """
+
+    ids: Int[Array, "B M"] = nnx.data()
+    valid: Bool[Array, "B M"] = nnx.data()
+    logprobs: Float[Array, "B M"] = nnx.data()
+    margins: Float[Array, "B M"] = nnx.data()
+    steps: Int[Array, ""] = nnx.data()
+
+    @classmethod
+    def given(cls, ids: Int[Array, "B M"], valid: Bool[Array, "B M"]) -> "Generated":
+        """Text that was given, not decoded."""
+        nothing = jnp.zeros(ids.shape, jnp.float32)
+        return cls(jnp.asarray(ids), jnp.asarray(valid), nothing, nothing, steps=jnp.zeros((), jnp.int32))
 
 
 def text_sampling(cfg: DecodeConfig, tokenizer: Tokenizer, vocab_size: int, max_new_tokens: int) -> Sampling:

@@ -186,6 +186,6 @@ def test_the_documented_table_is_the_code():
     rows = dict(line.removeprefix("| ").split(" | ", 1) for line in lines if line.startswith("| "))
     for name, t in TEMPLATES.items():
         task, text = ("{question}", "{answer}") if t.key == "answer" else ("{task}", "{subtask}")
-        prompt = f"`{t.prompt}`".replace("\n", "\\n").replace("{task}", task) + ", lower-cased" * t.lower
+        prompt = f"`{t.prompt}`".replace("\n", "\\n").replace("{task}", task) + ", lower-cased" * t.cleans
         target = "none" if t.target is None else f"`{t.target}`".replace("\n", "\\n").replace("{text}", text)
         assert rows[f"`{name}`"] == f"{prompt} | {target} | {'needed' if t.needs_state else 'not needed'} |"
