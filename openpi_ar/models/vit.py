@@ -38,9 +38,7 @@ class Attention(nnx.Module):
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, qkv_bias: bool = True):
         head_dim = width // num_heads
         into = (width, num_heads, head_dim)
-        self.q = Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs)
-        self.k = Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs)
-        self.v = Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs)
+        self.q, self.k, self.v = (Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs) for _ in range(3))
         biases = (nnx.Param(jnp.zeros((num_heads, head_dim))) if qkv_bias else None for _ in range(3))
         self.q_bias, self.k_bias, self.v_bias = biases
         self.out = Einsum("BTNH,NHD->BTD", (num_heads, head_dim, width), fan_in=width, rngs=rngs)

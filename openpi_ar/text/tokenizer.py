@@ -53,9 +53,7 @@ class Tokenizer:
         if self.eos_id < 0 or self.bos_id < 0:
             raise UserError("the SentencePiece model lacks a BOS or EOS piece: train it with bos_id and eos_id set")
         if self._sp.encode("a", out_type=str)[0].startswith("▁"):
-            raise UserError(
-                "the SentencePiece model adds a space before every text: train it with add_dummy_prefix=false"
-            )
+            raise UserError("the SentencePiece model adds a space before every text: set add_dummy_prefix=false")
         pieces = [self._sp.id_to_piece(i) for i in range(self.vocab_size)]
         if action_tail is None:
             action_tail = FAST_TAIL if "<loc0000>" in pieces else 0
@@ -95,28 +93,18 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "embedded":
         return Tokenizer(EMBEDDED.read_bytes())
+    paths = paligemma_paths() if spec == "paligemma" else (Path(spec).expanduser(),)
+    if found := next(filter(Path.is_file, paths), None):
+        return Tokenizer(found.read_bytes())
     if spec == "paligemma":
-        return Tokenizer(_find_paligemma().read_bytes())
-    path = Path(spec).expanduser()
-    if not path.is_file():
         raise UserError(
-            f"tokenizer {spec!r} is neither `embedded`, `paligemma` nor an existing SentencePiece .model file"
+            f"PaliGemma's tokenizer is not in the cache: download {PALIGEMMA_URL} (public, 4 MB; the same file is at "
+            f"{PALIGEMMA_MIRROR}) to {paths[0]}, or set OPENPI_DATA_HOME to the cache that holds it"
         )
-    return Tokenizer(path.read_bytes())
+    raise UserError(f"tokenizer {spec!r} is neither `embedded`, `paligemma` nor an existing SentencePiece .model file")
 
 
 def paligemma_paths() -> tuple[Path, Path]:
     """Where PaliGemma's model is looked for: openpi's own cache layout first."""
     cache = openpi_cache_root()
     return cache / "big_vision" / "paligemma_tokenizer.model", cache / "paligemma_tokenizer.model"
-
-
-def _find_paligemma() -> Path:
-    paths = paligemma_paths()
-    for path in paths:
-        if path.is_file():
-            return path
-    raise UserError(
-        f"PaliGemma's tokenizer is not in the cache: download {PALIGEMMA_URL} (public, 4 MB; the same file is at "
-        f"{PALIGEMMA_MIRROR}) to {paths[0]}, or set OPENPI_DATA_HOME to the cache that holds it"
-    )

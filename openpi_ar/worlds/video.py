@@ -36,7 +36,9 @@ def draw_frame(images: Mapping[str, np.ndarray], prompt: str, text: str, *, righ
         text: the generated subtask, on one line.
         right: colours it: True green, False red, None white.
     """
-    panels = [_enlarge(image) for image in images.values()]
+    sizes = [(round(image.shape[1] * _PANEL / image.shape[0]), _PANEL) for image in images.values()]
+    nearest = Image.Resampling.NEAREST
+    panels = [Image.fromarray(x).resize(size, nearest) for x, size in zip(images.values(), sizes, strict=True)]
     width = sum(p.width for p in panels)
     font = ImageFont.load_default(size=_FONT)
     line = _FONT + 6
@@ -78,11 +80,8 @@ class VideoWriter:
 
     def add_episode(self, prompt: str, shots: Sequence[Shot]) -> None:
         """Append an episode, each step drawn with the prompt and the subtask."""
-        self.add([draw_frame(shot.images, prompt, shot.text, right=shot.right) for shot in shots])
-
-    def add(self, frames: Sequence[np.ndarray]) -> None:
-        """Append uint8 [h w 3] frames; the sides must be even."""
-        for frame in frames:
+        for shot in shots:
+            frame = draw_frame(shot.images, prompt, shot.text, right=shot.right)
             if self.path.suffix.lower() == ".gif":
                 # One palette per frame costs little and keeps the blocks' colours.
                 self._gif.append(Image.fromarray(frame).quantize(64))
@@ -111,8 +110,3 @@ class VideoWriter:
             self._open = container, stream
         container, stream = self._open
         container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-
-
-def _enlarge(image: np.ndarray) -> Image.Image:
-    height, width = image.shape[:2]
-    return Image.fromarray(image).resize((round(width * _PANEL / height), _PANEL), Image.Resampling.NEAREST)

@@ -145,8 +145,8 @@ def episode(length: int, value: float = 0.0) -> dict:
 @pytest.mark.parametrize("images", ["h264", "png"])
 def test_files_roll_over_and_each_episode_is_found_in_its_own(tmp_path, images, monkeypatch):
     monkeypatch.setattr("openpi_ar.data.lerobot.write._DATA_MB", 0)
-    monkeypatch.setattr("openpi_ar.data.lerobot.write._VIDEO_MB", 0)
-    monkeypatch.setattr("openpi_ar.data.lerobot.write._CHUNK", 2)
+    monkeypatch.setattr("openpi_ar.data.lerobot.encode.VIDEO_MB", 0)
+    monkeypatch.setattr("openpi_ar.data.lerobot.encode.CHUNK", 2)
     with small(tmp_path, images=images) as writer:
         for e in range(5):
             writer.add(f"task {e}", **episode(3 + e, e))

@@ -212,11 +212,12 @@ def test_mp4_shows_every_step(tmp_path):
 
 def test_gif_shows_every_step(tmp_path):
     path = tmp_path / "episodes.gif"
-    frames = [video.draw_frame({"a": np.full((8, 8, 3), i, np.uint8)}, "do it", "I do") for i in (0, 90, 180)]
+    shots = [video.Shot({"a": np.full((8, 8, 3), i, np.uint8)}, "I do", None) for i in (0, 90, 180)]
     with video.VideoWriter(path, 10) as writer:
-        writer.add(frames)
+        writer.add_episode("do it", shots)
     with Image.open(path) as gif:
-        assert (gif.n_frames, gif.info["duration"], gif.size) == (3, 100, frames[0].shape[1::-1])
+        size = video.draw_frame(shots[0].images, "do it", "I do").shape[1::-1]
+        assert (gif.n_frames, gif.info["duration"], gif.size) == (3, 100, size)
 
 
 def test_frames_hold_cameras_prompt_and_words():

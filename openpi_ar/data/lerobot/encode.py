@@ -12,6 +12,10 @@ import numpy as np
 
 from openpi_ar.errors import UserError
 
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+VIDEO_MB, CHUNK = 200, 1000
+"""Size of a file from which another one begins, and files of a chunk: LeRobot's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
@@ -58,18 +62,22 @@ CODECS = {
 }
 
 
-class VideoFiles:
-    """The video files of one camera."""
+def place_of(file: int) -> dict[str, int]:
+    """The chunk and the number within it of a dataset's n-th file."""
+    return {"chunk_index": file // CHUNK, "file_index": file % CHUNK}
 
-    def __init__(self, root: Path, template: str, key: str, codec: Codec, fps: int, limit: int, per_chunk: int):
-        self._root, self._template, self._key, self._codec, self._fps = root, template, key, codec, fps
-        self._limit, self._per_chunk = limit, per_chunk
+
+class VideoFiles:
+    """The video files of one camera, in the dataset directory `root`."""
+
+    def __init__(self, root: Path, key: str, codec: Codec, fps: int):
+        self._root, self._key, self._codec, self._fps = root, key, codec, fps
         self._file, self._frames = 0, 0
         self._open: tuple[OutputContainer, VideoStream, Path] | None = None
 
     def add(self, images: np.ndarray) -> dict[str, Any]:
         """Appends an episode uint8 [T h w 3]; returns its place as meta/episodes has it."""
-        place = {"chunk_index": self._file // self._per_chunk, "file_index": self._file % self._per_chunk}
+        place = place_of(self._file)
         container, stream, path = self._open or self._start(place, images.shape[1:3])
         start = self._frames
         for image in images:
@@ -77,7 +85,7 @@ class VideoFiles:
             frame.pts = self._frames
             container.mux(stream.encode(frame))
             self._frames += 1
-        if path.is_file() and path.stat().st_size > self._limit:  # an encoder may hold back the first frames
+        if path.is_file() and path.stat().st_size > VIDEO_MB * 1_000_000:  # an encoder may hold back the first frames
             self.close()
         return {**place, "from_timestamp": start / self._fps, "to_timestamp": (start + len(images)) / self._fps}
 
@@ -90,7 +98,7 @@ class VideoFiles:
             self._open, self._frames, self._file = None, 0, self._file + 1
 
     def _start(self, place: dict[str, int], size: tuple[int, ...]) -> tuple[OutputContainer, VideoStream, Path]:
-        path = self._root / self._template.format(video_key=self._key, **place)
+        path = self._root / VIDEO_PATH.format(video_key=self._key, **place)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings for every file otherwise
         container = av.open(str(path), "w")

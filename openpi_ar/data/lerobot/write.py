@@ -17,7 +17,7 @@ from PIL import Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openpi_ar.data.lerobot.encode import CODECS, VideoFiles
+from openpi_ar.data.lerobot.encode import CHUNK, CODECS, VIDEO_MB, VIDEO_PATH, VideoFiles, place_of
 from openpi_ar.data.lerobot.meta import LANGUAGE, SUBTASK_INDEX
 from openpi_ar.data.lerobot.stats import flatten, pixel_counts, pixel_stats, vector_stats
 from openpi_ar.errors import UserError
@@ -26,9 +26,8 @@ from openpi_ar.files import when_whole
 Images = Literal["png", "h264", "av1"]
 Subtasks = Literal["both", "index", "language"]
 
-_DATA_MB, _VIDEO_MB, _CHUNK = 100, 200, 1000
+_DATA_MB = 100
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EVENTS = "language_events"
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # LeRobot's writer infers these types: fields that are never set are of type null.
@@ -77,12 +76,8 @@ class LeRobotWriter:
         self._frames = 0
         self._numbers: dict[str, list[np.ndarray]] = {}
         self._pixels = {key: np.zeros((3, 256), np.int64) for key in spec.cameras}
-        self._videos = {
-            key: VideoFiles(
-                self._scratch, _VIDEO_PATH, key, CODECS[spec.images], spec.fps, _VIDEO_MB * 1_000_000, _CHUNK
-            )
-            for key in (spec.cameras if spec.images != "png" else ())
-        }
+        filmed = () if spec.images == "png" else spec.cameras
+        self._videos = {key: VideoFiles(self._scratch, key, CODECS[spec.images], spec.fps) for key in filmed}
         self._file = 0
         self._parquet: pq.ParquetWriter | None = None
 
@@ -146,7 +141,7 @@ class LeRobotWriter:
         self._frames += length
 
     def _write_rows(self, table: pa.Table) -> dict[str, int]:
-        place = {"chunk_index": self._file // _CHUNK, "file_index": self._file % _CHUNK}
+        place = place_of(self._file)
         path = self._scratch / _DATA_PATH.format(**place)
         if self._parquet is None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +159,8 @@ class LeRobotWriter:
 
     def _features(self) -> dict[str, Any]:
         height, width = self.spec.image_size
-        image: dict[str, Any] = {
-            "dtype": "image",
-            "shape": [height, width, 3],
-            "names": ["height", "width", "channels"],
-        }
+        names = ["height", "width", "channels"]
+        image: dict[str, Any] = {"dtype": "image", "shape": [height, width, 3], "names": names}
         if self.spec.images != "png":
             image |= {"dtype": "video", "info": CODECS[self.spec.images].describe(height, width, self.spec.fps)}
         features: dict[str, Any] = dict.fromkeys(self.spec.cameras, image)
@@ -176,9 +168,8 @@ class LeRobotWriter:
             features[key] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
         dtypes = dict.fromkeys(self.spec.flags, "bool")
         dtypes |= {SUBTASK_INDEX: "int64"} if self.spec.subtasks != "language" else {}
-        dtypes |= {"timestamp": "float32"} | dict.fromkeys(
-            ("frame_index", "episode_index", "index", "task_index"), "int64"
-        )
+        counters = ("frame_index", "episode_index", "index", "task_index")
+        dtypes |= {"timestamp": "float32"} | dict.fromkeys(counters, "int64")
         dtypes |= {LANGUAGE: "language", _EVENTS: "language"} if self.spec.subtasks != "index" else {}
         return features | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in dtypes.items()}
 
@@ -201,11 +192,11 @@ class LeRobotWriter:
             "total_episodes": len(self._episodes),
             "total_frames": self._frames,
             "total_tasks": len(self._tasks),
-            "chunks_size": _CHUNK,
+            "chunks_size": CHUNK,
             "data_files_size_in_mb": _DATA_MB,
-            "video_files_size_in_mb": _VIDEO_MB,
+            "video_files_size_in_mb": VIDEO_MB,
             "data_path": _DATA_PATH,
-            "video_path": _VIDEO_PATH if self._videos else None,
+            "video_path": VIDEO_PATH if self._videos else None,
             "robot_type": self.spec.robot_type,
             "splits": {"train": f"0:{len(self._episodes)}"},
         }

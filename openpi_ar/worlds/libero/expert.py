@@ -66,7 +66,8 @@ def expert_action(facts: Facts, subtask: str) -> np.ndarray:
     Raises ValueError for an unknown subtask, KeyError if the object it names is not there.
     """
     name, goes_in = parse_subtask(subtask)
-    travel = _travel_height(facts)
+    standing = [box.top for box in facts.objects.values() if box.bottom < facts.table + 0.02]
+    travel = max(standing) + _CLEARANCE + _TIP
     if name is None:
         return _towards(facts, np.array([*facts.tool[:2], travel]), facts.axes[:2, 1], close=False)
     if facts.held not in (None, name):
@@ -162,10 +163,6 @@ def _straight_up(facts: Facts, height: float) -> np.ndarray:
     return np.array([max(facts.tool[0], _NEAREST), facts.tool[1], height])
 
 
-def _travel_height(facts: Facts) -> float:
-    return max(box.top for box in facts.objects.values() if box.bottom < facts.table + 0.02) + _CLEARANCE + _TIP
-
-
 def _towards(facts: Facts, target: np.ndarray, across: np.ndarray, *, close: bool) -> np.ndarray:
     move = _GAIN * (np.asarray(target) - facts.tool) / MAX_STEP
     # One direction for the whole move: a clipped corner would leave the planned path.
@@ -184,12 +181,8 @@ def _towards(facts: Facts, target: np.ndarray, across: np.ndarray, *, close: boo
 def _directions(box: Box) -> list[tuple[np.ndarray, float, float]]:
     """Horizontal directions [2] to grip along, the object's width there, and its half length across them."""
     upright = int(np.argmax(np.abs(box.axes[2])))
-    found = []
-    for i in range(3):
-        if i != upright:
-            flat = box.axes[:2, i] / np.linalg.norm(box.axes[:2, i])
-            found.append((flat, 2 * float(box.half[i]), float(box.half[3 - upright - i])))
-    return found
+    flat = [(box.axes[:2, i] / np.linalg.norm(box.axes[:2, i]), i) for i in range(3) if i != upright]
+    return [(axis, 2 * float(box.half[i]), float(box.half[3 - upright - i])) for axis, i in flat]
 
 
 def _outline(box: Box) -> np.ndarray:

@@ -200,15 +200,11 @@ class LiberoWorld:
 
     def _held(self) -> str | None:
         """The object that both fingers touch."""
-        model, contact = self._model, self._data.contact
-        fingers = [{model.body(name).id for name in names} for names in _FINGERS]
-        touched: list[set[int]] = [set(), set()]
-        for a, b in model.geom_bodyid[contact.geom]:
-            for finger, others in zip(fingers, touched, strict=True):
-                if a in finger:
-                    others.add(int(b))
-                if b in finger:
-                    others.add(int(a))
+        pairs = self._model.geom_bodyid[self._data.contact.geom].tolist()
+        touched = []
+        for names in _FINGERS:
+            finger = {self._model.body(name).id for name in names}
+            touched.append({b for pair in pairs for a, b in (pair, pair[::-1]) if a in finger})
         both = touched[0] & touched[1]
         return next((name for name, (body, *_) in self._boxes.items() if body in both), None)
 

@@ -61,16 +61,11 @@ class Tabletop:
     """
 
     def __init__(self, image_size: tuple[int, int] = (64, 64), cameras: tuple[str, ...] = CAMERAS) -> None:
-        self.image_size = image_size
-        self.cameras = cameras
+        self.image_size, self.cameras = image_size, cameras
         self._scenes: dict[int, tuple[mujoco.MjModel, mujoco.MjData]] = {}
         self._rays: dict[str, RayCamera] = {}
         self._task: Task | None = None
         self._bind(2)  # a wrong camera or size is reported now, not at the first reset
-        self._colors: tuple[str, ...] = ()
-        self._setpoint = np.zeros(3)
-        self._steps = 0
-        self._out_of_order = False
 
     def reset(
         self,
@@ -100,8 +95,8 @@ class Tabletop:
             others = [color for color in scene.COLORS if color not in named]
             extra = rng.permutation(others)[: rng.integers(3)] if task.kind == "pair" else ()
             drawn_layout = sample_layout(rng, (*named, *map(str, extra)))
-        self._task = task if task is not None else drawn
-        self._place(layout if layout is not None else drawn_layout)
+        self._task = task or drawn
+        self._place(layout or drawn_layout)
         self._steps, self._out_of_order = 0, False
         return self._observe(render), self._info()
 
@@ -194,20 +189,11 @@ class Tabletop:
     def _opening(self) -> float:
         return float(self._data.qpos[3] + self._data.qpos[4])
 
-    def _speed(self, color: str) -> float:
-        """Of a block's centre, metres per second."""
-        velocity = self._data.joint(f"block{self._colors.index(color)}").qvel[:3]
-        return float(np.linalg.norm(velocity))
-
     def _held(self) -> str | None:
         """The block that both fingers touch."""
-        contact = self._data.contact
-        bodies = self._model.geom_bodyid[contact.geom]
-        pairs = {(int(a), int(b)) for a, b in bodies} | {(int(b), int(a)) for a, b in bodies}
-        for color, body in zip(self._colors, self._bodies, strict=True):
-            if all((finger, body) in pairs for finger in self._fingers):
-                return color
-        return None
+        touching = {frozenset(pair) for pair in self._model.geom_bodyid[self._data.contact.geom].tolist()}
+        bodies = zip(self._colors, self._bodies, strict=True)
+        return next((color for color, body in bodies if all({f, body} in touching for f in self._fingers)), None)
 
     def _observe(self, render: bool) -> Observation:
         cameras = self._rays.items() if render else ()
@@ -219,7 +205,8 @@ class Tabletop:
         facts, targets = self.facts(), self.task.targets
         placed = [is_placed(facts, *target) for target in targets]
         # "Placed" counts from the moment of release; success also waits for the fall and for the open hand.
-        landed = all(self._speed(color) < 0.1 for color, _ in targets)
+        joints = [self._data.joint(f"block{self._colors.index(color)}") for color, _ in targets]
+        landed = all(np.linalg.norm(joint.qvel[:3]) < 0.1 for joint in joints)  # metres per second
         success = bool(all(placed) and landed and facts.opening > 0.06 and not self._out_of_order)
         return {
             "subtask": next_subtask(self.task, facts),
