@@ -7,13 +7,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
-from rich.table import Table
 import tyro
 
 from openpi_ar.errors import command_line
-
-_out = Console(soft_wrap=True, markup=False)
+from openpi_ar.tables import console, new_table
 
 
 def verify(
@@ -36,23 +33,23 @@ def verify(
     from openpi_ar.doctor.verify import verify as compare
 
     differences, notes = compare(path, golden, compute_dtype=dtype, siglip_heads=siglip_heads)
-    table = Table("quantity", "max abs difference", "mean", "bound", "")
+    out, table = console(), new_table("quantity", "max abs difference", "mean", "bound", "")
     for d in differences:
         bound = f"{d.bound:.0e}" + (" on the mean" if d.judged == "mean" else "")
         table.add_row(d.name, f"{d.largest:.2e}", f"{d.mean:.2e}", bound, "ok" if d.ok else "FAILED")
-    _out.print(table)
+    out.print(table)
     for note in notes:
-        _out.print(f"note: {note}", highlight=False)
+        out.print(f"note: {note}", highlight=False, soft_wrap=True)
     failed = [d.name for d in differences if not d.ok]
     if json_path is not None:
         body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}
         json_path.write_text(json.dumps({"ok": not failed, "quantities": body}, indent=2) + "\n")
+    verdict = f"verified: all {len(differences)} quantities agree"
     if failed:
-        _out.print(
-            f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}", highlight=False
-        )
+        verdict = f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}"
+    out.print(verdict, highlight=False, soft_wrap=True)
+    if failed:
         raise SystemExit(1)
-    _out.print(f"verified: all {len(differences)} quantities agree", highlight=False)
 
 
 def main(argv: list[str] | None = None) -> None:
