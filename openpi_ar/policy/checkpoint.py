@@ -130,7 +130,8 @@ def _with_robot(said: "Said", spec: RobotSpec, path: str | Path, notes: list[str
         raise UserError(f"{path} was trained for robot {own!r}, not {spec.name!r}: leave out --robot")
     if own:
         return cfg
-    if said.lerobot is not None and not set(spec.cameras.values()) & set(cfg.model.cameras):
+    of_lerobot = said.lerobot is not None or (cfg.robot is not None and not isinstance(said.config, TrainConfig))
+    if of_lerobot and not set(spec.cameras.values()) & set(cfg.model.cameras):
         seen = [camera for camera in cfg.model.cameras if not lerobot.is_empty(camera)]
         if len(seen) < len(spec.cameras):
             raise UserError(
