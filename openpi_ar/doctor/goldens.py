@@ -9,14 +9,22 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 from pathlib import Path
 import re
+import zipfile
+import zlib
 
 import numpy as np
 
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import PaliGemmaConfig
 from openpi_ar.types import Array, Kind, Observation, Tokens
 
 Golden = Mapping[str, np.ndarray]
+
+
+class Arrays(dict[str, np.ndarray]):
+    """Arrays of a golden by name. One that is missing is a UserError."""
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise UserError(f"the golden lacks the array {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +70,14 @@ def comparison(a: Golden, mean_bound: Callable[[float], float | None] | None) ->
     return compare
 
 
-IMAGE = re.compile(r"(train:|sample:)?(?:image/|in_image_(?!mask_))(.+)")
+_IMAGE = re.compile(r"(train:|sample:)?(?:image/|in_image_(?!mask_))(.+)")
 
 
-def read_arrays(golden: Path, compute_dtype: str) -> dict[str, np.ndarray]:
-    """All arrays of a golden; inputs of the two runs of a subtask golden are prefixed `train:` and `sample:`."""
+def read_arrays(golden: Path, compute_dtype: str) -> Arrays:
+    """All arrays of a golden; inputs of the two runs of a subtask golden are prefixed `train:` and `sample:`.
+
+    Raises UserError if the directory is no golden or a file of it is damaged.
+    """
     outputs = "outputs_bf16.npz" if compute_dtype == "bfloat16" else "outputs.npz"
     layouts = (
         {"golden.npz": ""},
@@ -75,13 +86,49 @@ def read_arrays(golden: Path, compute_dtype: str) -> dict[str, np.ndarray]:
     )
     for files in layouts:
         if all((golden / name).is_file() for name in files):
+            arrays = Arrays()
+            for name, prefix in files.items():
+                try:
+                    arrays |= {prefix + k: v for k, v in np.load(golden / name).items()}
+                except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+                    raise UserError(f"{golden / name} cannot be read as an .npz of arrays: {e}") from e
             # Of two versions of the transformers library the newer one scales in bfloat16 as big_vision does.
-            arrays = {p + k: v for name, p in files.items() for k, v in np.load(golden / name).items()}
-            return {k.removeprefix("hf5/"): v for k, v in arrays.items()}
+            return Arrays({k.removeprefix("hf5/"): v for k, v in arrays.items()})
     raise UserError(f"{golden} is no golden: expected golden.npz, or inputs*.npz and {outputs}")
 
 
-def input_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: PaliGemmaConfig) -> dict[str, np.ndarray]:
+def camera_names(arrays: Golden, told: object, golden: Path) -> tuple[str, ...]:
+    """The cameras in the model's order: as the golden's config.json says, else as its arrays come."""
+    found = tuple(dict.fromkeys(m[2] for k in arrays if (m := _IMAGE.fullmatch(k))))
+    if not found:
+        raise UserError(f"{golden} holds no images: expected arrays image/<camera> or in_image_<camera>")
+    if told and not (isinstance(told, list) and set(map(str, told)) <= set(found)):
+        raise UserError(f"{golden}: image_keys of config.json are {told!r:.80}, but the images are {', '.join(found)}")
+    return tuple(told) if isinstance(told, list) and told else found
+
+
+def image_size(arrays: Golden, golden: Path) -> tuple[int, int]:
+    """Height and width of the golden's images. Raises UserError if they have none, or several."""
+    shapes = {v.shape[1:] for k, v in arrays.items() if _IMAGE.fullmatch(k)}
+    height, width = min(shapes)[:2] if len(shapes) == 1 and len(min(shapes)) == 3 else (0, 0)
+    if not height or not width:
+        raise UserError(f"{golden}: expected images [B height width 3] of one size, found {sorted(map(list, shapes))}")
+    return height, width
+
+
+def action_horizon(arrays: Golden, golden: Path, kind: object) -> int:
+    """Actions of the golden's chunks. Raises UserError if it has none: nothing here computes what it holds."""
+    for name, array in arrays.items():
+        if re.split("[:/]", name)[-1] in ("actions", "in_actions") and array.ndim == 3:
+            return array.shape[1]
+    what = f" ({kind})" if isinstance(kind, str) else ""
+    raise UserError(
+        f"{golden} holds no actions{what}: pi0, pi0.5, subtask models and PaliGemma can be verified, pi0-FAST and "
+        "others cannot"
+    )
+
+
+def input_arrays(arrays: Golden, cameras: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The inputs under one set of names: in_images, in_image_mask, in_ids, in_valid, in_state, per prefix."""
     found: dict[str, np.ndarray] = {}
     for prefix in ("", "train:", "sample:"):
@@ -97,10 +144,6 @@ def input_arrays(arrays: Golden, cameras: tuple[str, ...], cfg: PaliGemmaConfig)
         for name in ("state", "actions", "noise", "time"):
             torch = f"in_{name}"
             found[f"{prefix}in_{name}"] = arrays[torch if torch in arrays else f"{prefix}{name}"]
-        have, want = found[f"{prefix}in_images"].shape[2:4], cfg.siglip.image_size
-        if have != want:
-            raise UserError(f"the golden's images are {have}, the checkpoint's model reads {want}")
-    found["in_images"] = found.get("in_images", found.get("train:in_images", np.zeros(0)))
     return found
 
 

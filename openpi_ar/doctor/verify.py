@@ -5,9 +5,11 @@ nothing.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 from pathlib import Path
 import re
+from typing import Any
 
 from flax import nnx
 import jax
@@ -18,24 +20,28 @@ from openpi_ar.algorithms import flow, losses
 from openpi_ar.algorithms.generate import generate
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
-from openpi_ar.checkpoints.load import load_model
+from openpi_ar.checkpoints.load import Inspected, inspect, load_model, read
 from openpi_ar.checkpoints.options import Dtype, LoadOptions
 from openpi_ar.doctor import vlm_golden
 from openpi_ar.doctor.goldens import (
-    IMAGE,
+    Arrays,
     Compare,
     Difference,
     Golden,
+    action_horizon,
+    camera_names,
     comparison,
+    image_size,
     input_arrays,
     observation,
     read_arrays,
     text_run,
 )
+from openpi_ar.errors import UserError
 from openpi_ar.models.cache import Cache
 from openpi_ar.models.layers import sincos_embedding
 from openpi_ar.models.vlm import VLA
-from openpi_ar.textfile import read_object
+from openpi_ar.textfile import read_object, whole_number
 from openpi_ar.types import Observation
 
 # Float32 bounds on the largest absolute difference: the rounding of two orders of summation, over 4 to 18 layers.
@@ -61,43 +67,50 @@ def verify(
     The golden's own config.json gives what the checkpoint's shapes do not tell. Where neither tells the number of
     SigLIP heads, the one is taken at which the image tokens agree best, and a note says so.
 
-    Raises UserError if the directory is no golden, or the checkpoint cannot be loaded or has other dimensions.
+    Raises UserError if the directory is no golden or of another kind of model, or the checkpoint cannot be loaded or
+    has other dimensions.
     """
     arrays = read_arrays(golden, compute_dtype)
     if vlm_golden.is_vlm(arrays):
         return _verify_vlm(path, arrays, compute_dtype, siglip_heads)
     body = read_object(golden / "config.json") if (golden / "config.json").is_file() else {}
-    cameras = tuple(body.get("image_keys") or dict.fromkeys(m[2] for k in arrays if (m := IMAGE.fullmatch(k))))
-    heads = siglip_heads or body.get("siglip", {}).get("num_heads")
-    horizon = next(v.shape[1] for k, v in arrays.items() if re.split("[:/]", k)[-1] in ("actions", "in_actions"))
+    heads, kv_heads = (_number(body, part, key) for part, key in (("siglip", "num_heads"), ("pali", "num_kv_heads")))
+    cameras = camera_names(arrays, body.get("image_keys"), golden)
+    size, horizon = image_size(arrays, golden), action_horizon(arrays, golden, body.get("kind"))
     known = LoadOptions(
         dtype=None if compute_dtype == "bfloat16" else "float32",
         compute_dtype=compute_dtype,
+        image_size=size,
         action_horizon=horizon,
         cameras=cameras,
-        num_kv_heads=body.get("pali", {}).get("num_kv_heads"),
+        num_kv_heads=kv_heads,
+        siglip_heads=siglip_heads or heads,
     )
-    options = _head_counts(path, known) if heads is None else [heads]
-    best: tuple[float, VLA, tuple[str, ...]] | None = None
-    for count in options:
-        loaded = load_model(path, dataclasses.replace(known, siglip_heads=count))
-        if "in_images" not in arrays:
-            arrays = arrays | input_arrays(arrays, cameras, loaded.config)
-        model = loaded.acting()[0]
-        error = _image_error(model, arrays, cameras) if len(options) > 1 else 0.0
-        if best is None or error < best[0]:
-            note = (
-                (f"siglip_heads {count}: of {options}, the image tokens agree best with it",)
-                if len(options) > 1
-                else ()
-            )
-            best = (error, model, loaded.notes + note)
-    assert best is not None
+    looked, counts = _head_counts(path, known)
+    if looked.grid != looked.config.siglip.grid:
+        raise UserError(
+            f"{golden}: images of {size[0]} x {size[1]} are {looked.config.siglip.grid} patches, {path} has position "
+            f"embeddings for {looked.grid}"
+        )
+    arrays = Arrays(arrays | input_arrays(arrays, cameras))
+    if len(counts) == 1:
+        best, notes = read(looked).acting()[0], looked.notes
+    else:
+        tried = {n: read(inspect(path, dataclasses.replace(known, siglip_heads=n))).acting()[0] for n in counts}
+        count = min(counts, key=lambda n: _image_error(tried[n], arrays, cameras))
+        note = f"siglip_heads {count}: of {counts}, the image tokens agree best with it"
+        best, notes = tried[count], (*looked.notes, note)
     # A converted checkpoint is the same weights: the golden says whose time embedding it was computed with.
-    model = nnx.clone(best[1])
+    model = nnx.clone(best)
     model.cfg = dataclasses.replace(model.cfg, exact_time="in_tokens" in arrays)
     with jax.default_matmul_precision("highest"):
-        return list(_differences(model, arrays, cameras, bfloat16=compute_dtype == "bfloat16")), best[2]
+        return list(_differences(model, arrays, cameras, bfloat16=compute_dtype == "bfloat16")), notes
+
+
+def _number(body: dict[str, Any], part: str, key: str) -> int | None:
+    """A number of a golden's config.json; None: it does not say."""
+    inner = body.get(part)
+    return whole_number(inner, key, "the golden's config.json", 1) if isinstance(inner, dict) and key in inner else None
 
 
 def _verify_vlm(
@@ -124,13 +137,15 @@ def _verify_vlm(
         return list(vlm_golden.differences(loaded.model, arrays, compare)), notes
 
 
-def _head_counts(path: str | Path, known: LoadOptions) -> list[int]:
-    """Head counts to try: one if the shapes tell it."""
-    loaded = load_model(path, dataclasses.replace(known, siglip_heads=1))
-    if loaded.config.siglip.num_heads != 1 or loaded.kind not in ("torch", "lerobot"):
-        return [loaded.config.siglip.num_heads]
-    width = loaded.config.siglip.width
-    return [n for n in range(1, 33) if width % n == 0 and width // n >= 8]
+def _head_counts(path: str | Path, known: LoadOptions) -> tuple[Inspected, list[int]]:
+    """The checkpoint, and the head counts of SigLIP to try: one if options, files or shapes tell it."""
+    with contextlib.suppress(*() if known.siglip_heads else (UserError,)):  # the public models' number need not divide
+        looked = inspect(path, known)
+        if not any(note.startswith("siglip_heads") for note in looked.notes):
+            return looked, [looked.config.siglip.num_heads]
+    looked = inspect(path, dataclasses.replace(known, siglip_heads=1))
+    width = looked.config.siglip.width
+    return looked, [n for n in range(1, 33) if width % n == 0 and width // n >= 8]
 
 
 def _image_error(model: VLA, a: Golden, cameras: tuple[str, ...]) -> float:
