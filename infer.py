@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-import tyro
 
+from openpi_ar import files, flags
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.textfile import read_texts
 from openpi_ar.worlds import NAMES, open_world
@@ -91,7 +90,7 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        run(tyro.cli(Args, args=argv, prog="python infer.py"))
+        run(flags.parse(Args, argv, "python infer.py"))
 
 
 def run(args: Args) -> None:
@@ -123,8 +122,7 @@ def run(args: Args) -> None:
         _print_result(report, policy, console)
         if args.plot is not None:
             _plot(args.plot, report, policy)
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2, default=lambda a: a.tolist()) + "\n")
+    files.write_json(args.json, report)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,17 +153,9 @@ def _check(args: Args) -> None:
         raise UserError("--subtask is given, --subtasks is a list to choose from: leave out one of them")
     if args.question is not None and args.plot is not None:
         raise UserError("--question gives no actions to plot: leave out --plot")
-    for path in (args.video, args.plot, args.json):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(
-                f"the folder {str(path.parent)!r} does not exist: create it before writing {path.name} there"
-            )
-    if args.video is not None:
-        from openpi_ar.worlds.video import check_path
-
-        check_path(args.video)
-    if args.plot is not None and args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot must end in .png, .pdf or .svg, found {str(args.plot)!r}")
+    files.check_file(args.video, "--video", ".mp4", ".gif")
+    files.check_file(args.plot, "--plot", *files.FIGURES)
+    files.check_file(args.json, "--json")
 
 
 def _observation(args: Args, given: dict[str, Any], policy: Policy) -> dict[str, Any]:
@@ -224,7 +214,10 @@ def _rollout(args: Args, policy: Policy, console: Console) -> dict[str, Any]:
 def _action_names(policy: Policy) -> tuple[str, ...]:
     if policy.cfg.world in NAMES:
         return open_world(policy.cfg.world).ACTION_NAMES
-    return tuple(f"action {i}" for i in range(policy.transform.action_stats.dims))
+    names = policy.robot.spec.action_names or [f"action.{i}" for i in range(policy.transform.action_stats.dims)]
+    # The feature's name says nothing where its dimensions have their own.
+    short = [name.removeprefix("action.") for name in names]
+    return tuple(f"action {name}" if name.isdigit() else name for name in short)
 
 
 def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> None:
@@ -279,7 +272,8 @@ def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
     axes[-1, 0].set_xlabel("control step")
     fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9)
     fig.tight_layout()
-    fig.savefig(path, dpi=120)
+    with files.writing(path, "name another file with --plot"):
+        fig.savefig(path, dpi=120)
     plt.close(fig)
 
 

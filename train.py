@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from openpi_ar.checkpoints import store
-from openpi_ar.compilation import keep_compiled_programs
+from openpi_ar.compilation import counted, keep_compiled_programs
 from openpi_ar.data import check
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
@@ -84,12 +84,17 @@ def dry_run(cfg: TrainConfig, plot: Path | None) -> None:
 def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) -> Data:
     """Sources, statistics and the loader. A resumed run takes tokenizer and statistics from its checkpoint."""
     experiment.check_data(cfg)
+    began = time.perf_counter()
+    distributed.say(f"reading {' and '.join((cfg.data.path, *cfg.data.mix))}")
     saved = None if resume_from is None else store.load_assets(resume_from)
     tokenizer = load_tokenizer(cfg.text.tokenizer) if saved is None else saved.tokenizer
     check_tokenizer(cfg, tokenizer)
     with distributed.primary_first("data"):
         train, held_out, remarks = load_sources(cfg, datasets.local)
-    stats = train.norm_stats(cfg.model.norm_mode) if saved is None else saved.stats
+    stats = train.norm_stats(cfg.model.norm_mode)
+    if saved is not None:
+        experiment.check_frames(cfg, saved.stats, stats)
+        stats = saved.stats
     transform = InputTransform.for_training(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
     loader = Loader(
@@ -101,8 +106,15 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         sharding=placement.batch,
         workers=cfg.workers,
     )
-    distributed.say(f"data: {len(train)} training frames, {len(held_out)} held out", *remarks)
-    return Data(loader, train, held_out, transform, store.Assets(cfg, tokenizer, stats))
+    distributed.say(
+        f"data: {len(train)} training frames, {len(held_out)} held out, read in {time.perf_counter() - began:.1f} s",
+        *remarks,
+    )
+    # The checkpoint says what the dataset calls its actions.
+    robot = cfg.data.robot
+    robot = dataclasses.replace(robot, action_names=robot.action_names or tuple(train.layout.actions))
+    named = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, robot=robot))
+    return Data(loader, train, held_out, transform, store.Assets(named, tokenizer, stats))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,7 +174,7 @@ def train(
                 interrupted = step == start + 1
                 if interrupted:
                     jax.block_until_ready(state.step)
-                    display.line(f"first step, with compilation: {time.perf_counter() - began:.1f} s")
+                    display.line(f"first step: {time.perf_counter() - began:.1f} s")
                 stopping = bool(stop)
                 last = stopping or step == cfg.num_steps
                 if step % cfg.log_every == 0 or last:
@@ -229,7 +241,10 @@ def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
     state = placed_state(cfg, placement)
     where = jax.tree.map(lambda x: x.sharding, state)
     step_fn = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps), where)
-    need = memory.measure(cfg, step_fn, state, memory.abstract_batch(cfg, placement.batch))
+    distributed.say("compiling the training step, or reading it from the cache of compiled programs")
+    with counted() as programs:
+        need = memory.measure(cfg, step_fn, state, memory.abstract_batch(cfg, placement.batch))
+    distributed.say(f"training step: {programs}")
     have = memory.available()
     distributed.say(memory.describe(need, have, "memory of the compiled training step"))
     memory.check(cfg, need, have, PRESETS, devices=placement.devices)
@@ -238,7 +253,7 @@ def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
 
 def run(argv: Sequence[str]) -> None:
     """Every check that can fail comes before anything is written: flags, config, experiment, memory, data."""
-    args = cli.parse(argv, HELP, get_preset)
+    args = cli.parse(argv, HELP, get_preset, experiment.saved_config)
     cfg = args.config
     experiment.check_config(cfg)
     check_schedule(cfg.optimizer, cfg.num_steps)
@@ -250,17 +265,18 @@ def run(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     distributed.start(args.distributed)  # nothing has computed until here
     resume_from = experiment.agreed_step(cfg, resume_from)
+    if resume_from is not None:
+        distributed.say(experiment.describe_resumed(cfg, resume_from))
+        if int(resume_from.name) >= cfg.num_steps:
+            distributed.say(f"nothing left to do of {cfg.num_steps} steps; raise --num-steps to continue")
+            return
     placement = make_placement(cfg)
     need, have = memory.check_fits(cfg, PRESETS, devices=placement.devices)
     distributed.say(memory.describe(need, have))
+    experiment.check_room(cfg, need)
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
     state, data.loader.position = make_state(cfg, placement, resume_from)
-    if int(state.step) >= cfg.num_steps:
-        distributed.say(
-            f"nothing left to do: step {state.step} of {cfg.num_steps} is saved; raise --num-steps to continue"
-        )
-        return
     directory = experiment.create(cfg, overwrite=overwrite)
     train(cfg, directory, data, state, placement, step_fn)
 

@@ -15,14 +15,15 @@ import time
 import jax
 import ml_dtypes
 import numpy as np
-import tyro
 
 from configs.pi05_subtask import PI05_SUBTASK
+from openpi_ar import files, flags
 from openpi_ar.algorithms.act import act
 from openpi_ar.algorithms.sampling import Sampling
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
 from openpi_ar.checkpoints.options import LoadOptions
+from openpi_ar.errors import command_line
 from openpi_ar.model_config import ModelConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten
@@ -71,6 +72,8 @@ def peak_gb() -> float:
 
 
 def main(args: Args) -> None:
+    files.check_file(args.json, "--json")
+    files.check_directory(args.dir, "name another directory")
     cfg = PI05_SUBTASK.model
     figures: dict[str, float] = {}
     if not (args.dir / export.SAFETENSORS).exists():
@@ -108,9 +111,9 @@ def main(args: Args) -> None:
     assert int(out.text.valid.sum()) == args.tokens
     print(json.dumps(figures, indent=2))
     print(f"generated {out.text.ids[0].tolist()}, actions of deviation {float(out.actions.std()):.3f}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    files.write_json(args.json, figures)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with command_line():
+        main(flags.parse(Args, None, "python -m benchmarks.full_size"))

@@ -16,9 +16,12 @@ import sys
 
 import jax
 import numpy as np
+from tyro.conf import Positional
 
 from configs import get_preset
+from openpi_ar import flags
 from openpi_ar.config import TrainConfig
+from openpi_ar.errors import UserError, command_line
 from openpi_ar.training import memory
 from openpi_ar.training.optimizer import make_optimizer
 from openpi_ar.training.state import train_key
@@ -42,10 +45,15 @@ class Plan:
 
 
 def parse(name: str) -> TrainConfig:
-    """`preset`, `preset:rows`, `preset+lora` (towers frozen but for adapters of rank 8) or both: `preset+lora:rows`."""
-    name, _, rows = name.partition(":")
+    """`preset`, `preset:rows`, `preset+lora` (towers frozen but for adapters of rank 8) or both: `preset+lora:rows`.
+
+    Raises UserError for anything else.
+    """
+    given, (name, _, rows) = name, name.partition(":")
     preset, _, lora = name.partition("+")
     cfg = get_preset(preset)
+    if lora not in ("", "lora") or not (rows or "1").isdigit() or rows == "0":
+        raise UserError(f"expected PRESET, PRESET:ROWS, PRESET+lora or PRESET+lora:ROWS, found {given!r}")
     if lora:
         towers = {t: dataclasses.replace(getattr(cfg.model, t), lora_rank=8) for t in ("vlm", "expert")}
         table = ("img/*", "embedder/*", "vlm/*", "expert/*", "!*lora_?")
@@ -73,7 +81,7 @@ def measure(name: str) -> Plan:
     """`measure_here` in a process of its own."""
     # Whatever is freed goes back to the system at once: what is resident is what is in use.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.memory_plan", "--here", name]
+    command = [sys.executable, "-m", "benchmarks.memory_plan", name, "--here"]
     done = subprocess.run(
         command, env=env, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1]
     )
@@ -96,9 +104,21 @@ def _status(field: str) -> int:
     return int(fields[field].split()[0]) * 1024
 
 
-def main(names: list[str]) -> None:
-    if names[:1] == ["--here"]:
-        print(json.dumps(dataclasses.asdict(measure_here(parse(names[1])))))
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """The memory plan of training steps against what they really take."""
+
+    presets: Positional[tuple[str, ...]]
+    """Names of presets: `debug`, `debug:512` with that many rows, `debug+lora` with adapters on frozen towers."""
+    here: bool = False
+    """Measure the first one in this process, and print JSON."""
+
+
+def run(args: Args) -> None:
+    """Prints a table. Raises UserError before anything is measured."""
+    names, configs = args.presets, [parse(name) for name in args.presets]
+    if args.here:
+        print(json.dumps(dataclasses.asdict(measure_here(configs[0]))))
         return
     print("| preset | estimated | compiled | measured |\n|---|---|---|---|")
     for name in names:
@@ -110,5 +130,11 @@ def main(names: list[str]) -> None:
         print(f"| `{name}` | {shown[0]} | {shown[1]} | {plan.measured / MIB:,.0f} MiB |", flush=True)
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2."""
+    with command_line():
+        run(flags.parse(Args, argv, "python -m benchmarks.memory_plan"))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from openpi_ar import flags
 from openpi_ar.errors import UserError, command_line
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +169,7 @@ Command = Annotated[Record, tyro.conf.subcommand("record")] | Annotated[Quote, t
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        tyro.cli(Command, args=argv, prog="python -m benchmarks.results", description=__doc__).run()
+        flags.parse(Command, argv, "python -m benchmarks.results", description=__doc__).run()
 
 
 if __name__ == "__main__":

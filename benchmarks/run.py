@@ -6,7 +6,6 @@ traffic (arguments and results) / bandwidth.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import tyro
 from benchmarks import growth, inference, training
 from benchmarks.sizes import SIZES, Size
 from benchmarks.timing import Device, Program, measure_device
+from openpi_ar import files, flags
 from openpi_ar.errors import command_line
 
 
@@ -97,8 +97,7 @@ def show_growth(args: Args, dtype: str) -> None:
     for row in growth.rows(found):
         table.add_row(*row)
     Console(width=140).print(table)
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    files.write_json(args.json, found)
     if args.plot is not None:
         growth.plot(found, args.plot, f"{args.size}, {jax.devices()[0].device_kind}, {dtype}")
 
@@ -134,10 +133,12 @@ def compare(args: Args, dtype: str) -> None:
             "ratios": ratios,
             "largest_differences": gaps,
         }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        files.write_json(args.json, report)
 
 
 def main(args: Args) -> None:
+    files.check_file(args.json, "--json")
+    files.check_file(args.plot, "--plot", *files.FIGURES)
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
     # Compile times are measured: nothing may come from an earlier run.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -147,4 +148,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with command_line():
-        main(tyro.cli(Args))
+        main(flags.parse(Args, None, "python -m benchmarks.run"))

@@ -1,15 +1,19 @@
 """The cache of compiled programs on disk, one directory per kind of processor; programs that run once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
 import platform
+import time
 from typing import Any
 
 import jax
 
-from openpi_ar.files import cache_root
+from openpi_ar.errors import UserError
+from openpi_ar.files import ANOTHER_CACHE, cache_root, check_directory
 
 _SHORTEST_S = 0.2
 """Programs that compile faster are not written: a policy has dozens of small ones."""
@@ -19,17 +23,70 @@ def keep_compiled_programs() -> Path | None:
     """Has JAX write compiled programs to `<cache_root>/xla/<processor>` and read them from there.
 
     JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false` (write none) and
-    `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`. Returns the directory in use, None if there is none.
+    `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`. Returns the directory in use, None if there is none. Where it cannot
+    be written, programs are read from it and none is kept.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    directory: str | None = jax.config.values["jax_compilation_cache_dir"]
-    if directory is None:
-        directory = str(cache_root() / "xla" / _processor())
-        jax.config.update("jax_compilation_cache_dir", directory)
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_S)
-    return Path(directory)
+    given: str | None = jax.config.values["jax_compilation_cache_dir"]
+    if given is not None:
+        return Path(given)
+    directory, shortest = None, _SHORTEST_S
+    try:
+        directory = cache_root() / "xla" / _processor()
+        check_directory(directory, ANOTHER_CACHE)
+    except UserError as e:
+        print(f"note: compiled programs are not kept: {e}", flush=True)
+        if directory is None or not directory.is_dir():
+            return None
+        shortest = float("inf")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+    return directory
+
+
+@dataclasses.dataclass
+class Programs:
+    """What a block took: its seconds, and programs compiled and read from the cache on disk, small ones aside."""
+
+    seconds: float = 0.0
+    compiled: int = 0
+    read: int = 0
+
+    def __str__(self) -> str:
+        """ "compiled in 3.1 s", "read from the cache in 0.2 s", or of some programs each."""
+        if self.compiled and self.read:
+            what = f"{self.compiled} programs compiled and {self.read} read from the cache"
+        else:
+            what = "compiled" if self.compiled else "read from the cache" if self.read else "done"
+        return f"{what} in {self.seconds:.1f} s"
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Programs]:
+    """The account of the block, complete at its end."""
+    found, began, hits = Programs(), time.perf_counter(), 0
+
+    def on_event(event: str, **_: Any) -> None:
+        nonlocal hits
+        hits += event == "/jax/compilation_cache/cache_hits"
+
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal hits
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.read += hits
+            found.compiled += not hits and duration_secs > _SHORTEST_S
+            hits = 0
+
+    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_listener(on_event)
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+        found.seconds = time.perf_counter() - began
 
 
 def run_once(program: Callable[..., Any], *args: Any) -> Any:

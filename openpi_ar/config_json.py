@@ -13,7 +13,8 @@ from typing import Any
 
 from openpi_ar.config import InferenceConfig, LeRobotData, TrainConfig
 from openpi_ar.errors import UserError
-from openpi_ar.textfile import read_text
+from openpi_ar.lookup import nearest
+from openpi_ar.textfile import is_number, parse_json, read_text
 
 # Written for fields that may hold one of several dataclasses, so that reading knows which.
 _TYPE = "type"
@@ -34,10 +35,7 @@ def dumps(cfg: TrainConfig | InferenceConfig) -> str:
 
 def loads(text: str, *, source: str = "config.json") -> TrainConfig | InferenceConfig:
     """Inverse of `dumps`. Fields that are absent take their defaults. Raises UserError on unknown or unfit fields."""
-    try:
-        body = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{source} is not JSON: {e}") from e
+    body = parse_json(text, source)
     is_inference = isinstance(body, dict) and body.get(_TYPE) == InferenceConfig.__name__
     return decode(InferenceConfig if is_inference else TrainConfig, body, source)
 
@@ -99,26 +97,57 @@ def _upgraded(cls: type, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(cls: type, body: Any, where: str) -> Any:
+    """The dataclass whose fields a JSON or YAML file gives. Raises UserError for fields that it does not have, that are
+    missing or of another type."""
     if not isinstance(body, dict):
         raise UserError(f"{where}: expected the fields of {cls.__name__}, found {body!r}")
     body = _upgraded(cls, body)
-    values, fields = {}, {f.name: (f, options) for f, options in _fields(cls)}
-    if unknown := sorted(set(body) - set(fields) - {_TYPE}):
-        raise UserError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}; written by another version?")
-    for name, value in body.items():
-        if name == _TYPE:
-            continue
-        options = fields[name][1]
-        if isinstance(value, dict) and options:
-            by_name = {o.__name__: o for o in options}
-            tag = value.get(_TYPE, options[0].__name__)
-            if tag not in by_name:
-                raise UserError(f"{where}: {name} must be one of {', '.join(by_name)}, found {tag!r}")
-            values[name] = decode(by_name[tag], value, f"{where}: {name}")
-        else:
-            # JSON has no tuples; every sequence of the schema is one.
-            values[name] = tuple(value) if isinstance(value, list) else value
+    hints = {field.name: typing.get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+    if unknown := [name for name in body if name not in hints and name != _TYPE]:
+        near = nearest(str(unknown[0]), hints)
+        raise UserError(
+            f"{where}: {cls.__name__} has no field {', '.join(map(str, unknown))}: did you mean {near[0]}? It has "
+            f"{', '.join(near)}; or was the file written by another version?"
+        )
+    values = {name: _value(value, hints[name], f"{where}: {name}") for name, value in body.items() if name in hints}
     try:
         return cls(**values)
     except (TypeError, ValueError) as e:
         raise UserError(f"{where}: {e}") from e
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """A value of JSON as a field of that type holds it: sequences are tuples. Raises UserError."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in members:
+        return None
+    if options := {m.__name__: m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)}:
+        tag = value.get(_TYPE, next(iter(options))) if isinstance(value, dict) else repr(value)
+        if tag not in options:
+            raise UserError(f"{where} must be one of {', '.join(options)}, found {tag!r}")
+        return decode(options[tag], value, where)
+    hint = members[0]
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is tuple and isinstance(value, list | tuple) and (inner[-1] is ... or len(value) == len(inner)):
+        return tuple(_value(x, inner[0], f"{where}, entry {i}") for i, x in enumerate(value, 1))
+    if kind is dict and isinstance(value, dict):
+        return {_value(k, inner[0], f"{where}: key"): _value(x, inner[1], f"{where}: {k}") for k, x in value.items()}
+    if kind is typing.Literal and value in inner:
+        return value
+    if (hint is float and is_number(value)) or type(value) is hint:
+        return value
+    raise UserError(f"{where} must be {_in_words(hint)}, found {'nothing' if value is None else repr(value)}")
+
+
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _in_words(hint: Any) -> str:
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if kind is dict:
+        return f"pairs `key: value`, each value {_in_words(inner[1])}"
+    if kind is tuple:
+        return f"a list{f' of {len(inner)}' * (inner[-1] is not ...)}, each entry {_in_words(inner[0])}"
+    return _WORDS.get(hint, str(hint))

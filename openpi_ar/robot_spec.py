@@ -52,6 +52,8 @@ class RobotSpec:
     """The model's first action dimensions are the robot's; 0: those of the statistics."""
     actions: tuple[str, ...] = ("action",)
     """Features of a LeRobot dataset that are the action, side by side; slices as in `state`."""
+    action_names: tuple[str, ...] = ()
+    """What the dimensions of the action are called, for people; empty: what a dataset calls them, else numbers."""
     delta_mask: tuple[int, ...] = ()
     """Runs of action dimensions, openpi's `make_bool_mask`: `6 -1` is six that are learnt relative to the state, then
     one absolute. Dimensions past its end are absolute."""
@@ -91,7 +93,7 @@ class RobotSpec:
             problems.append(f"optional names {', '.join(sorted(unknown))}, which cameras does not")
         if set(self.flips) - {1, -1}:
             problems.append(f"flips must be signs +-1, found {self.flips}")
-        if any(type(run) is not int or not run for run in self.delta_mask):
+        if any(type(run) is not int or not 0 < abs(run) < 1000 for run in self.delta_mask):
             problems.append(f"delta_mask must be runs, 6 -1: six relative, one absolute; found {self.delta_mask}")
         if both := set(self.aloha_grippers) & set(self.inverted_grippers):
             problems.append(f"dimension {min(both)} is both an ALOHA gripper and an inverted one")
@@ -125,7 +127,14 @@ class RobotSpec:
 
     def check_cameras(self, cameras: Sequence[str]) -> None:
         """Raises UserError if the robot feeds cameras that the model lacks."""
-        if strange := [camera for camera in self.cameras.values() if camera not in cameras]:
+        strange = [camera for camera in self.cameras.values() if camera not in cameras]
+        if strange and set(self.cameras) & set(cameras):
+            key, camera = next(pair for pair in self.cameras.items() if pair[0] in cameras)
+            raise UserError(
+                f"robot {self.name}: cameras has feature and camera the wrong way round, {key}: {camera}; write "
+                f"{camera}: {key}, the feature first"
+            )
+        if strange:
             raise UserError(
                 f"robot {self.name} feeds camera {', '.join(strange)}, but the model reads {', '.join(cameras)}: it is "
                 f"not a model for this robot. To train one set --model.cameras {' '.join(self.cameras.values())}, or "
@@ -141,6 +150,8 @@ class RobotSpec:
         dims, problems = min(state, actions), []
         if len(self.flips) > dims:
             problems.append(f"flips must be up to {dims} signs +-1, found {len(self.flips)}")
+        if len(self.action_names) not in (0, actions):
+            problems.append(f"action_names must be {actions} names, found {len(self.action_names)}")
         for name in ("aloha_grippers", "inverted_grippers"):
             if any(not 0 <= i < dims for i in getattr(self, name)):
                 problems.append(f"{name} must be dimensions under {dims}, found {getattr(self, name)}")

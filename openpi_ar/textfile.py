@@ -1,14 +1,18 @@
-"""Text and JSON files that other programs wrote, and the numbers in them: what is not as expected is one line naming
-the file.
+"""Text, JSON and YAML files that other programs wrote, and the numbers in them: what is not as expected is one line
+naming the file.
 
 Texts are UTF-8, with or without a byte-order mark.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import contextlib
 import json
 from pathlib import Path
 import sys
 from typing import Any, TypeGuard
+
+import numpy as np
+import yaml
 
 from openpi_ar.errors import UserError
 
@@ -50,6 +54,19 @@ def read_texts(path: Path) -> tuple[str, ...]:
     return texts
 
 
+def as_text(value: Any, what: str) -> str:
+    """A text that may be UTF-8 bytes, or an array or list of one text, as HDF5, RLDS and .npz files give it.
+
+    Raises UserError, saying what it is, for anything else.
+    """
+    one = np.ravel(value)[0] if isinstance(value, np.ndarray | list | tuple) and np.size(value) == 1 else value
+    with contextlib.suppress(UnicodeDecodeError):
+        if isinstance(one, bytes | str):
+            return one.decode() if isinstance(one, bytes) else str(one)
+    found = f"an array, {value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)[:200]
+    raise UserError(f"{what} is {found}, expected a text (UTF-8)")
+
+
 def whole_number(row: Mapping[str, Any], key: str, where: str, least: int = 0) -> int:
     """A whole number out of a user's file. Raises UserError saying where, if it is anything else or below `least`."""
     value = row.get(key)
@@ -65,11 +82,51 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> Any:
+    """What a JSON text holds. Raises UserError, saying where, if it is none or gives a key twice."""
     try:
-        body = json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+    except _TwiceError as e:
+        raise UserError(f"{where}: {e}") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where} is not JSON: {e}") from e
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The same of YAML, of plain values."""
+    try:
+        return yaml.load(text, _Loader)
+    except _TwiceError as e:
+        raise UserError(f"{where}: {e}") from e
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:  # no date, a list as a key
+        raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from e
+
+
+class _TwiceError(Exception):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are given twice, of which YAML's own loader takes the last."""
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    body = {}
+    for key, value in pairs:
+        if key in body:
+            raise _TwiceError(f"{key!r} is given twice: keep one")
+        body[key] = value
+    return body
+
+
+_Loader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+    lambda loader, node: _once(loader.construct_pairs(node, deep=True)),  # pyright: ignore[reportArgumentType]
+)
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    body = parse_json(text, where)
     if not isinstance(body, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(body).__name__}")
     return body

@@ -139,7 +139,7 @@ def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
         (["--images", "front=FRONT"], ["camera 'wrist' is missing", "reads front, wrist"]),
         (["--images", "front=FRONT", "wrist=WRIST", "top=WRIST"], ["no camera 'top'", "front, wrist"]),
         (["--images", "FRONT"], ["camera=file", "front=a.png"]),
-        (["--images", "front=TEXT", "wrist=WRIST"], ["text.txt", "not an image"]),
+        (["--images", "front=TEXT", "wrist=WRIST"], ["text.txt", "not a readable image"]),
         (["--images", "front=nowhere.png", "wrist=WRIST"], ["'nowhere.png'", "does not exist"]),
         (["--prompt", "  "], ["--prompt is empty"]),
         (["--prompt", "put " * 100], ["tokens but the budget is", "shorten"]),

@@ -121,7 +121,8 @@ def test_resumed_run_equals_one_never_stopped(uninterrupted, tmp_path, monkeypat
         train.main(flags)
     directory = tmp_path / "debug" / "default"
     assert store.complete_steps(directory) == [37]
-    train.main([*flags, "--resume"])
+    # Nothing else is given: the number of steps and all other fields are those of the saved run, not the preset's.
+    train.main(["--config", "debug", "--checkpoint-dir", str(tmp_path), "--resume"])
     (a, a_position), (b, b_position) = saved(directory, STEPS), saved(uninterrupted, STEPS)
     assert_same(a, b)
     assert a_position == b_position == STEPS
@@ -317,8 +318,8 @@ def refused(argv: list[str], capsys) -> str:
         ("--config debug", "already holds an experiment"),
         ("--config debug --num-steps 60 --resume --model.vlm.width 32", "model.vlm.width (16 saved, 32 given)"),
         (
-            "--config debug --num-steps 60 --resume --data.path world://tabletop?episodes=4",
-            "data.path ('world://tabletop?episodes=3&image_size=32x32' saved, 'world://tabletop?episodes=4' given)",
+            "--config debug --num-steps 61 --resume --data.path world://tabletop?episodes=4",
+            "world://tabletop?episodes=4 holds other frames than this run was trained on",
         ),
         ("--config debug --num-steps 60 --resume --batch-size 8 --seed 1", "seed (0 saved, 1 given), batch_size (4"),
         ("--config debug --num-steps 60 --resume --optimizer.ema-decay None", "optimizer.ema_decay (0.99 saved, None"),

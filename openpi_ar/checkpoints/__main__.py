@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
+from openpi_ar import files, flags
 from openpi_ar.checkpoints.options import AS_IT_IS, Format, LoadOptions
-from openpi_ar.errors import UserError, command_line
+from openpi_ar.errors import command_line
 from openpi_ar.model_config import ModelConfig, TowerConfig
 
 Where = Annotated[str, tyro.conf.Positional]
@@ -39,8 +40,7 @@ def convert(
     """
     from openpi_ar.checkpoints import export, load
 
-    if target.exists():
-        raise UserError(f"{target} exists: name a new directory, or delete this one first")
+    files.check_new(target)
     loaded = load.load_model(source, options)
     for note in (*loaded.notes, *export.convert(loaded, target, to)):
         _out.print(f"note: {note}", highlight=False)
@@ -118,9 +118,7 @@ def _tower(t: TowerConfig) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        tyro.extras.subcommand_cli_from_dict(
-            {"convert": convert, "inspect": inspect}, args=argv, prog="python -m openpi_ar.checkpoints"
-        )
+        flags.parse({"convert": convert, "inspect": inspect}, argv, "python -m openpi_ar.checkpoints")()
 
 
 if __name__ == "__main__":

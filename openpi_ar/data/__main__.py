@@ -4,6 +4,7 @@ from typing import Annotated
 
 import tyro
 
+from openpi_ar import flags
 from openpi_ar.data.commands import Inspect, Stats, Subtasks
 from openpi_ar.errors import command_line
 
@@ -17,7 +18,7 @@ Command = (
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        tyro.cli(Command, args=argv, prog="python -m openpi_ar.data", description=__doc__).run()
+        flags.parse(Command, argv, "python -m openpi_ar.data", description=__doc__).run()
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from openpi_ar import files
 from openpi_ar.config import TrainConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import Column, Numbers, SingleSource, TrainingSource
 from openpi_ar.data.mixture import parts_of
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats
-from openpi_ar.errors import UserError
 from openpi_ar.tables import console, new_table
 from openpi_ar.text.segments import Segment, readable
 
@@ -141,10 +141,8 @@ def _plot(path: Path, numbers: Numbers, names: dict[str, Sequence[str]], stats: 
         ax.set_xlim(-4, 4)
         ax.invert_yaxis()
         ax.set_title(f"{what}: all (thin), 1 to 99 %, 25 to 75 % (thick)", fontsize=9)
-    try:
+    with files.writing(path, "name another file with --plot"):
         fig.savefig(path, dpi=120)
-    except (OSError, ValueError) as e:
-        raise UserError(f"--plot {path} cannot be written: {e}; give the path of a .png, .pdf or .svg file") from e
 
 
 def _labels(train: TrainingSource, transform: InputTransform) -> list[str]:

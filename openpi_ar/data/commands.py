@@ -11,12 +11,15 @@ import numpy as np
 from rich.table import Table
 import tyro
 
+from openpi_ar import files
 from openpi_ar.data.lerobot.columns import Frames, label_columns, read_columns, runs, subtask_labels, subtask_source
 from openpi_ar.data.lerobot.meta import Episode, Meta, choose_episodes, read_meta
 from openpi_ar.data.lerobot.video import probe
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats, compute_stats, save_norm_stats
 from openpi_ar.errors import UserError
 from openpi_ar.tables import console, new_table
+
+_ANOTHER = "name another directory with --out"
 
 Directory = Annotated[str, tyro.conf.Positional]
 
@@ -73,16 +76,13 @@ class Stats:
     """Empty: all."""
     mode: Literal["quantile", "z_score"] = "quantile"
     """How the statistics are to be used; stored with them. quantile: pi0.5, z_score: pi0."""
-    out: str = ""
-    """Directory to write norm_stats.json to; empty: only print."""
+    out: Path | None = None
+    """Directory to write norm_stats.json to; None: only print."""
 
     def run(self) -> None:
         began = time.perf_counter()
-        if out := self.out and Path(self.out).expanduser():
-            try:
-                out.mkdir(parents=True, exist_ok=True)  # before the work that it is for
-            except OSError as e:
-                raise UserError(f"--out {self.out} cannot be made: {e.strerror}; name another directory") from e
+        if self.out is not None:
+            files.check_directory(self.out, _ANOTHER)  # before the work that it is for
         meta = read_meta(self.path)
         frames = read_columns(meta, choose_episodes(meta, self.episodes), [*self.state, *self.actions])
         keys = {"state": self.state, "actions": self.actions}
@@ -97,12 +97,10 @@ class Stats:
             f"mode {self.mode}; {len(frames)} rows in {seconds:.2f} s ({len(frames) / seconds:,.0f} rows/s), no video "
             "decoded"
         )
-        if out:
-            try:
-                save_norm_stats(out, stats)
-            except OSError as e:
-                raise UserError(f"--out {self.out} cannot be written: {e.strerror}; name another directory") from e
-            console().print(f"written to {out / 'norm_stats.json'}", soft_wrap=True)
+        if self.out is not None:
+            with files.writing(self.out, _ANOTHER):
+                save_norm_stats(self.out, stats)
+            console().print(f"written to {self.out / 'norm_stats.json'}", soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,6 +85,11 @@ class NormStats:
             q99=np.where(flat, middle + 1 - _EPSILON / 2, self.q99),
         )
 
+    def is_close(self, other: "NormStats") -> bool:
+        """Whether both are of the same numbers, added up in whatever order."""
+        pairs = [(getattr(self, key), getattr(other, key)) for key in _ARRAYS]
+        return all(a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in pairs)
+
     def first(self, dims: int, what: str) -> "NormStats":
         """The first `dims` dimensions, 0: all; more are padding, as in openpi. Raises UserError if there are fewer."""
         dims = dims or self.dims

@@ -9,6 +9,7 @@ import numpy as np
 from openpi_ar.data import transforms
 from openpi_ar.errors import UserError
 from openpi_ar.robot_spec import ANY, IMAGES, PROMPT, STATE, RobotSpec, split_key
+from openpi_ar.textfile import as_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,8 +25,8 @@ class Reading:
 
     images: Mapping[str, np.ndarray]
     state: np.ndarray | None
-    prompt: Any
-    question: Any = None
+    prompt: str | None
+    question: str | None = None
     template: str | None = None
 
 
@@ -61,17 +62,14 @@ class Robot:
         the whole under "state"; without any of it the reading has none.
         """
         flat = _flatten(raw)
-        images, prompt = self._images(flat, set(raw.get("masked", ()))), self.prompt(raw)
-        return Reading(images, self._state_vector(flat), prompt, raw.get("question"), raw.get("template"))
+        images, question = self._images(flat, set(raw.get("masked", ()))), raw.get("question")
+        question = None if question is None else as_text(question, "the question")
+        return Reading(images, self._state_vector(flat), self.prompt(raw), question, raw.get("template"))
 
     def prompt(self, raw: Mapping[str, Any]) -> Any:
-        """The observation's prompt, as text if it is bytes or a numpy scalar; by default the robot's own."""
+        """The observation's prompt (`textfile.as_text`); by default the robot's own. Raises UserError."""
         prompt = raw.get(PROMPT)
-        if isinstance(prompt, np.ndarray | np.generic) and np.ndim(prompt) == 0:
-            prompt = prompt.item()
-        if isinstance(prompt, bytes):
-            prompt = prompt.decode(errors="replace")
-        return self.spec.prompt if prompt is None else prompt
+        return self.spec.prompt if prompt is None else as_text(prompt, "the prompt")
 
     def no_state(self) -> UserError:
         """The error for a reading that lacks the state it needs."""

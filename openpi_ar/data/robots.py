@@ -9,14 +9,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-import yaml
-
 from openpi_ar import config_json
 from openpi_ar.errors import UserError
 from openpi_ar.lookup import nearest
 from openpi_ar.robot_spec import RobotSpec, Variant, make_mask
 from openpi_ar.text.templates import get_template
-from openpi_ar.textfile import read_text
+from openpi_ar.textfile import parse_json, parse_yaml, read_text
 
 _FILES = (".json", ".yaml", ".yml")
 
@@ -126,27 +124,25 @@ def loads(text: str, *, source: str = "robot.json") -> RobotSpec:
     Shorter than what `dumps` writes: `state` may be a list of keys. Raises UserError naming unknown, missing or unfit
     fields.
     """
-    try:
-        body = json.loads(text) if source.endswith(".json") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as e:
-        kind = "JSON" if source.endswith(".json") else "YAML"
-        raise UserError(f"{source} is not {kind}: {' '.join(str(e).split())}") from e
+    body = parse_json(text, source) if source.endswith(".json") else parse_yaml(text, source)
     if not isinstance(body, dict):
         raise UserError(f"{source}: expected the fields of a robot, found {type(body).__name__}")
-    if isinstance(body.get("state"), list | str):
-        keys = [body["state"]] if isinstance(body["state"], str) else body["state"]
-        if wrong := [key for key in keys if not isinstance(key, str)]:
-            raise UserError(f"{source}: state names features or raw keys, found {wrong[0]!r}: put it in quotes")
+    for name in ("state", "actions"):
+        if isinstance(body.get(name), str):
+            body[name] = [body[name]]
+    keys = body.get("state")
+    if isinstance(keys, list):
+        if wrong := [key for key in keys if not isinstance(key, str) or keys.count(key) > 1]:
+            raise UserError(f"{source}: state names features or raw keys in quotes, each once, found {wrong[0]!r}")
         body["state"] = dict.fromkeys(keys, 0)
-    if isinstance(body.get("actions"), str):
-        body["actions"] = [body["actions"]]
-    if not isinstance(runs := body.get("delta_mask", []), list):
-        raise UserError(f"{source}: delta_mask is a list of runs, [6, -1]: six relative, one absolute; found {runs!r}")
     spec = config_json.decode(RobotSpec, {"name": Path(source).stem, **body}, source)
     if not spec.cameras or not spec.state:
         raise UserError(
             f"{source}: cameras must name at least one image and state one key, found {spec.cameras} and {spec.state}"
         )
-    for variant in (spec.pi0, spec.pi05):
-        get_template("openpi" if variant is None else variant.template)
+    for variant in filter(None, (spec.pi0, spec.pi05)):
+        try:
+            get_template(variant.template)
+        except UserError as e:
+            raise UserError(f"{source}: {e}") from e
     return spec

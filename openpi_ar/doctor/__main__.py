@@ -3,12 +3,12 @@
 python -m openpi_ar.doctor verify my_policy goldens/pi05
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from openpi_ar import files, flags
 from openpi_ar.errors import command_line
 from openpi_ar.tables import console, new_table
 
@@ -30,6 +30,7 @@ def verify(
         siglip_heads: where neither the checkpoint nor the golden tells it; found by trying if not given.
         json_path: write the table there too.
     """
+    files.check_file(json_path, "--json")
     from openpi_ar.doctor.verify import verify as compare
 
     differences, notes = compare(path, golden, compute_dtype=dtype, siglip_heads=siglip_heads)
@@ -41,9 +42,8 @@ def verify(
     for note in notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
     failed = [d.name for d in differences if not d.ok]
-    if json_path is not None:
-        body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}
-        json_path.write_text(json.dumps({"ok": not failed, "quantities": body}, indent=2) + "\n")
+    body = {d.name: {"max": d.largest, "mean": d.mean, "bound": d.bound, "ok": d.ok} for d in differences}
+    files.write_json(json_path, {"ok": not failed, "quantities": body})
     verdict = f"verified: all {len(differences)} quantities agree"
     if failed:
         verdict = f"FAILED: {len(failed)} of {len(differences)} quantities differ: {', '.join(failed)}"
@@ -55,7 +55,7 @@ def verify(
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        tyro.extras.subcommand_cli_from_dict({"verify": verify}, args=argv, prog="python -m openpi_ar.doctor")
+        flags.parse({"verify": verify}, argv, "python -m openpi_ar.doctor")()
 
 
 if __name__ == "__main__":

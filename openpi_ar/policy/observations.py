@@ -6,9 +6,10 @@ from typing import Any
 import zipfile
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from openpi_ar.data.pictures import read_picture
 from openpi_ar.errors import UserError
+from openpi_ar.textfile import as_text
 
 
 def given(
@@ -34,7 +35,11 @@ def given(
     """
     raw: dict[str, Any] = {} if file is None else read_npz(file, flat=flat)
     if images:
-        raw["images"] = dict(read_image(item) for item in images)
+        raw["images"] = {}
+        for camera, image in map(read_image, images):
+            if camera in raw["images"]:
+                raise UserError(f"--images names camera {camera!r} twice: give each of its own file once")
+            raw["images"][camera] = image
     if state is not None:
         raw["state"] = np.asarray(state, np.float32)
     if prompt is not None:
@@ -47,12 +52,7 @@ def read_image(item: str) -> tuple[str, np.ndarray]:
     camera, _, file = item.partition("=")
     if not camera or not file:
         raise UserError(f"--images takes camera=file, found {item!r}; for example front=a.png")
-    try:
-        return camera, np.asarray(Image.open(file).convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"image file {file!r} of camera {camera!r} does not exist") from None
-    except (UnidentifiedImageError, OSError) as e:
-        raise UserError(f"{file!r} of camera {camera!r} is not an image that can be read: {e}") from None
+    return camera, read_picture(Path(file), f"image file {file!r} of camera {camera!r}")
 
 
 def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:
     if "state" in arrays:
         raw["state"] = arrays.pop("state")
     if "prompt" in arrays:
-        raw["prompt"] = str(arrays.pop("prompt"))
+        raw["prompt"] = as_text(arrays.pop("prompt"), f"{path}: prompt")
     # LeRobot's names of features tell what they are; anything else is an image.
     own = {key: value for key, value in arrays.items() if flat or key.startswith(("observation.", "observation/"))}
     images = {key: value for key, value in arrays.items() if key not in own}

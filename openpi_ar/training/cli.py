@@ -4,16 +4,13 @@ Nothing here imports JAX: `train.py` answers `--help` and wrong flags before it 
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import io
 from pathlib import Path
-import re
-import sys
 
 import tyro
 
+from openpi_ar import files, flags
 from openpi_ar.config import Distributed, TrainConfig
 from openpi_ar.errors import UserError
 
@@ -27,7 +24,8 @@ Checkpoints, metrics.jsonl and loss.png go to <checkpoint_dir>/<config>/<exp_nam
 
     --config NAME       the preset (below); `--config NAME --help` lists its fields and their values
     --exp-name NAME     name of this run (default: default)
-    --resume            continue from the newest complete checkpoint, exactly as if never stopped
+    --resume            continue from the newest complete checkpoint, exactly as if never stopped: fields that are not
+                        given have their saved values
     --auto-resume       continue if there is a complete checkpoint, start (anew) if there is none: one command for a
                         scheduler that starts jobs again
     --overwrite         delete what the experiment's directory holds and start anew
@@ -76,18 +74,28 @@ class Arguments:
     plot: Path | None = None
 
 
-def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], get_preset) -> Arguments:
-    """Parses the command line. Raises UserError in one line; SystemExit(0) after printing help."""
+_OWN = ("resume", "auto-resume", "overwrite", "dry-run")
+
+
+def parse(
+    argv: Sequence[str],
+    presets: Mapping[str, tuple[TrainConfig, str]],
+    get_preset: Callable[[str], TrainConfig],
+    saved: Callable[[TrainConfig], TrainConfig | None] = lambda cfg: None,
+) -> Arguments:
+    """Parses the command line. Raises UserError in one line; SystemExit(0) after printing help.
+
+    `saved` finds the config of the run that `--resume` and `--auto-resume` continue: fields that are not given are its.
+    """
+    argv = flags.spelt_out(argv, flags.booleans(TrainConfig) | set(_OWN))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--auto-resume", action="store_true")
-    parser.add_argument("--overwrite", action="store_true")
+    for name in _OWN:
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--robot")
-    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--plot", type=Path)
     try:
-        own, rest = parser.parse_known_args(list(argv))
+        own, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise UserError(f"{e}; see python train.py --help") from e
     names = "".join(f"    {name:<24}{text}\n" for name, (_, text) in presets.items())
@@ -97,13 +105,17 @@ def parse(argv: Sequence[str], presets: Mapping[str, tuple[TrainConfig, str]], g
             raise SystemExit(0)
         raise UserError(f"--config NAME is needed; presets: {', '.join(presets)}; see python train.py --help")
     processes, rest = _parse_processes(_without_retired(rest))
-    preset = get_preset(own.config)
-    cfg = _parse_fields(preset, rest)
+    base = get_preset(own.config)
+    cfg = _parse_fields(base, rest)
+    if own.resume or own.auto_resume:
+        base = saved(cfg) or base
+        cfg = _parse_fields(base, rest)
     if own.robot is not None:
-        # Twice: the cameras that the robot feeds may be given as flags, and flags go before the robot's own values.
-        cfg = _parse_fields(_with_robot(preset, own.robot, cfg), rest)
+        # Again: the cameras that the robot feeds may be given as flags, and flags go before the robot's own values.
+        cfg = _parse_fields(_with_robot(base, own.robot, cfg), rest)
     if own.plot is not None and not own.dry_run:
         raise UserError("--plot draws what --dry-run finds: add --dry-run")
+    files.check_file(own.plot, "--plot", *files.FIGURES)
     return Arguments(cfg, own.resume, own.auto_resume, own.overwrite, processes, own.dry_run, own.plot)
 
 
@@ -140,13 +152,13 @@ class _Processes:
 
 def _parse_processes(rest: Sequence[str]) -> tuple[Distributed, list[str]]:
     """(`--distributed.*`, all other arguments)."""
-    with _one_line("python train.py --help"):
+    with flags.one_line("python train.py --help"):
         found, others = tyro.cli(_Processes, args=list(rest), return_unknown_args=True, add_help=False)
     return found.distributed, others
 
 
 def _parse_fields(preset: TrainConfig, rest: Sequence[str]) -> TrainConfig:
-    with _one_line(f"python train.py --config {preset.name} --help"):
+    with flags.one_line(f"python train.py --config {preset.name} --help"):
         return tyro.cli(
             tyro.conf.AvoidSubcommands[TrainConfig],
             default=preset,
@@ -154,21 +166,3 @@ def _parse_fields(preset: TrainConfig, rest: Sequence[str]) -> TrainConfig:
             prog=f"python train.py --config {preset.name}",
             description=f"Fields of preset {preset.name} and their values.",
         )
-
-
-@contextlib.contextmanager
-def _one_line(advice: str) -> Iterator[None]:
-    """The boxes of tyro's error messages folded into one line."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            yield
-    except SystemExit as e:
-        if not e.code:
-            sys.stderr.write(errors.getvalue())
-            raise
-        lines = [re.sub(r"[─-╿]|--{5,}", "", line).strip() for line in errors.getvalue().splitlines()]
-        lines = [line for line in lines if line]
-        end = next((i for i, s in enumerate(lines) if s.startswith(("Argument helptext", "For full help"))), len(lines))
-        # The first line is the box's title ("Value error"); the rest is the message.
-        raise UserError(f"{' '.join(lines[1:end])}; see {advice}") from e

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import sys
 import time
 from typing import Any, NoReturn
@@ -23,6 +22,7 @@ import numpy as np
 from openpi_ar.config import Distributed
 from openpi_ar.data.shards import put
 from openpi_ar.errors import UserError
+from openpi_ar.training import rendezvous
 
 # Seconds that a directory made by one process may take to be seen by another over a network's file system.
 _APPEARS_S = 60.0
@@ -106,8 +106,8 @@ def start(cfg: Distributed) -> None:
                 f"add --distributed.cluster on"
             )
         return
-    if resolved.coordinator and resolved.process_id not in (None, 0):
-        _wait_for_coordinator(resolved)
+    if resolved.coordinator and resolved.num_processes is not None and resolved.process_id is not None:
+        rendezvous.meet(resolved)
     try:
         jax.distributed.initialize(
             coordinator_address=resolved.coordinator or None,
@@ -120,23 +120,6 @@ def start(cfg: Distributed) -> None:
     except (RuntimeError, ValueError, OSError, KeyError) as e:
         raise UserError(f"the processes of this run cannot be joined: {e}; see docs/clusters.md") from e
     say(f"{jax.process_count()} processes, {jax.device_count()} devices, {jax.local_device_count()} here")
-
-
-def _wait_for_coordinator(cfg: Distributed) -> None:
-    """jax would end the process with a stack trace if nobody answers."""
-    host, _, port = cfg.coordinator.rpartition(":")
-    end, problem = time.monotonic() + cfg.timeout_s, "no answer"
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-                return
-        except OSError as e:
-            problem = str(e)
-        time.sleep(0.5)
-    raise UserError(
-        f"process {cfg.process_id} cannot reach process 0 at {cfg.coordinator} within {cfg.timeout_s} s ({problem}): "
-        f"is it running, is the name one that this machine can resolve, and is the port open?"
-    )
 
 
 # ---- the first process ----------------------------------------------------------------------------------------------

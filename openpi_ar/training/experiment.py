@@ -1,25 +1,30 @@
 """The directory of one experiment: what may be started, resumed or overwritten there, and how a run is stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
-import os
+import dataclasses
 from pathlib import Path
 import shutil
 import signal
 
 import jax
 
-from openpi_ar import config_json
+from openpi_ar import config_json, files
 from openpi_ar.checkpoints import remote, store
 from openpi_ar.config import TrainConfig
+from openpi_ar.data.normalize import NormStats
 from openpi_ar.errors import UserError
 from openpi_ar.text.templates import get_template
-from openpi_ar.training import distributed
+from openpi_ar.training import distributed, memory
 from openpi_ar.training.cli import Arguments
 
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
 _FREE = ("data.cache_dir", "data.frames", "text.tokenizer", "model.remat", "model.remat_policy", "model.dtype")
+# Datasets may have moved, and be called otherwise: what they hold is compared (`check_frames`). Names are for people.
+_FREE += ("data.path", "data.mix", "data.robot.action_names")
+
+_ANOTHER_PLACE = "choose another --checkpoint-dir"
 
 
 def check_config(cfg: TrainConfig) -> None:
@@ -98,11 +103,11 @@ def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, expected a directory or nothing: choose another --exp-name")
     if resume:
-        step = store.latest_step(directory)
-        if step is None:
+        saved = saved_config(cfg)
+        if saved is None:
             raise UserError(f"nothing to resume: {directory} holds no complete checkpoint; start without --resume")
-        _check_continues(cfg, directory / str(step))
-        return directory / str(step)
+        _check_continues(cfg, saved)
+        return directory / str(store.latest_step(directory))
     # An address is looked at when it is needed: it may be gigabytes.
     if cfg.init_from and "://" not in cfg.init_from:
         local = remote.local_copy(cfg.init_from)
@@ -114,6 +119,12 @@ def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
             f"or choose another --exp-name"
         )
     return None
+
+
+def check_room(cfg: TrainConfig, need: memory.Estimate) -> None:
+    """Raises UserError unless a checkpoint can be written: its parameters, optimizer and average are `need`'s."""
+    size = cfg.fsdp_devices * (need.parameters + need.optimizer + need.average)
+    files.check_directory(experiment_dir(cfg), _ANOTHER_PLACE, need=size)
 
 
 def create(cfg: TrainConfig, *, overwrite: bool) -> Path:
@@ -129,14 +140,10 @@ def create(cfg: TrainConfig, *, overwrite: bool) -> Path:
 
 
 def _make(directory: Path, *, overwrite: bool) -> None:
-    try:
+    with files.writing(directory, _ANOTHER_PLACE):
         if overwrite and directory.exists():
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(f"{directory} is not writable")
-    except OSError as e:
-        raise UserError(f"cannot write to {directory}: {e}; choose another --checkpoint-dir") from e
 
 
 def agreed_step(cfg: TrainConfig, resume_from: Path | None) -> Path | None:
@@ -152,21 +159,57 @@ def agreed_step(cfg: TrainConfig, resume_from: Path | None) -> Path | None:
     return resume_from
 
 
-def _check_continues(cfg: TrainConfig, step_dir: Path) -> None:
-    saved, now = config_json.flatten(store.load_assets(step_dir).config), config_json.flatten(cfg)
+def saved_config(cfg: TrainConfig) -> TrainConfig | None:
+    """The config of the newest complete checkpoint of the experiment that `cfg` names, in the place where it is now;
+    None if there is none. Raises UserError if it was not trained."""
+    directory = experiment_dir(cfg)
+    step = store.latest_step(directory)
+    if step is None:
+        return None
+    found = config_json.read(directory / str(step) / "assets" / store.CONFIG)
+    if not isinstance(found, TrainConfig):
+        raise UserError(f"{directory / str(step)} is a converted checkpoint: give it to --init-from, not to --resume")
+    return dataclasses.replace(found, name=cfg.name, exp_name=cfg.exp_name, checkpoint_dir=cfg.checkpoint_dir)
 
-    def fixed(name: str) -> bool:
-        return name.startswith(_FIXED) and name not in _FREE
 
-    differ = [
-        f"{name} ({saved.get(name)!r} saved, {now.get(name)!r} given)"
-        for name in dict.fromkeys([*saved, *now])
-        if fixed(name) and saved.get(name) != now.get(name)
-    ]
-    if (saved["optimizer.ema_decay"] is None) != (now["optimizer.ema_decay"] is None):
-        differ.append(f"optimizer.ema_decay ({saved['optimizer.ema_decay']} saved, {now['optimizer.ema_decay']} given)")
-    if differ:
-        raise UserError(f"{step_dir} was trained with another config: {', '.join(differ)}; use the saved values")
+def describe_resumed(cfg: TrainConfig, step_dir: Path) -> str:
+    """A line: what is resumed, and which fields are not as they were saved."""
+    saved = saved_config(cfg)
+    found = changes(saved, cfg).values() if saved else ()
+    return f"resuming {step_dir} with its config" + (f", but for {', '.join(found)}" if found else "")
+
+
+def check_frames(cfg: TrainConfig, saved: Mapping[str, NormStats], stats: Mapping[str, NormStats]) -> None:
+    """Raises UserError unless the statistics of the data are those that a resumed run was trained with: the dataset may
+    be at another place, but its frames must be the same."""
+    if any(not saved[name].is_close(stats[name]) for name in saved):
+        raise UserError(
+            f"{' and '.join((cfg.data.path, *cfg.data.mix))} holds other frames than this run was trained on (its "
+            f"states or actions have other statistics): name the same data with --data.path, or start another "
+            f"--exp-name with --init-from {experiment_dir(cfg)}"
+        )
+
+
+def changes(saved: TrainConfig, cfg: TrainConfig) -> dict[str, str]:
+    """Fields in which a run differs from the saved one that it continues, in words."""
+    old, new = config_json.flatten(saved), config_json.flatten(cfg)
+    return {
+        name: f"{name} ({old.get(name)!r} saved, {new.get(name)!r} given)"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    }
+
+
+def _check_continues(cfg: TrainConfig, saved: TrainConfig) -> None:
+    found = changes(saved, cfg)
+    wrong = [name for name in found if name.startswith(_FIXED) and name not in _FREE]
+    if (saved.optimizer.ema_decay is None) != (cfg.optimizer.ema_decay is None):
+        wrong.append("optimizer.ema_decay")
+    if [entry.rpartition("=")[2] for entry in saved.data.mix] != [e.rpartition("=")[2] for e in cfg.data.mix]:
+        wrong.append("data.mix")
+    if wrong:
+        differ = ", ".join(found[name] for name in wrong)
+        raise UserError(f"{experiment_dir(cfg)} was trained with another config: {differ}; use the saved values")
 
 
 def check_data(cfg: TrainConfig) -> None:

@@ -176,7 +176,7 @@ class Display:
             Progress(*columns, console=self.console) if sys.stdout.isatty() and distributed.is_primary() else None
         )
         if self._bar is not None:
-            self._task = self._bar.add_task(title, total=num_steps, completed=start_step, metrics="compiling")
+            self._task = self._bar.add_task(title, total=num_steps, completed=start_step, metrics="starting")
 
     def __enter__(self) -> "Display":
         if self._bar is not None:

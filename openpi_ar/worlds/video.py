@@ -1,6 +1,7 @@
 """Episodes as video: cameras side by side, the prompt and the generated subtask underneath."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 import dataclasses
 from pathlib import Path
 import textwrap
@@ -11,20 +12,14 @@ from av.video.stream import VideoStream
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from openpi_ar.errors import UserError
+from openpi_ar import files
+
+SUFFIXES = (".mp4", ".gif")
 
 _PANEL = 256
 _FONT = 15
 _LINES = 3
 """Two for the prompt, one for the subtask."""
-
-
-def check_path(path: Path) -> None:
-    """Raises UserError unless the path ends in .mp4 or .gif and its folder exists."""
-    if path.suffix.lower() not in (".mp4", ".gif"):
-        raise UserError(f"a video must end in .mp4 or .gif, found {str(path)!r}")
-    if not path.parent.is_dir():
-        raise UserError(f"the folder {str(path.parent)!r} of the video does not exist: create it first")
 
 
 def draw_frame(images: Mapping[str, np.ndarray], prompt: str, text: str, *, right: bool | None = None) -> np.ndarray:
@@ -69,12 +64,12 @@ class Shot:
 class VideoWriter:
     """Writes frames of one size to an .mp4 (H.264) or .gif file, `fps` a second. A context manager.
 
-    Raises UserError for another extension, or a folder that does not exist.
+    Raises UserError for another extension, or a place that cannot be written.
     """
 
     def __init__(self, path: str | Path, fps: int):
         self.path, self.fps = Path(path), fps
-        check_path(self.path)
+        files.check_file(self.path, "--video", *SUFFIXES)
         self._open: tuple[OutputContainer, VideoStream] | None = None
         self._gif: list[Image.Image] = []
 
@@ -86,20 +81,25 @@ class VideoWriter:
                 # One palette per frame costs little and keeps the blocks' colours.
                 self._gif.append(Image.fromarray(frame).quantize(64))
             else:
-                self._encode(frame)
+                with self._writing():
+                    self._encode(frame)
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Finishes the file; without frames there is none."""
-        if self._open is not None:
-            container, stream = self._open
-            container.mux(stream.encode())
-            container.close()
-        if self._gif:
-            first, *rest = self._gif
-            first.save(self.path, save_all=True, append_images=rest, duration=1000 // self.fps, loop=0)
+        with self._writing():
+            if self._open is not None:
+                container, stream = self._open
+                container.mux(stream.encode())
+                container.close()
+            if self._gif:
+                first, *rest = self._gif
+                first.save(self.path, save_all=True, append_images=rest, duration=1000 // self.fps, loop=0)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return files.writing(self.path, "name another file with --video")
 
     def _encode(self, frame: np.ndarray) -> None:
         if self._open is None:

@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(capsys, tmp_path
     (tmp_path / "file").write_text("")
     (tmp_path / "bad").mkdir()
     err = refused(capsys, "stats", tmp_path / "bad", "--out", tmp_path / "file/stats")
-    assert "file/stats cannot be made: Not a directory" in err  # not that there is no dataset
+    assert "file/stats cannot be written: Not a directory" in err  # not that there is no dataset
 
 
 def test_a_dataset_without_episodes_is_shown_and_not_read(capsys, tmp_path):

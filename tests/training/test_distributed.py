@@ -1,12 +1,15 @@
 """If this fails, several processes learn something else than one, or lose work when one of them dies."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import grain
 import jax
@@ -19,7 +22,7 @@ from openpi_ar.data import loader
 from openpi_ar.data.inputs import stack_rows
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.errors import UserError
-from openpi_ar.training import distributed
+from openpi_ar.training import distributed, rendezvous
 from openpi_ar.training.distributed import resolve
 from openpi_ar.training.metrics import read_metrics
 from tests.data_fixtures import PROMPTS, sources, transform
@@ -79,8 +82,76 @@ def free_port() -> int:
 
 
 def test_a_coordinator_that_does_not_answer_is_named():
-    with pytest.raises(UserError, match=r"process 1 cannot reach process 0 at 127.0.0.1:\d+ within 1 s .*refused"):
+    with pytest.raises(UserError, match=r"process 1 cannot join process 0 at 127.0.0.1:\d+ within 1 s .*refused"):
         distributed.start(Distributed(f"127.0.0.1:{free_port()}", 2, 1, timeout_s=1))
+
+
+@pytest.fixture
+def together():
+    """Starts the meeting of some processes, each in a thread, and gives how it ended for each."""
+
+    def run(*processes: Distributed) -> dict[int | None, str]:
+        ends = {}
+
+        def one(cfg: Distributed) -> None:
+            try:
+                ends[cfg.process_id] = rendezvous.meet(cfg) or "met"
+            except UserError as e:
+                ends[cfg.process_id] = str(e)
+
+        threads = [threading.Thread(target=one, args=(cfg,)) for cfg in processes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ends
+
+    return run
+
+
+def test_processes_meet_and_who_is_missing_is_named(together):
+    def process(number: int, count: int = 3) -> Distributed:
+        return Distributed(f"127.0.0.1:{port}", count, number, timeout_s=2)
+
+    port = free_port()
+    assert together(process(0), process(1), process(2)) == {0: "met", 1: "met", 2: "met"}
+    ends = together(process(0), process(2))
+    assert f"process 1 of 3 did not come to process 0 at 127.0.0.1:{port} within 2 s" in ends[0]
+    assert "it answers, but not all others have come" in ends[2]
+    ends = together(process(0), process(1, count=4))
+    assert "process 1 has --distributed.num-processes 4, process 0 3" in ends[0]
+    assert "has ended, or another program listens there" in ends[1]
+
+
+def test_a_port_that_is_taken_is_named(together):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ends = together(Distributed(f"127.0.0.1:{port}", 2, 0, timeout_s=60))
+    assert re.match(rf"process 0 cannot listen on port {port} .*choose another port", ends[0])
+
+
+def test_somebody_else_at_the_door_does_no_harm(together):
+    """A probe of the port that says nothing, and one that says something else."""
+    first = Distributed(f"127.0.0.1:{free_port()}", 2, 0, timeout_s=60)
+    second = dataclasses.replace(first, process_id=1)
+    ends = {}
+    waiting = threading.Thread(target=lambda: ends.update(together(first)))
+    waiting.start()
+    for words in (b"", b"GET / HTTP/1.1"):
+        called = False
+        while waiting.is_alive() and not called:
+            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port_of(first))) as call:
+                called = True
+                call.sendall(words)
+    assert together(second) == {1: "met"}
+    waiting.join()
+    assert ends == {0: "met"}
+
+
+def port_of(cfg: Distributed) -> int:
+    return int(cfg.coordinator.rpartition(":")[2])
 
 
 # ---- who makes which rows -------------------------------------------------------------------------------------------

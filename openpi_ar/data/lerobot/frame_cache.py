@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import json
 from pathlib import Path
-import shutil
 import time
 
 import numpy as np
@@ -17,8 +16,7 @@ from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.meta import INFO
 from openpi_ar.data.lerobot.parquet import require
 from openpi_ar.data.lerobot.video import read_frames
-from openpi_ar.errors import UserError
-from openpi_ar.files import cache_root, cores, digest, when_whole
+from openpi_ar.files import ANOTHER_CACHE, cache_root, check_directory, cores, digest, when_whole
 from openpi_ar.images import resize_with_pad
 from openpi_ar.tables import progress_bar
 
@@ -58,14 +56,10 @@ def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str 
     path = cache_path(frames, camera, size, root)
     if not path.is_dir():
         shape = (len(frames), *size, 3)
-        path.parent.mkdir(parents=True, exist_ok=True)  # whose disk is asked
-        need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
-        if need > 0.95 * free:
-            raise UserError(
-                f"the decoded frames of camera {camera!r} take {need / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} "
-                f"GB free: set --data.cache-dir to another disk, or --data.frames decode to decode at every read"
-            )
-        with when_whole(path) as scratch:
+        instead = f"{ANOTHER_CACHE}, or use --data.frames decode to decode at every read"
+        # What is nearly full counts as full: other programs write too.
+        check_directory(path, instead, need=int(np.prod(shape) / 0.95))
+        with when_whole(path, instead=instead) as scratch:
             _fill(frames, camera, size, np.lib.format.open_memmap(scratch / "frames.npy", "w+", np.uint8, shape))
             about = {"dataset": str(frames.meta.root), "camera": camera, "size": size, "frames": len(frames)}
             (scratch / "meta.json").write_text(json.dumps(about, indent=1))

@@ -12,13 +12,13 @@ from av.container import InputContainer
 import av.error
 from av.video.frame import VideoFrame
 import numpy as np
-from PIL import Image, ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from openpi_ar.data.lerobot.meta import Episode, Meta
 from openpi_ar.data.lerobot.parquet import read_table, require
-from openpi_ar.errors import UserError, first_line
+from openpi_ar.data.pictures import read_picture
+from openpi_ar.errors import UserError
 
 _NEAR = 0.45
 """Of a frame period: further from every frame than this, a timestamp has no frame of its own."""
@@ -27,9 +27,6 @@ _EPISODES_IN_MEMORY = 8
 
 # A title in another encoding does no harm. Before version 19 PyAV has to be told to decode it all the same.
 _ANY_TITLE: Any = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-
-_EIGHT_BIT = ("RGB", "RGBA", "L", "LA", "P", "1")
-"""Pillow's modes that become RGB without loss of anything but transparency; 16-bit depth, for one, would be clipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +148,9 @@ def _image(entry: Any, root: Path, where: str) -> np.ndarray:
     try:
         # Without embedded bytes, LeRobot's path is relative to the dataset.
         source = io.BytesIO(entry["bytes"]) if entry["bytes"] else root / entry["path"]
-        with Image.open(source) as image:
-            if image.mode in _EIGHT_BIT:
-                # As LeRobot reads them: upright.
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            mode = image.mode
-    except Exception as e:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise UserError(f"{where} is not a readable image: {first_line(e)}") from e
-    raise UserError(f"{where} has pixels of mode {mode}, expected 8 bits: {', '.join(_EIGHT_BIT)}")
+    except (TypeError, KeyError) as e:
+        raise UserError(f"{where} is not a readable image: it holds neither bytes nor a path") from e
+    return read_picture(source, where)
 
 
 @functools.lru_cache(maxsize=_EPISODES_IN_MEMORY)

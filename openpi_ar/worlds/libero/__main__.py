@@ -2,7 +2,6 @@
 episodes there."""
 
 import dataclasses
-import json
 from pathlib import Path
 import time
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 from rich.progress import track
 import tyro
 
+from openpi_ar import files, flags
 from openpi_ar.data.lerobot.encode import CODECS
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console, new_table
@@ -19,7 +19,7 @@ from openpi_ar.worlds.libero.record import record_episodes
 from openpi_ar.worlds.libero.tasks import TASKS
 from openpi_ar.worlds.libero.world import LiberoWorld
 from openpi_ar.worlds.rollout import RolloutConfig, RolloutResult, run_rollouts
-from openpi_ar.worlds.video import check_path
+from openpi_ar.worlds.video import SUFFIXES
 
 EXPERT = "expert"
 """In place of a checkpoint: the scripted expert."""
@@ -66,8 +66,7 @@ class Record:
         console().print(f"{root}: {len(jobs)} episodes, {sum(lengths)} frames, {rate:.1f} frames/s", soft_wrap=True)
 
     def _check(self) -> None:
-        if Path(self.out).expanduser().exists():
-            raise UserError(f"{self.out} exists already: remove it or choose another directory")
+        files.check_new(Path(self.out))
         if self.images != "png":
             CODECS[self.images].check(self.image_size)
         if self.episodes < 1 or self.workers < 1 or self.seed < 0 or self.noise < 0:
@@ -108,10 +107,8 @@ class Eval:
     """Write the results to this file."""
 
     def run(self) -> None:
-        if self.video is not None:
-            check_path(self.video)
-        if self.json is not None and not self.json.parent.is_dir():
-            raise UserError(f"the folder {str(self.json.parent)!r} does not exist: create it first")
+        files.check_file(self.video, "--video", *SUFFIXES)
+        files.check_file(self.json, "--json")
         world = LiberoWorld(self.image_size)
         plan = plan_episodes(world, dict.fromkeys(self.tasks, self.episodes), self.first)
         policy = None if self.ckpt == EXPERT else self._policy()
@@ -121,9 +118,8 @@ class Eval:
         steps = sum(e.steps for e in result.episodes)
         _print(result, self.tasks)
         console().print(f"{steps} control steps, {steps / (time.perf_counter() - began):.1f} a second, scenes included")
-        if self.json is not None:
-            by_task = {str(task): result.only(task=task).means for task in self.tasks}
-            self.json.write_text(json.dumps({**result.as_dict(), "tasks": by_task}, indent=2) + "\n")
+        by_task = {str(task): result.only(task=task).means for task in self.tasks}
+        files.write_json(self.json, {**result.as_dict(), "tasks": by_task})
 
     def _policy(self) -> Any:
         # Here, because only a checkpoint needs jax.
@@ -152,7 +148,7 @@ Command = Annotated[Record, tyro.conf.subcommand("record")] | Annotated[Eval, ty
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        tyro.cli(Command, args=argv, prog="python -m openpi_ar.worlds.libero", description=__doc__).run()
+        flags.parse(Command, argv, "python -m openpi_ar.worlds.libero", description=__doc__).run()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 before it imitates, and closed-loop episodes."""
 
 import dataclasses
-import json
 from pathlib import Path
 import time
 from typing import Annotated, Literal
 
 import tyro
 
+from openpi_ar import files, flags
 from openpi_ar.data.lerobot.meta import read_meta
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console
@@ -16,6 +16,7 @@ from openpi_ar.worlds.protocol import Play
 from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.dataset import Demonstrations, record_dataset
 from openpi_ar.worlds.tabletop.episodes import open_episodes
+from openpi_ar.worlds.video import SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,7 @@ class Pretrain:
     """Of the random parameters and of which frames are seen."""
 
     def run(self) -> None:
-        if self.out.exists():
-            raise UserError(f"{self.out} exists: name a new directory, or delete this one first")
+        files.check_new(self.out)
         # Here, because recording needs no JAX.
         from openpi_ar.checkpoints import remote, store
         from openpi_ar.compilation import keep_compiled_programs
@@ -99,8 +99,8 @@ class Rollout:
     """Write the results to this file."""
 
     def run(self) -> None:
-        if self.json is not None and not self.json.parent.is_dir():
-            raise UserError(f"the folder {str(self.json.parent)!r} does not exist: create it first")
+        files.check_file(self.video, "--video", *SUFFIXES)
+        files.check_file(self.json, "--json")
         policy = None
         if self.ckpt != "expert":
             from openpi_ar.policy import Policy
@@ -109,8 +109,7 @@ class Rollout:
         make = open_episodes(Play.of(policy, **dataclasses.asdict(self.which)))
         result = run_rollouts(policy, self.how, make, video=self.video)
         console().print(result.table())
-        if self.json is not None:
-            self.json.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+        files.write_json(self.json, result.as_dict())
 
 
 Command = (
@@ -123,7 +122,7 @@ Command = (
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2."""
     with command_line():
-        tyro.cli(Command, args=argv, prog="python -m openpi_ar.worlds.tabletop", description=__doc__).run()
+        flags.parse(Command, argv, "python -m openpi_ar.worlds.tabletop", description=__doc__).run()
 
 
 if __name__ == "__main__":

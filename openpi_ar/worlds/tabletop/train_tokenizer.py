@@ -5,8 +5,9 @@ import io
 from pathlib import Path
 
 import sentencepiece
-import tyro
 
+from openpi_ar import files, flags
+from openpi_ar.errors import command_line
 from openpi_ar.text.tokenizer import EMBEDDED, Tokenizer
 from openpi_ar.worlds.tabletop.corpus import sentences
 
@@ -56,11 +57,13 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, writes and prints what came out."""
-    args = tyro.cli(Args, args=argv)
-    model = train()
-    tokenizer = Tokenizer(model)
-    args.out.write_bytes(model)
-    print(f"{args.out}: {tokenizer.vocab_size} pieces, {len(model)} bytes")
+    with command_line():
+        out = flags.parse(Args, argv, "python -m openpi_ar.worlds.tabletop.train_tokenizer").out
+        files.check_file(out, "--out")
+        model = train()
+        with files.writing(out, "name another file with --out"):
+            out.write_bytes(model)
+        print(f"{out}: {Tokenizer(model).vocab_size} pieces, {len(model)} bytes")
 
 
 if __name__ == "__main__":
