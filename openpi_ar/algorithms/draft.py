@@ -60,9 +60,8 @@ def check_draft(
     (batch, length), most = draft.ids.shape, sampling.max_new_tokens
     hidden = jnp.concatenate([last_hidden[:, None], draft_hidden], axis=1)[:, :most]
     count = hidden.shape[1]
-    states = _states(sampling, draft.ids[:, : count - 1])
-    constrain = jax.vmap(sampling.constrained, in_axes=(1, 0), out_axes=1)
-    logits = constrain(model.logits(hidden), states)
+    states = constraint_states(sampling, sampling.init(batch), draft.ids[:, : count - 1])
+    logits = constrained_along(sampling, model.logits(hidden), states)
     predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     right = (predicted[:, :length] == draft.ids) & draft.valid
     agreed = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(-1)
@@ -78,14 +77,18 @@ def check_draft(
     )
 
 
-def _states(sampling: Sampling, ids: Int[Array, "B T"]) -> Any:
-    """States of the constraint before each of these tokens and after the last, along a new first axis."""
+def constrained_along(sampling: Sampling, logits: Float[Array, "B T V"], states: Any) -> Float[Array, "B T V"]:
+    """Logits of consecutive tokens, constrained by the state before each (`constraint_states`)."""
+    return jax.vmap(sampling.constrained, in_axes=(1, 0), out_axes=1)(logits, states)
+
+
+def constraint_states(sampling: Sampling, start: Any, ids: Int[Array, "B T"]) -> Any:
+    """States of the constraint from `start` on, before each of these tokens and after the last: a new first axis."""
     on = jnp.ones(ids.shape[0], bool)
 
     def step(state: Any, token: Array) -> tuple[Any, Any]:
         state = sampling.advance(state, token, on)
         return state, state
 
-    start = sampling.init(ids.shape[0])
     _, later = jax.lax.scan(step, start, ids.T)
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, later)

@@ -1,4 +1,4 @@
-"""Autoregressive text, one token a step: the decode loop."""
+"""Autoregressive text: the decode loop, one token a step, or several where it is known how a text may go on."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.algorithms.draft import check_draft, without_draft
+from openpi_ar.algorithms.continuations import Continuations
+from openpi_ar.algorithms.draft import check_draft, constrained_along, constraint_states, without_draft
 from openpi_ar.algorithms.sampling import Generated, Sampling, certainty
 from openpi_ar.models.cache import Cache
 from openpi_ar.models.vlm import VLM, Run
@@ -39,6 +40,8 @@ def generate(
     keys: Array | None = None,
     draft: Tokens | None = None,
     draft_hidden: Float[Array, "B T D"] | None = None,
+    continuations: Continuations | None = None,
+    block: int = 8,
 ) -> tuple[Generated, Cache]:
     """Decodes until each row has written EOS or `sampling.max_new_tokens` tokens; `last_hidden` predicts the first.
 
@@ -48,43 +51,85 @@ def generate(
 
     A `draft` (from `as_draft`) was the text of the prefill that gave `cache` and its hidden states. Each row keeps the
     tokens that it would have written and goes on from there; the others become holes in the cache. The text is that of
-    decoding without a draft. Raises ValueError if the text is not greedy, or if it is not and there are no keys.
+    decoding without a draft.
+
+    With `continuations` a pass carries up to `block` tokens where the table knows how a text may go on: those that the
+    model would have chosen itself are kept. The text is the same, in fewer passes. The table matters to nothing else.
+
+    Raises ValueError if a draft or continuations are given and the text is not greedy, or if it is not and there are no
+    keys.
     """
     most = sampling.max_new_tokens
+    if continuations is not None and not sampling.greedy:
+        raise ValueError("continuations are checked against greedy text")
 
     def live(state: _State) -> Array:
         # A text cut off at its budget takes one step more, which writes its last token to the cache and drops the next.
         return ~state.done & (state.step <= most)
 
-    def record(state: _State, logits: Array) -> _State:
-        """Chooses a token from constrained logits and records it for unfinished rows; overflow is dropped."""
-        on = live(state)
-        token = sampling.choose(logits, None if keys is None else jax.vmap(jax.random.fold_in)(keys, state.step))
-        here = (jnp.arange(most) == state.step[:, None]) & on[:, None]
-        logprob, margin = certainty(logits, token)
-        text = Generated(
-            ids=jnp.where(here, token[:, None], state.text.ids),
-            valid=state.text.valid | here,
-            logprobs=jnp.where(here, logprob[:, None], state.text.logprobs),
-            margins=jnp.where(here, margin[:, None], state.text.margins),
-            steps=state.text.steps,
+    def record(state: _State, logits: Array, chosen: Array, agreed: Array, states: Any) -> _State:
+        """Records the first `agreed` + 1 of the `chosen` tokens [B T] of unfinished rows; overflow is dropped.
+
+        `logits` [B T V] predict them; `states` [T ...] are those of the constraint before each.
+        """
+        on, batch = live(state), jnp.arange(agreed.shape[0])
+        at = jnp.arange(most) - state.step[:, None]
+        here = (at >= 0) & (at <= agreed[:, None]) & on[:, None]
+        place = jnp.clip(at, 0, chosen.shape[1] - 1)
+        values = (chosen, *certainty(logits, chosen))
+        old = (state.text.ids, state.text.logprobs, state.text.margins)
+        ids, logprobs, margins = (
+            jnp.where(here, jnp.take_along_axis(new, place, axis=1), x) for new, x in zip(values, old, strict=True)
         )
+        token = chosen[batch, agreed]
+        before = jax.tree.map(lambda s: s[agreed, batch], states)
         return dataclasses.replace(
             state,
-            step=state.step + on,
+            step=state.step + jnp.where(on, agreed + 1, 0),
             last=jnp.where(on, token, 0),
-            done=state.done | (on & (token == sampling.eos_id) & (state.step < most)),
-            text=text,
-            constraint=sampling.advance(state.constraint, token, on),
+            done=state.done | (on & (token == sampling.eos_id) & (state.step + agreed < most)),
+            text=Generated(ids, state.text.valid | here, logprobs, margins, state.text.steps),
+            constraint=sampling.advance(before, token, on),
         )
 
-    def body(state: _State) -> _State:
-        on = live(state)[:, None]
-        run = Run(model.embed_text(state.last[:, None]), on, jnp.ones_like(on), jnp.zeros_like(on))
+    def record_one(state: _State, logits: Array) -> _State:
+        """Chooses a token from constrained logits [B V] and records it."""
+        token = sampling.choose(logits, None if keys is None else jax.vmap(jax.random.fold_in)(keys, state.step))
+        states = jax.tree.map(lambda s: s[None], state.constraint)
+        return record(state, logits[:, None], token[:, None], jnp.zeros_like(token), states)
+
+    def forward(state: _State, ids: Array, valid: Array) -> tuple[Array, _State]:
+        run = Run(model.embed_text(ids), valid, jnp.ones_like(valid), jnp.zeros_like(valid))
         hidden, cache = model.tower.extend(run, state.cache)
         text = dataclasses.replace(state.text, steps=state.text.steps + 1)
-        state = dataclasses.replace(state, text=text, cache=cache)
-        return record(state, sampling.constrained(model.logits(hidden[:, 0]), state.constraint))
+        return model.logits(hidden), dataclasses.replace(state, text=text, cache=cache)
+
+    def one_token(state: _State) -> _State:
+        logits, state = forward(state, state.last[:, None], live(state)[:, None])
+        return record_one(state, sampling.constrained(logits[:, 0], state.constraint))
+
+    def one_block(state: _State, proposal: Array, proposed: Array) -> _State:
+        """Checks the proposed tokens and records those that are the model's own choice, and its next one."""
+        on = live(state)
+        ids = jnp.concatenate([state.last[:, None], proposal], axis=1)
+        logits, state = forward(state, ids, jnp.concatenate([on[:, None], proposed], axis=1))
+        states = constraint_states(sampling, state.constraint, proposal)
+        logits = constrained_along(sampling, logits, states)
+        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        agreed = jnp.cumprod((chosen[:, :-1] == proposal) & proposed, axis=1, dtype=jnp.int32).sum(-1)
+        cache = state.cache.retract(block, jnp.where(on, agreed + 1, 0))
+        return record(dataclasses.replace(state, cache=cache), logits, chosen, agreed, states)
+
+    def body(state: _State) -> _State:
+        if continuations is None or block < 2:
+            return one_token(state)
+        proposal, proposed = continuations.propose(state.text.ids, state.step, block - 1)
+        on = live(state)[:, None]
+        proposed &= on & (jnp.arange(block - 1) < most - state.step[:, None])  # not past the budget
+        # Rejected tokens take slots where another row keeps more: there must be room for the rest token by token.
+        left = most + 1 - jnp.where(on[:, 0], state.step, most).min()
+        room = state.cache.fill + block + left <= state.cache.valid.shape[1]
+        return jax.lax.cond(proposed.any() & room, lambda s: one_block(s, proposal, proposed), one_token, state)
 
     if draft is None:
         begin = without_draft(model, last_hidden, sampling)
@@ -92,6 +137,7 @@ def generate(
         begin = check_draft(model, last_hidden, draft, draft_hidden, sampling)
         cache = cache.invalidate(jnp.arange(draft.ids.shape[1]) < begin.agreed[:, None])
     zero = jnp.zeros_like(begin.agreed)
-    start = _State(begin.agreed, zero, zero > 0, begin.text, begin.constraint, cache.reserve(most))
-    end = jax.lax.while_loop(lambda s: live(s).any(), body, record(start, begin.logits))
+    spare = 0 if continuations is None else 2 * block
+    start = _State(begin.agreed, zero, zero > 0, begin.text, begin.constraint, cache.reserve(most + spare))
+    end = jax.lax.while_loop(lambda s: live(s).any(), body, record_one(start, begin.logits))
     return end.text, end.cache.compact()

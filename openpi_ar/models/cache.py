@@ -66,6 +66,13 @@ class Cache(nnx.Pytree):
         valid = jnp.concatenate([self.valid[:, :start], self.valid[:, start:] & keep], axis=1)
         return dataclasses.replace(self, valid=valid)
 
+    def retract(self, written: int, kept: Int[Array, " B"]) -> "Cache":
+        """The cache with the first `kept` of each row's last `written` tokens; slots that no row keeps are free."""
+        start, slots = self.fill - written, jnp.arange(self.valid.shape[1])
+        return dataclasses.replace(
+            self, valid=self.valid & (slots < start + kept[:, None]), fill=start + kept.max().astype(self.fill.dtype)
+        )
+
     def _repeated(self, times: int) -> dict[str, Array]:
         """The bits after `repeat`."""
         return {name: jnp.repeat(getattr(self, name), times, axis=0) for name in ("valid", "hidden")}
