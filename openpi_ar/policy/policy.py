@@ -125,12 +125,9 @@ class Policy:
             start = time.perf_counter()
             _, keys, noise = self._programs.draw(np.stack([Session().key] * batch_size))
             draft = stacked_drafts([None] * batch_size, self._programs.budget) if self._programs.drafts else None
+            own = (lambda _, prompt=obs.prompt: prompt) if self.transform.reprompts else None
             arguments = (self._model, obs, keys, noise, None, draft, self._table)
-            if self.transform.reprompts:
-                out, _ = self._programs.act_reprompted(lambda _, prompt=obs.prompt: prompt, *arguments)
-            else:
-                out = self._programs.act(*arguments)
-            jax.block_until_ready(out)
+            jax.block_until_ready(self._programs.act(*arguments, prompts=own)[0])
             took[size] = time.perf_counter() - start
         return took
 
@@ -202,30 +199,19 @@ class Policy:
         readings = [self.robot.read(raw) for raw in raws]
         obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
+        own = partial(self._action_prompts, readings, rows) if self.transform.reprompts else None
         arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
-        if self.transform.reprompts:
-            prompts = partial(self._action_prompts, readings, rows)
-            out, ms = self._programs.act_reprompted(prompts, *arguments, timing=timing)
-        elif timing:
-            out, ms = self._programs.act_in_stages(*arguments)
-        else:
-            out, ms = self._programs.act(*arguments), {}
+        out, ms = self._programs.act(*arguments, prompts=own, timing=timing)
         jax.block_until_ready(out)
         if not timing:
             ms = {"prepare": milliseconds(prepared - start), "model": milliseconds(time.perf_counter() - prepared)}
-        chunks, ids, valid, logprobs, margins = (
-            np.asarray(x) for x in (out.actions, out.text.ids, out.text.valid, out.text.logprobs, out.text.margins)
-        )
+        chunks, written = np.asarray(out.actions), jax.tree.map(np.asarray, out.text)
         for row, (session, key) in enumerate(zip(sessions, np.asarray(drawn.next_keys), strict=False)):
-            session.advance(key, (ids[row], valid[row]) if text is None else None, chunks[row])
+            session.advance(key, (written.ids[row], written.valid[row]) if text is None else None, chunks[row])
         actions = self.transform.actions_to_real(chunks[: len(raws)], readings)
         ms["total"] = milliseconds(time.perf_counter() - start)
-        results = []
-        for row, reading in enumerate(readings):
-            written, status = self.transform.text(reading, ids[row][valid[row]].tolist())
-            sure = confidence(logprobs[row][valid[row]], margins[row][valid[row]], given=text is not None)
-            results.append({"subtask": written, "text_status": status, **sure, "actions": actions[row], "timing": ms})
-        return results
+        texts = [self._text(reading, written, row, given=text is not None) for row, reading in enumerate(readings)]
+        return [{"subtask": s, **rest, "actions": actions[i], "timing": ms} for i, (s, rest) in enumerate(texts)]
 
     def answer(self, raw: Raw, question: str, *, seed: int = 0) -> Result:
         """The answer to a question about the images, by PaliGemma's VQA template; no actions.
@@ -244,11 +230,8 @@ class Policy:
         obs = self.transform.observations([reading], 1, resize=not self._resizes)
         out, ms = self._programs.answer(self._model, obs, keys)
         ms["total"] = milliseconds(time.perf_counter() - start)
-        ids, logprobs, margins = (
-            np.asarray(x)[0][np.asarray(out.valid)[0]] for x in (out.ids, out.logprobs, out.margins)
-        )
-        answer, status = self.transform.text(reading, ids.tolist())
-        return {"answer": answer, "text_status": status, **confidence(logprobs, margins), "timing": ms}
+        answer, rest = self._text(reading, jax.tree.map(np.asarray, out), 0)
+        return {"answer": answer, **rest, "timing": ms}
 
     def score(self, raw: Raw, subtasks: Sequence[str]) -> np.ndarray:
         """Log-probability of each subtask as the text for this observation, float32 [N]: its tokens' and its end's.
@@ -300,6 +283,12 @@ class Policy:
         medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
         total = float(np.median([ms["total"] for ms in warm]))
         return {**result, "timing": {**medians, "total": total, **first}}
+
+    def _text(self, reading: Reading, text: Generated, row: int, *, given: bool = False) -> tuple[str, Result]:
+        """What was written in a row (numpy), and what a result says of it."""
+        ids, logprobs, margins = (np.asarray(x[row])[text.valid[row]] for x in (text.ids, text.logprobs, text.margins))
+        written, status = self.transform.text(reading, ids.tolist())
+        return written, {"text_status": status, **confidence(logprobs, margins, given=given)}
 
     def _action_prompts(self, readings: Sequence[Reading], rows: int, text: Generated) -> Tokens:
         """The prompts that actions see, from the generated text of the rows."""

@@ -99,46 +99,43 @@ class Programs:
         self.budget = sampling.max_new_tokens
         self.drafts = cfg.decode.draft and sampling.greedy and self.budget > 0
         self.chunk = (cfg.model.action_horizon, cfg.model.action_dim)
-        self.draw = jax.jit(self._draw)
-        self.act = jax.jit(self._act)
-        self.score = jax.jit(self._score)
-        self._talking, self._acting_on = jax.jit(self._talk), jax.jit(self._act_on)
+        self.draw, self.score = jax.jit(self._draw), jax.jit(self._score)
+        self._compiled: list[Callable[..., Any]] = [jax.jit(f) for f in (self._act, self._talk, self._act_on)]
         self._acting, self._answering = Stages(), Stages()
 
-    def act_in_stages(self, *arguments: Any) -> tuple[Act, dict[str, float]]:
-        """`act` as separate programs, and the milliseconds of each."""
-        run, ms = self._acting.timed()
-        return self._act(*arguments, run=run), ms
+    def act(
+        self,
+        model: VLA,
+        obs: Observation,
+        keys: Array,
+        noise: Array,
+        text: Tokens | None = None,
+        draft: Draft | None = None,
+        table: Array | None = None,
+        *,
+        prompts: Callable[[Generated], Tokens] | None = None,
+        timing: bool = False,
+    ) -> tuple[Act, dict[str, float]]:
+        """Text and actions, as one program; with `timing` as one for each stage, and their milliseconds.
+
+        Where the actions see a prompt of their own, `prompts` makes it of the text, on the host: two programs.
+        """
+        functions: list[Callable[..., Any]] = self._compiled
+        ms: dict[str, float] = {}
+        if timing:
+            run, ms = self._acting.timed()
+            functions = [partial(f, run=run) for f in (self._act, self._talk, self._act_on)]
+        together, talk, act_on = functions
+        if prompts is None:
+            return together(model, obs, keys, noise, text, draft, table), ms
+        generated, images = talk(model, obs, keys, text, draft)
+        own = dataclasses.replace(obs, prompt=prompts(generated))
+        return Act(text=generated, actions=act_on(model, own, images, noise, table)), ms
 
     def answer(self, model: VLA, obs: Observation, keys: Array) -> tuple[Generated, dict[str, float]]:
         """Text alone, in stages, and the milliseconds of each."""
         run, ms = self._answering.timed()
         return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run).text, ms
-
-    def act_reprompted(
-        self,
-        prompts: Callable[[Generated], Tokens],
-        model: VLA,
-        obs: Observation,
-        keys: Array,
-        noise: Array,
-        text: Tokens | None,
-        draft: Draft | None,
-        table: Array | None,
-        *,
-        timing: bool = False,
-    ) -> tuple[Act, dict[str, float]]:
-        """`act` where the actions see a prompt of their own: `prompts` makes it of the text, on the host.
-
-        Two programs; with `timing` a program for each stage, and their milliseconds.
-        """
-        talk, act_on, ms = self._talking, self._acting_on, {}
-        if timing:
-            run, ms = self._acting.timed()
-            talk, act_on = partial(self._talk, run=run), partial(self._act_on, run=run)
-        generated, images = talk(model, obs, keys, text, draft)
-        own = dataclasses.replace(obs, prompt=prompts(generated))
-        return Act(text=generated, actions=act_on(model, own, images, noise, table)), ms
 
     def _talk(
         self, model: VLA, obs: Observation, keys: Array, text: Tokens | None, draft: Draft | None, run: RunStage = call
@@ -171,14 +168,13 @@ class Programs:
         obs: Observation,
         keys: Array,
         noise: Array,
-        text: Tokens | None = None,
-        draft: Draft | None = None,
-        table: Array | None = None,
-        **options: Any,
+        text: Tokens | None,
+        draft: Draft | None,
+        table: Array | None,
+        run: RunStage = call,
     ) -> Act:
-        rows = _row_keys(self._sampling, keys)
-        options |= {"num_steps": self._steps, "keys": rows, "text": text, "draft": draft, "table": table}
-        return act(model, obs, noise, self._sampling, **options)
+        options = {"keys": _row_keys(self._sampling, keys), "text": text, "draft": draft, "table": table, "run": run}
+        return act(model, obs, noise, self._sampling, num_steps=self._steps, **options)
 
 
 def _row_keys(sampling: Sampling, keys: Array) -> Array | None:

@@ -247,7 +247,7 @@ def test_only_text_is_ever_said(policy):
         run, drawn = policy._programs, policy._drawn([policy.session()], 1, None)
         out, _ = prefill(loud, obs)
         assert int(loud.logits(out.prompt_last)[0].argmax()) in forbidden
-        said = run.act(loud, obs, drawn.text_keys, drawn.noise).text
+        said = run.act(loud, obs, drawn.text_keys, drawn.noise)[0].text
         ids = np.asarray(said.ids)[np.asarray(said.valid)]
         assert len(ids) and not set(ids.tolist()) & set(forbidden.tolist())
 

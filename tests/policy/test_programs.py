@@ -34,10 +34,10 @@ def test_what_was_said_is_checked_not_decoded_again(tiny_checkpoint):
     assert policy.warmup().keys() == {cfg.text.max_prompt_tokens}
     steps, run = [], policy._programs.act
 
-    def spied(*args):
-        out = run(*args)
+    def spied(*args, **options):
+        out, ms = run(*args, **options)
         steps.append(int(out.text.steps))
-        return out
+        return out, ms
 
     policy._programs.act = spied
     raw, other = raw_observation(1), raw_observation(2, "clear the table into the left bin")

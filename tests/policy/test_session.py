@@ -57,10 +57,10 @@ def test_sampled_text_comes_from_each_sessions_own_key(tiny_checkpoint):
 def test_interleaved_sessions_never_share_drafts(tiny_policy: Policy, monkeypatch):
     steps, run = [], tiny_policy._programs.act
 
-    def spied(*args):
-        out = run(*args)
+    def spied(*args, **options):
+        out, ms = run(*args, **options)
         steps.append(int(out.text.steps))
-        return out
+        return out, ms
 
     monkeypatch.setattr(tiny_policy._programs, "act", spied)
     a, b = Session(), Session()
