@@ -1,13 +1,12 @@
 """Presets: name -> configuration. A preset is a Python value; make your own with `dataclasses.replace`."""
 
-import difflib
-
 from configs.debug import DEBUG
 from configs.pi0 import PI0, PI0_TABLETOP
 from configs.pi05 import PI05, PI05_TABLETOP
 from configs.pi05_subtask import PI05_SUBTASK, PI05_SUBTASK_LORA, PI05_SUBTASK_TABLETOP
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
+from openpi_ar.lookup import nearest
 
 HELP: dict[str, tuple[TrainConfig, str]] = {
     c.name: (c, text)
@@ -32,5 +31,5 @@ def get_preset(name: str) -> TrainConfig:
     """The preset of that name. Raises UserError that lists all, the nearest first."""
     if name in PRESETS:
         return PRESETS[name]
-    near = sorted(PRESETS, key=lambda p: -difflib.SequenceMatcher(None, name, p).ratio())
+    near = nearest(name, PRESETS)
     raise UserError(f"unknown config {name!r}; did you mean {near[0]}? Presets: {', '.join(near)}")

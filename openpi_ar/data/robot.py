@@ -1,5 +1,6 @@
 """One robot as a model meets it: its observations are read here, once. `data/transforms.py` converts its numbers."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
@@ -48,9 +49,11 @@ class Robot:
         spec.check_dims(state_dims, action_dims)
         self.spec, self.state_dims, self.action_dims = spec, state_dims, action_dims
         self._who = f"robot {spec.name} sends" if spec.name else "the model reads"
-        # Where each image is looked for, in this order.
-        self._places = {key: (camera, _places(key, camera)) for key, camera in spec.cameras.items()}
-        self._known = {place for _, places in self._places.values() for place in places}
+        # Where each image is looked for: by its own names, else by shorter ones that mean no other image.
+        self._places = {key: (camera, *_places(key, camera)) for key, camera in spec.cameras.items()}
+        short = collections.Counter(place for _, _, places in self._places.values() for place in places)
+        self._ambiguous = {place for place, count in short.items() if count > 1}
+        self._known = {*short, *(place for _, places, _ in self._places.values() for place in places)}
         self._known |= {f"{IMAGES}/{name}" for name in spec.unused}
         self._state = [(key, *_part(key), dims) for key, dims in spec.state.items()]
 
@@ -58,8 +61,8 @@ class Robot:
         """Reads an observation. Raises UserError naming, as the robot calls it, what is missing or does not fit.
 
         Besides its raw key an image may go by the key's last part or by the model's camera name, alone or in
-        raw["images"]; cameras that raw["masked"] names are left out. The state is either its parts under their keys or
-        the whole under "state"; without any of it the reading has none.
+        raw["images"], where that means one image and one camera; cameras that raw["masked"] names are left out. The
+        state is either its parts under their keys or the whole under "state"; without any of it the reading has none.
         """
         flat = _flatten(raw)
         images, question = self._images(flat, set(raw.get("masked", ()))), raw.get("question")
@@ -77,9 +80,14 @@ class Robot:
 
     def _images(self, flat: Mapping[str, Any], masked: set[str]) -> dict[str, np.ndarray]:
         found = {}
-        for key, (camera, places) in self._places.items():
-            place = next((place for place in places if place in flat), None)
-            if masked & set(places) or (place is None and key in self.spec.optional):
+        for key, (camera, own, short) in self._places.items():
+            there = [place for place in own if place in flat] or [
+                place for place in short if place in flat and place not in self._ambiguous
+            ]
+            if len(there) > 1:
+                raise UserError(f"image {_first(key)!r} of camera {camera!r} may be {' or '.join(there)}: send one")
+            place = there[0] if there else None
+            if masked & {*own, *short} or (place is None and key in self.spec.optional):
                 continue
             if place is None:
                 others = [k for k in flat if k not in (PROMPT, STATE, *(path for _, path, _, _ in self._state))]
@@ -131,10 +139,13 @@ class Robot:
 
 
 def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in raw.items():
         name = f"{prefix}{key}".replace(".", "/")
-        flat |= _flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
+        part = _flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
+        if twice := flat.keys() & part.keys():
+            raise UserError(f"the observation gives {min(twice)!r} twice, as one key and in parts: send one")
+        flat |= part
     return flat
 
 
@@ -149,10 +160,13 @@ def _first(key: str) -> str:
     return key.split("|")[0]
 
 
-def _places(key: str, camera: str) -> tuple[str, ...]:
-    """Where the image of a raw key is looked for, in this order."""
-    names = [n for k in key.replace(".", "/").split("|") for n in (k, k.rsplit("/", 1)[-1])]
-    return tuple(place for name in (*names, camera) for place in (name, f"{IMAGES}/{name}"))
+def _places(key: str, camera: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where the image of a raw key is looked for: by its own names; by their last parts and the camera's name."""
+    keys = key.replace(".", "/").split("|")
+    own = dict.fromkeys(place for name in keys for place in (name, f"{IMAGES}/{name}"))
+    names = [*(name.rsplit("/", 1)[-1] for name in keys), camera]
+    short = dict.fromkeys(place for name in names for place in (name, f"{IMAGES}/{name}"))
+    return tuple(own), tuple(place for place in short if place not in own)
 
 
 def to_uint8_image(image: np.ndarray, name: str) -> np.ndarray:

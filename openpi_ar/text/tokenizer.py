@@ -98,8 +98,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return Tokenizer(found.read_bytes())
     if spec == "paligemma":
         raise UserError(
-            f"PaliGemma's tokenizer is not in the cache: download {PALIGEMMA_URL} (public, 4 MB; the same file is at "
-            f"{PALIGEMMA_MIRROR}) to {paths[0]}, or set OPENPI_DATA_HOME to the cache that holds it"
+            f"PaliGemma's tokenizer is not in the cache: run python -m openpi_ar.text fetch paligemma; without a "
+            f"network, copy {PALIGEMMA_URL} (public, 4 MB) to {paths[0]}, or set OPENPI_DATA_HOME to the cache that "
+            f"holds it"
         )
     raise UserError(f"tokenizer {spec!r} is neither `embedded`, `paligemma` nor an existing SentencePiece .model file")
 

@@ -11,6 +11,7 @@ from openpi_ar.config import InferenceConfig
 from openpi_ar.data import robots
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.normalize import NormStats
+from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
@@ -324,3 +325,18 @@ def test_unknown_robots_get_the_names_nearest_first(tmp_path):
     for text in ("{", "[]", '{"name": "x"}'):
         with pytest.raises(UserError, match=r"mine\.json"):
             robots.loads(text, source="mine.json")
+
+
+def test_a_short_name_means_one_image_of_one_camera():
+    cameras = {"left/top": "base_0_rgb", "right/top": "left_wrist_0_rgb", "right/arm": "right_wrist_0_rgb"}
+    robot = Robot(robots.loads(json.dumps({"cameras": cameras, "state": ["state"]}), source="x.json"), CAMERAS, 1, 1)
+    both = {"left/top": picture(1), "right/top": picture(2)}
+    read = robot.read({**both, "arm": picture(3)}).images
+    assert [int(read[camera][0, 0, 0]) for camera in CAMERAS] == [1, 2, 3]
+    assert int(robot.read({**both, "right/arm": picture(3), "arm": picture(4)}).images[CAMERAS[2]][0, 0, 0]) == 3
+    with pytest.raises(UserError, match="may be arm or images/arm: send one"):
+        robot.read({**both, "arm": picture(3), "images": {"arm": picture(4)}})
+    with pytest.raises(UserError, match="image 'left/top' of camera 'base_0_rgb' is missing"):
+        robot.read({"top": picture(1), "arm": picture(3)})
+    with pytest.raises(UserError, match="gives 'left/top' twice"):
+        robot.read({**both, "left": {"top": picture(5)}, "arm": picture(3)})
