@@ -8,7 +8,8 @@ plays closed-loop episodes there.
 # functions.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ from openpi_ar.textfile import read_texts
 from openpi_ar.worlds import NAMES, open_world
 
 if TYPE_CHECKING:
+    from openpi_ar.compilation import Programs
     from openpi_ar.policy import Policy
     from openpi_ar.worlds.protocol import World
 
@@ -103,7 +105,7 @@ def run(args: Args) -> None:
     options = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
     if args.subtasks is not None:
         options["subtasks"] = read_texts(args.subtasks)
-    with console.status(f"loading {args.ckpt}"):
+    with _stage(console, f"loading {args.ckpt}"):
         policy = Policy.from_checkpoint(args.ckpt, **options)
     for note in policy.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -111,7 +113,7 @@ def run(args: Args) -> None:
         report = _rollout(args, policy, console)
     else:
         raw = _observation(args, given, policy)
-        with console.status("compiling and running"):
+        with _stage(console, "talking and acting") as programs:
             report = policy.measure(
                 raw, seed=args.seed, subtask=args.subtask, question=args.question, repeats=args.repeats
             )
@@ -119,7 +121,7 @@ def run(args: Args) -> None:
         if subtasks := options.get("subtasks"):
             written = map(policy.transform.template().canonical, subtasks)
             report["scores"] = dict(zip(written, policy.score(raw, subtasks).tolist(), strict=True))
-        _print_result(report, policy, console)
+        _print_result(report, policy, console, programs)
         if args.plot is not None:
             _plot(args.plot, report, policy)
     files.write_json(args.json, report)
@@ -220,7 +222,18 @@ def _action_names(policy: Policy) -> tuple[str, ...]:
     return tuple(f"action {name}" if name.isdigit() else name for name in short)
 
 
-def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> None:
+@contextlib.contextmanager
+def _stage(console: Console, what: str) -> Iterator[Programs]:
+    """Says what takes its time, and what it took."""
+    from openpi_ar.compilation import counted
+
+    waiting = console.status(what) if console.is_terminal else contextlib.nullcontext(print(what, flush=True))
+    with counted() as programs, waiting:
+        yield programs
+    console.print(f"{what}: {programs}", highlight=False, soft_wrap=True)
+
+
+def _print_result(report: dict[str, Any], policy: Policy, console: Console, programs: Programs) -> None:
     note = "" if report["text_status"] == "ok" else f"   [{report['text_status']}: the text has no proper end]"
     written = "answer" if "answer" in report else "subtask"
     for name, text in (("prompt", report["prompt"]), (written, report[written] + note)):
@@ -236,7 +249,8 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console) -> N
             table.add_row(str(step), *(f"{value:.4f}" for value in action))
         # Two arms have 14 columns: squeezed into a terminal they would lose their digits.
         Console(width=max(console.width, 12 * len(table.columns)), markup=False).print(table)
-    notes = {"total": "as one program", "first_call": "with compilation"}
+    first = "with compilation" if programs.compiled else "programs from the cache" if programs.read else ""
+    notes = {"total": "as one program", "first_call": first}
     table = Table("stage", "ms", "", title="time")
     for name, ms in report["timing"].items():
         table.add_row(name.replace("_", " "), f"{ms:.1f}", notes.get(name, ""))

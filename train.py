@@ -138,10 +138,12 @@ def make_state(cfg: TrainConfig, placement: Placement, resume_from: Path | None)
         return restore_train_state(resume_from, abstract, placement.replicated)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     if not cfg.init_from:
+        distributed.say("drawing random parameters")
         # One program, stored by the compilation cache; eagerly it is a hundred small ones.
         return jax.jit(lambda: init_state(cfg, tx), out_shardings=where)(), 0
+    distributed.say(f"starting from {cfg.init_from}")
     model, notes = load_initial(cfg)
-    distributed.say(f"starting from {cfg.init_from}", *notes)
+    distributed.say(*notes)
     model = distributed.spread(model, where.model)
     return jax.jit(lambda model: state_of(cfg, tx, model), out_shardings=where)(model), 0
 
@@ -182,7 +184,10 @@ def train(
                     log.write("train", step, values)
                     display.metrics(step, values)
                 if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.num_steps):
-                    values, texts = evaluate(state.best_model)
+                    with counted() as programs:
+                        values, texts = evaluate(state.best_model)
+                    if programs.compiled or programs.read:
+                        display.line(f"first evaluation: {programs}")
                     log.write("eval", step, values)
                     display.evaluation(step, values, texts)
                     best.offer(step, values, state)
@@ -276,7 +281,9 @@ def run(argv: Sequence[str]) -> None:
     experiment.check_room(cfg, need)
     data = make_data(cfg, placement, resume_from)
     step_fn = compiled_step(cfg, placement)
-    state, data.loader.position = make_state(cfg, placement, resume_from)
+    with counted() as programs:
+        state, data.loader.position = make_state(cfg, placement, resume_from)
+    distributed.say(f"parameters and optimizer: {programs}")
     directory = experiment.create(cfg, overwrite=overwrite)
     train(cfg, directory, data, state, placement, step_fn)
 

@@ -1,8 +1,10 @@
 """If this fails, compiled programs are written where they must not be, or read by a processor that cannot run them."""
 
 from pathlib import Path
+import re
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from openpi_ar import compilation
@@ -47,6 +49,26 @@ def test_what_jax_was_told_is_left_alone(options, tmp_path, monkeypatch):
     assert compilation.keep_compiled_programs() == tmp_path / "mine"
     jax.config.update("jax_enable_compilation_cache", False)
     assert compilation.keep_compiled_programs() is None
+
+
+def test_what_was_compiled_and_what_was_read_is_told_apart(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "_SHORTEST_S", 0.0)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    x = jax.numpy.arange(3.0)
+
+    def account() -> str:
+        with compilation.counted() as programs:
+            jax.jit(lambda x: x * 2 + 1)(x).block_until_ready()
+        return str(programs)
+
+    assert re.fullmatch(r"compiled in \d+\.\d s", account())
+    assert re.fullmatch(r"read from the cache in \d+\.\d s", account())  # another function, the same program
+    with compilation.counted() as programs:
+        pass
+    assert (programs.compiled, programs.read) == (0, 0) and str(programs).startswith("done in")
+    compilation_cache.reset_cache()
 
 
 def test_one_rule_for_the_cache_directory(tmp_path, monkeypatch):

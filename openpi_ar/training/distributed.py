@@ -137,7 +137,7 @@ def is_primary() -> bool:
 
 def say(*lines: str) -> None:
     """Prints, once for the whole run."""
-    if is_primary():
+    if lines and is_primary():
         print("\n".join(lines), flush=True)
 
 
