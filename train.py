@@ -97,6 +97,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
         stats = saved.stats
     transform = InputTransform.for_training(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
+    check.check_questions(train, transform)
     loader = Loader(
         train,
         transform,

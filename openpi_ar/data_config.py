@@ -33,7 +33,10 @@ class LeRobotData:
     """Said in place of every episode's task."""
     mix: tuple[str, ...] = ()
     """Further datasets, `PATH=WEIGHT` each: rows drawn from it for every one of `path`. The other fields hold for all
-    of them, `episodes` for `path` alone."""
+    of them, `episodes` for `path` alone. A folder with `vqa.jsonl` holds questions and answers (docs/data.md)."""
+    questions: float = 0.0
+    """Rows of questions and answers that the datasets hold themselves (style `vqa` in LeRobot's `language_events`), for
+    every row of their robot data. 0.25: a fifth of all rows. A folder of questions (`vqa.jsonl`) goes into `mix`."""
     episodes: tuple[int, ...] = ()
     """Episodes to use; empty: all."""
     held_out: float = 0.05

@@ -37,13 +37,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return _object(read_text(path), str(path))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object a line; blank lines are skipped. Raises UserError naming the line that holds none.
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line, object) of a file of one JSON object a line; blank lines are skipped.
 
+    Raises UserError naming the line that holds none.
     Lines end with a line feed alone: JSON texts may hold the other characters that Unicode breaks lines at.
     """
     lines = enumerate(read_text(path).split("\n"), 1)
-    return [_object(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    return [(number, _object(line, f"{path} line {number}")) for number, line in lines if line.strip()]
 
 
 def read_texts(path: Path) -> tuple[str, ...]:

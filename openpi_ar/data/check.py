@@ -15,6 +15,8 @@ from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import Column, Numbers, SingleSource, TrainingSource
 from openpi_ar.data.mixture import parts_of
 from openpi_ar.data.normalize import NEAR_CONSTANT, NormStats
+from openpi_ar.data.questions import QuestionSource
+from openpi_ar.errors import UserError
 from openpi_ar.tables import console, new_table
 from openpi_ar.text.segments import Segment, readable
 
@@ -45,6 +47,8 @@ def dry_run(
     parts = parts_of(train)
     for k, part in enumerate(parts):
         numbers, names = part.numbers(), {"state": part.layout.state, "actions": part.layout.actions}
+        if not any(numbers.values()):  # questions
+            continue
         if len(parts) > 1:
             out.print(f"{part.name}, by the statistics of all:", soft_wrap=True)
         for what, columns in numbers.items():
@@ -169,6 +173,17 @@ def _texts(train: TrainingSource, transform: InputTransform) -> Table:
 
 def _row(segments: Sequence[Segment], valid: np.ndarray) -> tuple[str, str, str]:
     return repr(readable(segments)), str(int(valid.sum())), str(len(valid))
+
+
+def check_questions(train: TrainingSource, transform: InputTransform) -> None:
+    """Raises UserError naming the first question that does not fit the token budgets, before a run meets it."""
+    for part in parts_of(train):
+        for row in part.rows if isinstance(part, QuestionSource) else ():
+            try:
+                transform.prompt(transform.template("vqa").prompt_segments(row.question))
+                transform.target({"template": "vqa", "answer": row.answer})
+            except UserError as e:
+                raise UserError(f"{row.where}: {e}") from e
 
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:

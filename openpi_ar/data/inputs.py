@@ -133,7 +133,7 @@ class InputTransform:
         return {
             "images": images,
             "image_mask": np.array([camera in reading.images for camera in cameras]),
-            "prompt": self._pack_prompt(self.prompt_segments(reading)),
+            "prompt": self.prompt(self.prompt_segments(reading)),
             "state": pad_dims(state, self.cfg.model.state_dim),
         }
 
@@ -146,7 +146,8 @@ class InputTransform:
         """The state, normalised. It enters a prompt before it is padded: openpi's order; padding carries nothing."""
         return None if reading.state is None else self.state_stats.normalize(reading.state)
 
-    def _pack_prompt(self, segments: Sequence[Segment]) -> TokenArrays:
+    def prompt(self, segments: Sequence[Segment]) -> TokenArrays:
+        """A prompt as arrays. Raises UserError if it takes more tokens than its budget."""
         return pack(self.tokenizer, segments, self.cfg.text.max_prompt_tokens)
 
     def sample(self, raw: Mapping[str, Any]) -> Arrays:
@@ -174,9 +175,7 @@ class InputTransform:
         arrays["target"] = self.target(raw)
         if self.reprompts:
             subtask = raw.get("subtask") if self.template(reading.template).key == "subtask" else None
-            arrays["action_prompt"] = (
-                self.action_prompt(reading, subtask or "") if acts else self._pack_prompt(_NOTHING)
-            )
+            arrays["action_prompt"] = self.action_prompt(reading, subtask or "") if acts else self.prompt(_NOTHING)
         return arrays
 
     def action_prompt(self, reading: Reading, subtask: str) -> TokenArrays:
@@ -186,7 +185,7 @@ class InputTransform:
         """
         template = self.template(self.cfg.text.action_template)
         task = subtask.strip() or template.task(reading.prompt)
-        return self._pack_prompt(template.prompt_segments(task, self._state(reading)))
+        return self.prompt(template.prompt_segments(task, self._state(reading)))
 
     def action_prompts(self, readings: Sequence[Reading], subtasks: Sequence[str], rows: int) -> Tokens:
         """`action_prompt` of each generated subtask, numpy, in as few tokens as it takes.

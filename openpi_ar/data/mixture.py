@@ -28,7 +28,7 @@ class Mixture:
         for other in self.parts[1:]:
             for what in ("state", "actions"):
                 a, b = (len(getattr(source.layout, what)) for source in (first, other))
-                if a != b:
+                if a and b and a != b:
                     raise UserError(
                         f"{first.name} and {other.name} cannot be mixed: their {what} have {a} and {b} dimensions; "
                         f"pick the same of both with data.{what}, such as --data.{what} "
@@ -75,12 +75,13 @@ class Mixture:
         """Statistics over what is drawn: every part counts by its weight, however large it is."""
         stats = {}
         share = np.array(self.weights) / sum(self.weights)
-        numbers = [part.numbers() for part in self.parts]
+        numbers = [(part.numbers(), s) for part, s in zip(self.parts, share, strict=True)]
         for name in ("state", "actions"):
             columns, weights = [], []
-            for pieces in zip(*(n[name] for n in numbers), strict=True):
+            found = [(n[name], s) for n, s in numbers if n[name]]  # questions have none
+            for pieces in zip(*(n for n, _ in found), strict=True):
                 columns.append(np.concatenate([p.values for p in pieces]))
-                counts = [np.full(len(p.values), s / len(p.values)) for p, s in zip(pieces, share, strict=True)]
+                counts = [np.full(len(p.values), s / len(p.values)) for p, (_, s) in zip(pieces, found, strict=True)]
                 weights.append(np.concatenate(counts))
             stats[name] = compute_stats(columns, mode, weights)
         return stats

@@ -59,7 +59,7 @@ def test_an_address_is_the_recording_frame_for_frame(address: str, cache: str):
 
 def test_it_is_recorded_once_and_with_any_number_of_processes_the_same(address, cache, tmp_path, monkeypatch):
     path = datasets.local(address, cache)
-    two = record_dataset(tmp_path / "two", SMALL, images="png", subtasks="index", workers=2)
+    two = record_dataset(tmp_path / "two", SMALL, images="png", subtasks="index", questions=True, workers=2)
     files = {p.relative_to(path): p.read_bytes() for p in Path(path).rglob("*") if p.is_file()}
     assert files == {p.relative_to(two): p.read_bytes() for p in two.rglob("*") if p.is_file()}
     monkeypatch.setattr(dataset, "record_dataset", lambda *a, **k: pytest.fail("recorded again"))

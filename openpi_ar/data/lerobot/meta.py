@@ -24,7 +24,7 @@ from openpi_ar.textfile import is_number, read_lines, read_object, whole_number
 
 INFO = "meta/info.json"
 SUBTASK_INDEX = "subtask_index"
-LANGUAGE = "language_persistent"
+LANGUAGE, EVENTS = "language_persistent", "language_events"
 SUPERVISE = "supervise_text"
 """Optional boolean feature: False where the subtask does not follow from the prompt, so its text is not trained."""
 
@@ -202,7 +202,7 @@ def _feature(entry: Any, fps: float) -> Feature:
 def _episodes_v2(root: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[Episode]:
     file, per_chunk = root / "meta/episodes.jsonl", whole_number(info, "chunks_size", str(root / INFO), least=1)
     episodes = []
-    for number, row in enumerate(read_lines(file), 1):
+    for number, row in read_lines(file):
         where = f"{file}, entry {number}"
         index, length = whole_number(row, "episode_index", where), whole_number(row, "length", where, least=1)
         place = {"episode_chunk": index // per_chunk, "episode_index": index}

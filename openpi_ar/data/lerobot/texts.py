@@ -32,7 +32,7 @@ def read_texts(file: Path, kind: str) -> dict[int, str]:
     """
     index, column = f"{kind}_index", kind
     if file.suffix == ".jsonl":
-        rows = read_lines(file)
+        rows = [row for _, row in read_lines(file)]
     else:
         table = read_table(file, where=f"the {kind}s")
         column = _column(table.schema, kind, file)

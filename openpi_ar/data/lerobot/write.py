@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openpi_ar.data.lerobot.encode import CHUNK, CODECS, VIDEO_MB, VIDEO_PATH, VideoFiles, place_of
-from openpi_ar.data.lerobot.meta import LANGUAGE, SUBTASK_INDEX
+from openpi_ar.data.lerobot.meta import EVENTS, LANGUAGE, SUBTASK_INDEX
 from openpi_ar.data.lerobot.stats import flatten, pixel_counts, pixel_stats, vector_stats
 from openpi_ar.errors import UserError
 from openpi_ar.files import when_whole
@@ -28,13 +28,13 @@ Subtasks = Literal["both", "index", "language"]
 
 _DATA_MB = 100
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-_EVENTS = "language_events"
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # LeRobot's writer infers these types: fields that are never set are of type null.
 _PERSISTENT = pa.struct(
     [(n, pa.string()) for n in ("role", "content", "style")]
     + [("timestamp", pa.float64()), ("camera", pa.null()), ("tool_calls", pa.null())]
 )
+_EVENT = pa.struct([(n, pa.string()) for n in ("role", "content", "style", "camera")] + [("tool_calls", pa.null())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Spec:
     flags      boolean features of one value.
     subtasks   `index` (LeRobot 0.4.4 to 0.5), `language` (0.6 and newer) or `both`. Versions before 0.6 refuse a
                dataset with language columns, so `both` needs 0.6 too.
+    questions  episodes hold questions and answers, which are language columns too.
     """
 
     fps: int
@@ -56,6 +57,7 @@ class Spec:
     flags: tuple[str, ...] = ()
     images: Images = "h264"
     subtasks: Subtasks = "both"
+    questions: bool = False
 
 
 class LeRobotWriter:
@@ -105,8 +107,10 @@ class LeRobotWriter:
         *,
         subtasks: Sequence[str],
         flags: Mapping[str, np.ndarray] | None = None,
+        questions: Mapping[int, tuple[str, str]] | None = None,
     ) -> None:
-        """One episode of T frames: uint8 [T h w 3] by camera, float [T dims] by feature, a subtask for each frame."""
+        """One episode of T frames: uint8 [T h w 3] by camera, float [T dims] by feature, a subtask for each frame, and
+        (question, answer) by frame, about all cameras."""
         length, e = len(subtasks), len(self._episodes)
         numbers: dict[str, np.ndarray] = {k: np.asarray(vectors[k], np.float32) for k in self.spec.vectors}
         numbers |= {k: np.asarray((flags or {})[k], bool)[:, None] for k in self.spec.flags}
@@ -124,7 +128,11 @@ class LeRobotWriter:
         if self.spec.images == "png":
             columns |= {k: pa.array([_png(x, i) for i, x in enumerate(images[k])], _IMAGE) for k in self.spec.cameras}
         if self.spec.subtasks != "index":
-            columns |= _language(subtasks, numbers["timestamp"][:, 0])
+            columns[LANGUAGE] = _language(subtasks, numbers["timestamp"][:, 0])
+        if self.spec.questions:
+            columns[EVENTS] = _events(questions or {}, length, self.spec.cameras)
+        elif self.spec.subtasks != "index":
+            columns[EVENTS] = pa.array([[]] * length, pa.list_(pa.null()))
         row: dict[str, Any] = {"episode_index": e, "tasks": [task], "length": length}
         row |= self._write_rows(pa.table(columns))
         row |= {"dataset_from_index": self._frames, "dataset_to_index": self._frames + length}
@@ -170,7 +178,8 @@ class LeRobotWriter:
         dtypes |= {SUBTASK_INDEX: "int64"} if self.spec.subtasks != "language" else {}
         counters = ("frame_index", "episode_index", "index", "task_index")
         dtypes |= {"timestamp": "float32"} | dict.fromkeys(counters, "int64")
-        dtypes |= {LANGUAGE: "language", _EVENTS: "language"} if self.spec.subtasks != "index" else {}
+        dtypes |= {LANGUAGE: "language"} if self.spec.subtasks != "index" else {}
+        dtypes |= {EVENTS: "language"} if self.spec.subtasks != "index" or self.spec.questions else {}
         return features | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in dtypes.items()}
 
     def _write_meta(self) -> None:
@@ -215,15 +224,23 @@ def _png(image: np.ndarray, frame: int) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": f"frame-{frame:06d}.png"}
 
 
-def _language(subtasks: Sequence[str], timestamps: np.ndarray) -> dict[str, pa.Array]:
-    """The timeline of subtasks, the same on every frame, and no events."""
+def _language(subtasks: Sequence[str], timestamps: np.ndarray) -> pa.Array:
+    """The timeline of subtasks, the same on every frame."""
     changes = [i for i, s in enumerate(subtasks) if i == 0 or s != subtasks[i - 1]]
     row = {"role": "assistant", "style": "subtask", "camera": None, "tool_calls": None}
     timeline = [{**row, "content": subtasks[i], "timestamp": float(timestamps[i])} for i in changes]
-    return {
-        LANGUAGE: pa.array([timeline] * len(subtasks), pa.list_(_PERSISTENT)),
-        _EVENTS: pa.array([[]] * len(subtasks), pa.list_(pa.null())),
-    }
+    return pa.array([timeline] * len(subtasks), pa.list_(_PERSISTENT))
+
+
+def _events(questions: Mapping[int, tuple[str, str]], length: int, cameras: Sequence[str]) -> pa.Array:
+    """The questions on their frames, to each camera, as LeRobot wants it of this style."""
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(length)]
+    for frame, texts in questions.items():
+        for camera in cameras:
+            for role, content in zip(("user", "assistant"), texts, strict=True):
+                entry = {"role": role, "content": content, "style": "vqa", "camera": camera, "tool_calls": None}
+                rows[frame].append(entry)
+    return pa.array(rows, pa.list_(_EVENT))
 
 
 def _write_texts(path: Path, kind: str, texts: Mapping[str, int]) -> None:

@@ -32,10 +32,13 @@ class Record:
     """png: in the parquet files, lossless; else the video codec."""
     subtasks: Literal["both", "index", "language"] = "both"
     """index: LeRobot 0.4.4 to 0.5; language: 0.6 and newer (older versions refuse such columns)."""
+    questions: bool = False
+    """Ask on every second frame what its images tell for certain (`language_events`, LeRobot 0.6 and newer)."""
 
     def run(self) -> None:
         began = time.perf_counter()
-        root = record_dataset(self.out, self.demos, images=self.images, subtasks=self.subtasks)
+        columns = {"subtasks": self.subtasks, "questions": self.questions}
+        root = record_dataset(self.out, self.demos, images=self.images, **columns)
         frames = sum(e.length for e in read_meta(root).episodes)
         rate = frames / (time.perf_counter() - began)
         console().print(f"{root}: {self.demos.episodes} episodes, {frames} frames, {rate:.0f} frames/s", soft_wrap=True)

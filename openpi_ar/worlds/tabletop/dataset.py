@@ -21,7 +21,7 @@ from openpi_ar.worlds.tabletop.record import Episode, record_episode
 from openpi_ar.worlds.tabletop.scene import COLORS
 from openpi_ar.worlds.tabletop.world import ACTIONS, CAMERAS, FPS, STATES, Tabletop
 
-GENERATOR_VERSION = 6
+GENERATOR_VERSION = 7
 """Raise when the scene, the expert or the recording changes: datasets in the cache are then left alone and not read."""
 
 POSES = "observation.environment_state"
@@ -86,7 +86,7 @@ def cached_dataset(demos: Demonstrations, cache_dir: str | None = None) -> Path:
     path = cache_path(demos, cache_dir)
     if not path.is_dir():
         with when_whole(path.parent, instead=ANOTHER_CACHE) as scratch:
-            record_dataset(scratch / path.name, demos, images="png", subtasks="index")
+            record_dataset(scratch / path.name, demos, images="png", subtasks="index", questions=True)
     return path
 
 
@@ -96,6 +96,7 @@ def record_dataset(
     *,
     images: Images = "h264",
     subtasks: Subtasks = "both",
+    questions: bool = False,
     workers: int | None = None,
 ) -> Path:
     """Records the demonstrations and returns the dataset's directory, which appears when it is complete.
@@ -103,14 +104,16 @@ def record_dataset(
     States and actions are exact, images with `png` too. `supervise_text` is False on commanded episodes, `POSES` holds
     where the blocks are.
 
-    `images` and `subtasks` are those of `Spec`; `workers` are processes, None: one per core, 0: this process alone.
-    Raises UserError for values out of range, an `out` that exists, or images of a size that the codec cannot take.
+    `images`, `subtasks` and `questions` are those of `Spec`; `workers` are processes, None: one per core, 0: this
+    process alone. Raises UserError for values out of range, an `out` that exists, or images of a size that the codec
+    cannot take.
     """
     demos.check()
     if workers is None:
         workers = 0 if demos.episodes <= _IN_PROCESS else cores()
     episodes = map_in_processes(functools.partial(_record, demos), range(demos.episodes), workers, _CHUNK)
-    return write_dataset(out, _shown(episodes, demos.episodes), demos.image_size, images=images, subtasks=subtasks)
+    shown = _shown(episodes, demos.episodes)
+    return write_dataset(out, shown, demos.image_size, images=images, subtasks=subtasks, questions=questions)
 
 
 def write_dataset(
@@ -120,6 +123,7 @@ def write_dataset(
     *,
     images: Images = "h264",
     subtasks: Subtasks = "both",
+    questions: bool = False,
 ) -> Path:
     """Writes the episodes as they come; otherwise as `record_dataset`."""
     spec = Spec(
@@ -135,6 +139,7 @@ def write_dataset(
         flags=(SUPERVISE,),
         images=images,
         subtasks=subtasks,
+        questions=questions,
     )
     with LeRobotWriter(out, spec) as writer:
         for episode in episodes:
@@ -144,6 +149,7 @@ def write_dataset(
                 {"observation.state": episode.state, POSES: encode_blocks(episode.blocks), "action": episode.action},
                 subtasks=episode.subtasks,
                 flags={SUPERVISE: np.full(len(episode.state), not episode.commanded)},
+                questions=episode.questions if questions else {},
             )
     return writer.root
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from openpi_ar.worlds.tabletop import scene
 from openpi_ar.worlds.tabletop.expert import expert_action
+from openpi_ar.worlds.tabletop.questions import sample_question
 from openpi_ar.worlds.tabletop.tasks import Facts, Layout, Task, command_task, next_subtask, sample_task
 from openpi_ar.worlds.tabletop.world import Tabletop
 
@@ -19,6 +20,8 @@ _TRAINING = 0x7AB1E
 
 _DONE_FRAMES = 5
 _MAX_ATTEMPTS = 20
+_ASK_EVERY = 2
+"""Frames from one question to the next."""
 
 
 @dataclasses.dataclass
@@ -27,7 +30,7 @@ class Episode:
 
     images uint8 [T, C, H, W, 3], state and action float32 [T, 4], subtasks [T], blocks float32 [T, colours, 3]: the
     blocks' centres in metres in the order of `scene.COLORS`, NaN where there is no such block. commanded: the subtasks
-    do not follow from the prompt.
+    do not follow from the prompt. questions: (question, answer) by frame.
     """
 
     prompt: str
@@ -37,6 +40,7 @@ class Episode:
     subtasks: list[str]
     blocks: np.ndarray
     commanded: bool
+    questions: dict[int, tuple[str, str]]
 
 
 class Disturbance:
@@ -145,6 +149,8 @@ def _attempt(world: Tabletop, rng: np.random.Generator, noise: float, task: Task
     observation, _ = world.reset(0, task=task, layout=layout)
     disturb = Disturbance(rng, noise)
     images, states, actions, subtasks, blocks = [], [], [], [], []
+    # A generator of its own: what is asked changes no action.
+    asking, questions = rng.spawn(1)[0], {}
     success_at: int | None = None
     for step in range(world.max_steps):
         facts = world.facts()
@@ -154,6 +160,8 @@ def _attempt(world: Tabletop, rng: np.random.Generator, noise: float, task: Task
         states.append(observation["state"])
         actions.append(action)
         subtasks.append(subtask)
+        if step % _ASK_EVERY == 0:
+            questions[step] = sample_question(asking, facts)[1:]
         blocks.append([facts.blocks.get(color, np.full(3, np.nan)) for color in scene.COLORS])
         if success_at is not None and step - success_at >= _DONE_FRAMES - 1:
             break
@@ -170,4 +178,5 @@ def _attempt(world: Tabletop, rng: np.random.Generator, noise: float, task: Task
         subtasks=subtasks,
         blocks=np.array(blocks, np.float32),
         commanded=task.kind == "command",
+        questions=questions,
     )
