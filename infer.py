@@ -25,7 +25,7 @@ from openpi_ar.worlds import NAMES, open_world
 
 if TYPE_CHECKING:
     from openpi_ar.compilation import Programs
-    from openpi_ar.policy import Policy
+    from openpi_ar.policy import Policy, Talker
     from openpi_ar.worlds.protocol import World
 
 
@@ -49,7 +49,7 @@ class Args:
     """Of the world's scene, of the first episode, and of the action noise."""
     images: tuple[str, ...] = ()
     """Your observation: camera=file for each camera, e.g. `front=a.png wrist=b.png`, by the robot's or the model's
-    names."""
+    names. For a question also files alone, in the model's order."""
     state: tuple[float, ...] | None = None
     """The robot's state in real units."""
     prompt: str | None = None
@@ -62,7 +62,8 @@ class Args:
     subtasks: Path | None = None
     """Generate nothing but one of these: a file with one subtask a line. Of one observation, each is scored too."""
     question: str | None = None
-    """Ask about the images instead of acting (PaliGemma's VQA prompt)."""
+    """Ask about the images instead of acting; any checkpoint that talks, PaliGemma's too, without --robot. In plain
+    words, or as PaliGemma's prompts are typed: `answer en ...`, `caption en`, `detect cup ; plate`, `segment cup`."""
     repeats: int = 0
     """Time each stage too, as medians of this many calls: compiles a program for each."""
     rollout: int = 0
@@ -84,7 +85,7 @@ class Args:
     video: Path | None = None
     """Film the episodes: .mp4 or .gif."""
     plot: Path | None = None
-    """Draw the action chunk into this image file."""
+    """Draw the action chunk, or the answer's boxes in the image, into this file."""
     json: Path | None = None
     """Write what was printed to this file."""
 
@@ -99,32 +100,62 @@ def run(args: Args) -> None:
     """Plays, acts or answers. What can be wrong with the arguments is reported before the checkpoint is loaded."""
     console = Console(markup=False)
     _check(args)
-    from openpi_ar.policy import Policy, observations
+    from openpi_ar.policy import observations
 
-    given = observations.given(args.images, args.state, args.prompt, args.observation, flat=_sends_its_own(args))
+    how = {"flat": _sends_its_own(args), "named": args.question is None}
+    given = observations.given(args.images, args.state, args.prompt, args.observation, **how)
     options = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
+    report = (_act if args.question is None else _ask)(args, given, options, console)
+    files.write_json(args.json, report)
+
+
+def _act(args: Args, given: dict[str, Any], options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Plays episodes, or acts once."""
+    from openpi_ar.policy import Policy
+
     if args.subtasks is not None:
         options["subtasks"] = read_texts(args.subtasks)
     with _stage(console, f"loading {args.ckpt}"):
         policy = Policy.from_checkpoint(args.ckpt, **options)
-    for note in policy.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    _print_notes(policy, console)
     if args.rollout:
-        report = _rollout(args, policy, console)
-    else:
-        raw = _observation(args, given, policy)
-        with _stage(console, "talking and acting") as programs:
-            report = policy.measure(
-                raw, seed=args.seed, subtask=args.subtask, question=args.question, repeats=args.repeats
-            )
-        report = {"prompt": args.question or policy.robot.prompt(raw), **report}
-        if subtasks := options.get("subtasks"):
-            written = map(policy.transform.template().canonical, subtasks)
-            report["scores"] = dict(zip(written, policy.score(raw, subtasks).tolist(), strict=True))
-        _print_result(report, policy, console, programs)
-        if args.plot is not None:
-            _plot(args.plot, report, policy)
-    files.write_json(args.json, report)
+        return _rollout(args, policy, console)
+    raw = _observation(args, given, policy)
+    with _stage(console, "talking and acting") as programs:
+        report = policy.measure(raw, seed=args.seed, subtask=args.subtask, repeats=args.repeats)
+    report = {"prompt": policy.robot.prompt(raw), **report}
+    if subtasks := options.get("subtasks"):
+        written = map(policy.transform.template().canonical, subtasks)
+        report["scores"] = dict(zip(written, policy.score(raw, subtasks).tolist(), strict=True))
+    _print_result(report, console, programs, _action_names(policy))
+    if args.plot is not None:
+        _plot(args.plot, report, policy)
+    return report
+
+
+def _ask(args: Args, given: dict[str, Any], options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Answers the question about images of the user's, of any checkpoint; or about an observation of its robot or
+    world."""
+    from openpi_ar.policy import Policy, ask, load_talker
+    from openpi_ar.policy.checkpoint import check_talks
+
+    with _stage(console, f"loading {args.ckpt}"):
+        check_talks(args.ckpt)
+        if "images" in given and not options:
+            policy, images = load_talker(args.ckpt), given["images"]
+        else:
+            policy = Policy.from_checkpoint(args.ckpt, **options)
+            images = _observation(args, given, policy)
+    _print_notes(policy, console)
+    question = args.question or ""
+    with _stage(console, "answering") as programs:
+        report = policy.measure_answer(images, question, seed=args.seed, repeats=args.repeats)
+    report = {"prompt": question, **report}
+    _print_result(report, console, programs)
+    ask.print_boxes(report, console)
+    if args.plot is not None:
+        ask.draw_boxes(args.plot, policy.pictures(images)[0], report)
+    return report
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,8 +184,6 @@ def _check(args: Args) -> None:
             raise UserError(f"--question is answered without acting: leave out --{flag}")
     if args.subtask is not None and args.subtasks is not None:
         raise UserError("--subtask is given, --subtasks is a list to choose from: leave out one of them")
-    if args.question is not None and args.plot is not None:
-        raise UserError("--question gives no actions to plot: leave out --plot")
     files.check_file(args.video, "--video", ".mp4", ".gif")
     files.check_file(args.plot, "--plot", *files.FIGURES)
     files.check_file(args.json, "--json")
@@ -233,7 +262,14 @@ def _stage(console: Console, what: str) -> Iterator[Programs]:
     console.print(f"{what}: {programs}", highlight=False, soft_wrap=True)
 
 
-def _print_result(report: dict[str, Any], policy: Policy, console: Console, programs: Programs) -> None:
+def _print_notes(policy: Talker, console: Console) -> None:
+    for note in policy.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _print_result(
+    report: dict[str, Any], console: Console, programs: Programs, action_names: Sequence[str] = ()
+) -> None:
     note = "" if report["text_status"] == "ok" else f"   [{report['text_status']}: the text has no proper end]"
     written = "answer" if "answer" in report else "subtask"
     for name, text in (("prompt", report["prompt"]), (written, report[written] + note)):
@@ -244,7 +280,7 @@ def _print_result(report: dict[str, Any], policy: Policy, console: Console, prog
     if "scores" in report:
         _print_scores(report, console)
     if "actions" in report:
-        table = Table("step", *_action_names(policy), title="actions")
+        table = Table("step", *action_names, title="actions")
         for step, action in enumerate(report["actions"]):
             table.add_row(str(step), *(f"{value:.4f}" for value in action))
         # Two arms have 14 columns: squeezed into a terminal they would lose their digits.

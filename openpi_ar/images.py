@@ -1,10 +1,11 @@
-"""Images of any size to the model's: bilinear, aspect kept, black borders, on the host and on the device.
+"""Images of any size to the model's: bilinear, aspect kept, black borders, on the host and on the device; or stretched.
 
 The host uses Pillow, as openpi's client does. Checkpoints were trained on its bytes and no resize of JAX gives them, so
 the device version repeats its arithmetic, which is integers: a triangle filter as wide as the reduction, in 22-bit
 fixed point, columns first, then rows, each rounded to eight bits (Pillow's `Resample.c`). Both give the same pixels.
 """
 
+from collections.abc import Sequence
 import functools
 
 import jax.numpy as jnp
@@ -27,6 +28,29 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     small = Image.fromarray(image).resize((new_w, new_h), resample=Image.Resampling.BILINEAR)
     out[top : top + new_h, left : left + new_w] = np.asarray(small)
     return out
+
+
+def fit(image: np.ndarray, height: int, width: int, *, keeps_aspect: bool) -> np.ndarray:
+    """uint8 [h w 3] to [height width 3] on the host: with black borders, or stretched (bilinear, antialiased)."""
+    if keeps_aspect or image.shape[:2] == (height, width):
+        return resize_with_pad(image, height, width)
+    return np.asarray(Image.fromarray(image).resize((width, height), resample=Image.Resampling.BILINEAR))
+
+
+def unfit(
+    box: Sequence[float], size: tuple[int, int], height: int, width: int, *, keeps_aspect: bool
+) -> tuple[float, float, float, float]:
+    """A box of the image that `fit` gives (top, left, bottom, right, as fractions of it) in pixels of the original one,
+    which is of `size`. What lies on the borders is moved to the edge."""
+    new_h, new_w, top, left = _placed(size, height, width) if keeps_aspect else (height, width, 0, 0)
+
+    def back(fraction: float, whole: int, start: int, length: int, original: int) -> float:
+        return min(max((fraction * whole - start) * original / length, 0.0), float(original))
+
+    y0, x0, y1, x1 = box
+    y0, y1 = (back(y, height, top, new_h, size[0]) for y in (y0, y1))
+    x0, x1 = (back(x, width, left, new_w, size[1]) for x in (x0, x1))
+    return y0, x0, y1, x1
 
 
 def resize_with_pad_on_device(images: UInt8[Array, "*b h w 3"], height: int, width: int) -> UInt8[Array, "*b _ _ 3"]:

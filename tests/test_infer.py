@@ -94,7 +94,10 @@ def test_forced_subtask_and_question(warm, tmp_path, capsys):
     infer.main([*warm, *images(tmp_path), "--question", "what is this?", "--json", str(tmp_path / "q.json")])
     answer = json.loads((tmp_path / "q.json").read_text())
     sure = {"logprobs", "logprob", "margin"}
-    assert set(answer) == {"prompt", "answer", "text_status", "timing"} | sure and answer["prompt"] == "what is this?"
+    assert (
+        set(answer) == {"prompt", "answer", "text_status", "boxes", "stray_tokens", "timing"} | sure
+        and answer["prompt"] == "what is this?"
+    )
     assert "answer:" in capsys.readouterr().out
 
 

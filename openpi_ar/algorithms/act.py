@@ -135,7 +135,9 @@ def talk(
     def read(model: VLM, obs: Observation, known: Tokens | None, images: Array) -> tuple[Prefill, Cache]:
         return prefill(model, obs, known, image_tokens=images, last_only=True)
 
-    def write(model: VLM, cache: Cache, out: Prefill, keys: Array | None, draft: Tokens | None) -> Any:
+    def write(
+        model: VLM, cache: Cache, out: Prefill, sampling: Sampling, keys: Array | None, draft: Tokens | None
+    ) -> Any:
         return generate(model, cache, out.prompt_last, sampling, keys=keys, draft=draft, draft_hidden=out.text)
 
     out, cache = run("prefill", read, model, obs, known, images)
@@ -145,5 +147,5 @@ def talk(
         batch = out.prompt_last.shape[0]
         nothing = Generated.given(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
         return Talk(text=nothing, cache=cache, images=images)
-    generated, cache = run("text", write, model, cache, out, keys, known)
+    generated, cache = run("text", write, model, cache, out, sampling, keys, known)
     return Talk(text=generated, cache=cache, images=images)

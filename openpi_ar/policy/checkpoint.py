@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from openpi_ar.checkpoints import lerobot, remote, store
 from openpi_ar.checkpoints.options import LoadOptions
-from openpi_ar.compilation import keep_compiled_programs
-from openpi_ar.config import InferenceConfig, TrainConfig
+from openpi_ar.compilation import keep_compiled_programs, run_once
+from openpi_ar.config import DecodeConfig, InferenceConfig, TextConfig, TrainConfig
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robots import ROBOTS, get_robot
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.policy import Policy
+from openpi_ar.policy.programs import inference_dtype
+from openpi_ar.policy.talker import Talker, check_writes
 from openpi_ar.robot_spec import RobotSpec
+from openpi_ar.text.templates import get_template
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from openpi_ar.checkpoints.assets import Said
+
+_ANSWER_TOKENS = 128
+"""Enough for a caption, or for a detection of some twenty objects."""
 
 
 class PolicyParts(NamedTuple):
@@ -42,18 +49,87 @@ def load(
     asset_id: str | None = None,
     horizon: int | None = None,
     subtasks: Sequence[str] = (),
-) -> Policy:
+) -> Policy | Talker:
     """The policy of a checkpoint of any known format: `load("tabletop")` is the one that comes with the package.
 
-    Compiled programs are stored on disk for the next start. With `subtasks` it generates nothing but one of these.
-    The other arguments and errors: see `load_policy_parts`.
+    Compiled programs are stored on disk for the next start. With `subtasks` it generates nothing but one of these. A
+    checkpoint without an action tower gives a `Talker`, the part of a policy that answers questions. The other
+    arguments and errors: see `load_policy_parts`.
     """
     keep_compiled_programs()
+    if robot is None and _only_talks(path):
+        return load_talker(path)
     parts = load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon)
     if subtasks:
         decode = dataclasses.replace(parts.cfg.decode, subtasks=tuple(subtasks))
         parts = parts._replace(cfg=dataclasses.replace(parts.cfg, decode=decode))
     return Policy(*parts)
+
+
+def load_talker(path: str | Path, *, dtype: str = "auto") -> Talker:
+    """Answers of any checkpoint that writes text: PaliGemma's, pi0.5's of openpi or LeRobot, one of openpi_ar.
+
+    Args:
+        path: as in `load_policy_parts`. A checkpoint that is not openpi_ar's needs PaliGemma's tokenizer: as
+            `tokenizer.model` beside it, or in the cache (`load_tokenizer`).
+        dtype: of weights and computation: "float32", "bfloat16", or "auto" (`inference_dtype`).
+
+    Raises:
+        UserError: it is no checkpoint, there is no tokenizer, or the model was trained for nothing but actions.
+    """
+    keep_compiled_programs()
+    path = remote.shipped(path)
+    ours, notes = _is_ours(path), ()
+    if ours:
+        check_talks(path)
+        cfg, model, tokenizer, _ = store.load_policy_checkpoint(path)
+        text, decode = cfg.text, cfg.decode
+    else:
+        from openpi_ar.checkpoints.load import load_model  # here, because reading other formats is a heavy import
+
+        loaded = load_model(path)
+        notes = tuple(note for note in loaded.notes if not note.startswith("action_horizon"))
+        model, tokenizer = loaded.model, _tokenizer_beside(loaded.source.path) or load_tokenizer("paligemma")
+        text, decode = TextConfig("paligemma", "vqa", max_target_tokens=_ANSWER_TOKENS), DecodeConfig()
+        if not isinstance(loaded.config, ModelConfig):
+            tokenizer = Tokenizer(tokenizer.model_bytes, action_tail=0)  # its last ids are no action tokens
+    check_writes(model.cfg, text.template if ours else "")
+    kind = inference_dtype(decode.dtype if dtype == "auto" else dtype)
+    return Talker(run_once(lambda m: m.for_inference(kind), model), tokenizer, text, decode, notes)
+
+
+def check_talks(path: str | Path) -> None:
+    """Raises UserError for a checkpoint of openpi_ar whose run trained nothing but actions, from nothing."""
+    path = remote.shipped(path)
+    if not _is_ours(path):
+        return
+    cfg = store.load_assets(store.resolve_step_dir(path)).config
+    if isinstance(cfg, TrainConfig) and not cfg.init_from and get_template(cfg.text.template).target is None:
+        raise UserError(
+            f"{path} only acts: it was trained from nothing with template {cfg.text.template!r}, which writes no text; "
+            "ask a checkpoint trained with --text.template subtask, or PaliGemma"
+        )
+
+
+def _tokenizer_beside(path: Path) -> Tokenizer | None:
+    """The SentencePiece model in the directory of a checkpoint or its `assets/`."""
+    from openpi_ar.checkpoints.sources import root_of
+
+    root = root_of(path)
+    found = [root / name for name in (store.TOKENIZER, f"assets/{store.TOKENIZER}", "paligemma_tokenizer.model")]
+    return next((Tokenizer(file.read_bytes()) for file in found if file.is_file()), None)
+
+
+def _only_talks(path: str | Path) -> bool:
+    """Whether it is a checkpoint without an action tower; False too if it is none at all."""
+    if _is_ours(remote.shipped(path)):
+        return False
+    from openpi_ar.checkpoints.load import inspect
+
+    try:
+        return not isinstance(inspect(path).config, ModelConfig)
+    except UserError:
+        return False
 
 
 def load_policy_parts(
@@ -91,7 +167,10 @@ def load_policy_parts(
     if looked.kind == "ours" and (isinstance(said.config, TrainConfig) or not said.own):
         store.load_assets(said.root)  # raises: a part of it is lost
     if spec is None and not said.knows_robot and said.lerobot is None:
-        raise UserError(f"{path} does not say which robot it is for: name it with --robot {' | '.join(ROBOTS)} | FILE")
+        raise UserError(
+            f"{path} does not say which robot it is for: name it with --robot {' | '.join(ROBOTS)} | FILE; a question "
+            "about --images needs none"
+        )
     if said.stats is None:
         raise said.problem or UserError(f"{path} holds no normalisation statistics")
     notes = [note for note in looked.notes if not note.startswith("action_horizon")]

@@ -19,11 +19,12 @@ def given(
     file: Path | None = None,
     *,
     flat: bool = False,
+    named: bool = True,
 ) -> dict[str, Any]:
     """A raw observation of what is given, and no more: "images", "state", "prompt".
 
     Args:
-        images: camera=file for each camera.
+        images: camera=file for each camera; or, unless `named`, files alone in the model's order, which give a list.
         state: real units; in place of the file's.
         prompt: in place of the file's.
         file: .npz with an image per camera by its name, "state" and "prompt", or of LeRobot's features
@@ -35,11 +36,13 @@ def given(
     """
     raw: dict[str, Any] = {} if file is None else read_npz(file, flat=flat)
     if images:
-        raw["images"] = {}
-        for camera, image in map(read_image, images):
-            if camera in raw["images"]:
-                raise UserError(f"--images names camera {camera!r} twice: give each of its own file once")
-            raw["images"][camera] = image
+        found = [read_image(item) for item in images]
+        names = [camera for camera, _ in found]
+        if "" in names and (named or any(names)):
+            raise UserError(f"--images takes camera=file, found {images[names.index('')]!r}; for example front=a.png")
+        if twice := [name for i, name in enumerate(names) if name and name in names[:i]]:
+            raise UserError(f"--images names camera {twice[0]!r} twice: give each of its own file once")
+        raw["images"] = dict(found) if all(names) else [image for _, image in found]
     if state is not None:
         raw["state"] = np.asarray(state, np.float32)
     if prompt is not None:
@@ -48,11 +51,14 @@ def given(
 
 
 def read_image(item: str) -> tuple[str, np.ndarray]:
-    """camera=file -> (camera, uint8 [h w 3]). Raises UserError if the file is missing or no image."""
-    camera, _, file = item.partition("=")
-    if not camera or not file:
+    """camera=file -> (camera, uint8 [h w 3]); a file alone -> ("", ...). Raises UserError if it is missing or no
+    image."""
+    camera, equals, file = item.partition("=")
+    if not equals or Path(item).is_file():
+        camera, file = "", item
+    elif not camera or not file:
         raise UserError(f"--images takes camera=file, found {item!r}; for example front=a.png")
-    return camera, read_picture(Path(file), f"image file {file!r} of camera {camera!r}")
+    return camera, read_picture(Path(file), f"image file {file!r}" + (f" of camera {camera!r}" if camera else ""))
 
 
 def read_npz(path: Path, *, flat: bool = False) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from openpi_ar.algorithms.act import STAGES
 from openpi_ar.algorithms.flow import flow_table
 from openpi_ar.algorithms.generate import Generated
-from openpi_ar.algorithms.sampling import text_sampling
 from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
@@ -40,14 +38,14 @@ from openpi_ar.policy.programs import (
     stacked_drafts,
 )
 from openpi_ar.policy.session import Session
+from openpi_ar.policy.talker import Images, Result, Talker, measured
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Tokens
 
 Raw = Mapping[str, Any]
-Result = dict[str, Any]
 
 
-class Policy:
+class Policy(Talker):
     """A trained model as a function of observations. It remembers nothing: what lasts is a `Session` of the caller.
 
     Args:
@@ -61,6 +59,8 @@ class Policy:
         UserError: tokenizer, statistics or robot do not fit the model.
     """
 
+    _model: VLA
+
     def __init__(
         self,
         cfg: InferenceConfig,
@@ -69,44 +69,35 @@ class Policy:
         stats: Mapping[str, NormStats],
         notes: Sequence[str] = (),
     ):
-        if tokenizer.vocab_size > cfg.model.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces but the model reads {cfg.model.vocab_size}: "
-                "use the tokenizer that the model was trained with"
-            )
-        self.cfg, self.tokenizer, self.notes = cfg, tokenizer, tuple(notes)
+        dtype = inference_dtype(cfg.decode.dtype)
+        acting = run_once(lambda m: m.for_inference(dtype), model)
+        super().__init__(acting, tokenizer, cfg.text, cfg.decode, notes)
+        self.cfg, self._model = cfg, acting
         self.transform = InputTransform(cfg, tokenizer, stats)
         self.robot: Robot = self.transform.robot
-        dtype = inference_dtype(cfg.decode.dtype)
-        self._model = run_once(lambda m: m.for_inference(dtype), model)
         self._table = jax.jit(lambda m: flow_table(m, cfg.decode.denoise_steps))(self._model)
-        answers = text_sampling(cfg.decode, tokenizer, cfg.model.vocab_size, cfg.text.max_target_tokens)
         budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
-        sampling = dataclasses.replace(answers, max_new_tokens=budget)
+        sampling = dataclasses.replace(self._answers, max_new_tokens=budget)
         if cfg.decode.subtasks:
             texts = self._texts(cfg.decode.subtasks)
             written = [ids[valid].tolist() for ids, valid in zip(texts.ids, texts.valid, strict=True)]
             trie = Trie.of(written, cfg.model.vocab_size, tokenizer.eos_id)
             sampling = dataclasses.replace(sampling, constraint=trie)
-        self._programs = Programs(cfg, sampling, answers)
+        self._programs = Programs(cfg, sampling, self._answers)
         self._resizes = resizes_on_device(cfg.decode.resize)
 
     @staticmethod
     def from_checkpoint(path: str | Path, **options: Any) -> "Policy":
-        """The policy of a checkpoint: `openpi_ar.policy.load`, which see."""
+        """The policy of a checkpoint, as `openpi_ar.policy.load`. Raises UserError if it has no action tower."""
         from openpi_ar.policy.checkpoint import load  # imports this module
 
-        return load(path, **options)
+        policy = load(path, **options)
+        return policy if isinstance(policy, Policy) else policy.infer()
 
     @staticmethod
     def session(seed: int = 0) -> Session:
         """What one robot's calls share, for `infer(raw, session=...)`: it belongs to the caller."""
         return Session(seed)
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Cameras of the model, in its order: the images of an observation, unless a robot has names of its own."""
-        return self.cfg.model.cameras
 
     def warmup(
         self, batch_size: int = 1, cameras: int | None = None, image_size: tuple[int, int] | None = None
@@ -213,25 +204,9 @@ class Policy:
         texts = [self._text(reading, written, row, given=text is not None) for row, reading in enumerate(readings)]
         return [{"subtask": s, **rest, "actions": actions[i], "timing": ms} for i, (s, rest) in enumerate(texts)]
 
-    def answer(self, raw: Raw, question: str, *, seed: int = 0) -> Result:
-        """The answer to a question about the images, by PaliGemma's VQA template; no actions.
-
-        Args:
-            raw: as in `infer`; its prompt is not read, and its state may be left out.
-            question: in plain words.
-            seed: of sampled text.
-
-        Returns:
-            `answer`, `text_status`, `logprobs`, `logprob`, `margin` and `timing` as in `infer`.
-        """
-        start = time.perf_counter()
-        reading = self.robot.read({**raw, "question": question, "template": "vqa"})
-        keys = self._drawn([Session(seed)], 1, None).text_keys
-        obs = self.transform.observations([reading], 1, resize=not self._resizes)
-        out, ms = self._programs.answer(self._model, obs, keys)
-        ms["total"] = milliseconds(time.perf_counter() - start)
-        answer, rest = self._text(reading, jax.tree.map(np.asarray, out), 0)
-        return {"answer": answer, **rest, "timing": ms}
+    def pictures(self, images: Raw | Images) -> list[np.ndarray]:
+        """As `Talker.pictures`; a mapping is an observation as in `infer`, of which nothing but the images is read."""
+        return super().pictures(self.robot.read(images).images if isinstance(images, Mapping) else images)
 
     def score(self, raw: Raw, subtasks: Sequence[str]) -> np.ndarray:
         """Log-probability of each subtask as the text for this observation, float32 [N]: its tokens' and its end's.
@@ -258,31 +233,18 @@ class Policy:
         *,
         seed: int = 0,
         subtask: str | None = None,
-        question: str | None = None,
         repeats: int = 0,
     ) -> Result:
-        """The result of one `infer` (or, with a question, `answer`), with `timing` measured over several calls.
+        """The result of one `infer`, with `timing` as in `talker.measured`.
 
-        `timing` in ms: `first_call` is the total of the first call, compilation included if this shape was new. With
-        `repeats` also medians of that many calls of warm programs: each stage, which compiles a program for each, and
-        `total` from the raw observation to real units (for `infer` as one program, so less than the sum of its stages).
-        The text is decoded in every call, not checked.
+        The `total` of `infer` is that of one program, so less than the sum of its stages. The text is decoded in every
+        call, not checked.
         """
 
-        def call(timing: bool = False) -> Result:
-            if question is not None:
-                return self.answer(raw, question, seed=seed)
-            return self.infer(raw, seed=seed, subtask=subtask, timing=timing)  # no session: every call decodes its text
+        def call(apart: bool) -> Result:
+            return self.infer(raw, seed=seed, subtask=subtask, timing=apart)  # no session: every call decodes its text
 
-        result = call()
-        first = {"first_call": result["timing"]["total"]}
-        if not repeats:
-            return {**result, "timing": first}
-        warm = [call()["timing"] for _ in range(repeats)]
-        staged = warm if question is not None else [call(timing=True)["timing"] for _ in range(1 + repeats)][1:]
-        medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
-        total = float(np.median([ms["total"] for ms in warm]))
-        return {**result, "timing": {**medians, "total": total, **first}}
+        return measured(call, repeats)
 
     def _text(self, reading: Reading, text: Generated, row: int, *, given: bool = False) -> tuple[str, Result]:
         """What was written in a row (numpy), and what a result says of it."""

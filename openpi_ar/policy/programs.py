@@ -91,7 +91,7 @@ class Programs:
     Args:
         cfg: denoising steps, action sizes.
         sampling: of the text before actions; its budget is 0 for models that only act.
-        answers: of the text of an answer; texts are scored by its probabilities.
+        answers: texts are scored by its probabilities.
     """
 
     def __init__(self, cfg: InferenceConfig, sampling: Sampling, answers: Sampling):
@@ -101,7 +101,7 @@ class Programs:
         self.chunk = (cfg.model.action_horizon, cfg.model.action_dim)
         self.draw, self.score = jax.jit(self._draw), jax.jit(self._score)
         self._compiled: list[Callable[..., Any]] = [jax.jit(f) for f in (self._act, self._talk, self._act_on)]
-        self._acting, self._answering = Stages(), Stages()
+        self._acting = Stages()
 
     def act(
         self,
@@ -132,15 +132,10 @@ class Programs:
         own = dataclasses.replace(obs, prompt=prompts(generated))
         return Act(text=generated, actions=act_on(model, own, images, noise, table)), ms
 
-    def answer(self, model: VLA, obs: Observation, keys: Array) -> tuple[Generated, dict[str, float]]:
-        """Text alone, in stages, and the milliseconds of each."""
-        run, ms = self._answering.timed()
-        return talk(model, obs, self._answers, keys=_row_keys(self._answers, keys), run=run).text, ms
-
     def _talk(
         self, model: VLA, obs: Observation, keys: Array, text: Tokens | None, draft: Draft | None, run: RunStage = call
     ) -> tuple[Generated, Array]:
-        rows = _row_keys(self._sampling, keys)
+        rows = wrapped_keys(self._sampling, keys)
         out = talk(model, obs, self._sampling, keys=rows, text=text, draft=draft, run=run)
         return out.text, out.images
 
@@ -173,11 +168,11 @@ class Programs:
         table: Array | None,
         run: RunStage = call,
     ) -> Act:
-        options = {"keys": _row_keys(self._sampling, keys), "text": text, "draft": draft, "table": table, "run": run}
+        options = {"keys": wrapped_keys(self._sampling, keys), "text": text, "draft": draft, "table": table, "run": run}
         return act(model, obs, noise, self._sampling, num_steps=self._steps, **options)
 
 
-def _row_keys(sampling: Sampling, keys: Array) -> Array | None:
+def wrapped_keys(sampling: Sampling, keys: Array) -> Array | None:
     """The rows' keys from their data; None where nothing is drawn."""
     return None if sampling.greedy else jax.random.wrap_key_data(jnp.asarray(keys))
 

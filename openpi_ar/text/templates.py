@@ -7,6 +7,7 @@ in training.
 
 from collections.abc import Sequence
 import dataclasses
+import re
 import string
 from typing import Any
 
@@ -30,6 +31,7 @@ class Template:
     needs_state  a row must have a state: it is written into the prompt, or the row acts from it.
     cleans       task and text are lower-cased and lose one closing punctuation mark, which the template brings itself,
                  and "_" and line breaks of the text become spaces (openpi's forks).
+    typed        leave the task as it was typed: it is the prompt.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Template:
     kind: Kind = Kind.SUBTASK
     needs_state: bool = True
     cleans: bool = False
+    typed: bool = False
 
     @property
     def key(self) -> str:
@@ -49,7 +52,7 @@ class Template:
 
         Raises UserError if the task is empty or the state is missing or not finite.
         """
-        words = self._clean(task)
+        words = task.strip() if self.typed else self._clean(task)
         if not words.strip():
             raise UserError("the prompt is empty: say what to do")
         if "{state}" not in self.prompt:
@@ -128,8 +131,30 @@ TEMPLATES: dict[str, Template] = {
         Template("openpi_subtask", "Task: {task}.; State: {state}; Subtask: ", "{text}.;\nAction: ", cleans=True),
         # PaliGemma's visual question answering.
         Template("vqa", "answer en {task}\n", "{text}", kind=Kind.ANSWER, needs_state=False),
+        # Its other tasks, which begin with the task's name: "caption en", "detect cup ; plate", "segment cup".
+        Template("paligemma", "{task}\n", "{text}", kind=Kind.ANSWER, needs_state=False, typed=True),
     )
 }
+
+
+# How PaliGemma's tasks begin, in the languages of Crossmodal-3600, which its captions and questions are pre-trained in
+# (arXiv 2407.07726, section 3.2). Anything else is a question in plain words.
+_LANGUAGES = (
+    "ar bn cs da de el en es fa fi fil fr he hi hr hu id it iw ja ko mi nl no pl pt quz ro ru sv sw te th tr uk vi zh"
+)
+_PLACES = re.compile(r"(detect|segment)\s+\S")
+_TASK = re.compile(rf"(answer|cap|caption|describe|question)\s+({_LANGUAGES.replace(' ', '|')})\b|ocr$")
+
+
+def question_template(question: str) -> Template:
+    """The template of a question: one of PaliGemma's own prompts goes through as typed, the others are `answer en`."""
+    typed = asks_for_places(question) or _TASK.match(question.strip())
+    return TEMPLATES["paligemma" if typed else "vqa"]
+
+
+def asks_for_places(question: str) -> bool:
+    """Whether it is answered with <loc> and <seg> tokens."""
+    return _PLACES.match(question.strip()) is not None
 
 
 def get_template(name: str) -> Template:

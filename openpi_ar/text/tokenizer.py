@@ -18,6 +18,7 @@ FAST_TAIL = 128 + 2048
 vocab_size - 1 - 128 - k. That covers every <loc> and <seg> id and 1,024 rare text pieces."""
 
 # Pieces that are neither control pieces nor text: locations, segments, spare and chat pieces of Gemma and PaliGemma.
+_PLACE = re.compile(r"<(loc\d{4}|seg\d{3})>")
 _NOT_TEXT = re.compile(r"<(loc\d{4}|seg\d{3}|unused\d+|mask|2mass|start_of_turn|end_of_turn)>|\[@BOS@\]")
 
 
@@ -28,6 +29,7 @@ class Tokenizer:
     pad_id, eos_id, bos_id, unk_id
     allowed_text  bool [vocab_size]: what decoding may emit as text. EOS and text pieces; no other control ids, no
                   <loc>, <seg> or <unused> pieces, no id of the action tail.
+    places        bool [vocab_size]: PaliGemma's <loc> and <seg> pieces, which detection and segmentation write.
     model_bytes   the serialised model, as stored in checkpoints.
 
     Args:
@@ -60,6 +62,7 @@ class Tokenizer:
         self.allowed_text = np.array([self._is_text(i, piece) for i, piece in enumerate(pieces)])
         self.allowed_text[self.vocab_size - action_tail :] = False
         self.allowed_text[self.eos_id] = True
+        self.places = np.array([_PLACE.fullmatch(piece) is not None for piece in pieces])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS. Raises UserError if it is not valid Unicode."""

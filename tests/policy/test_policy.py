@@ -267,7 +267,7 @@ def test_degenerate_text_is_named():
 def test_questions_are_answered_from_images_and_question_alone(policy):
     raw = {"images": raw_observation(1)["images"]}
     answer = policy.answer(raw, "what is this?")
-    assert set(answer) == {"answer", "text_status", "logprobs", "logprob", "margin", "timing"}
+    assert set(answer) == {"answer", "text_status", "logprobs", "logprob", "margin", "boxes", "stray_tokens", "timing"}
     assert answer["answer"] == policy.answer({**raw, "state": np.ones(4) * 0.1}, "what is this?")["answer"]
     assert set(answer["timing"]) == {"images", "prefill", "text", "total"}
     answers = [policy.answer({"images": raw_observation(i)["images"]}, q)["answer"] for i in (1, 2, 3) for q in "ab"]
@@ -330,7 +330,7 @@ def test_measured_times_are_apart_and_the_first_call_too(policy):
     assert all(ms > 0 for ms in result["timing"].values())
     np.testing.assert_array_equal(result["actions"], policy.infer(raw_observation(1))["actions"])
     assert list(policy.measure(raw_observation(1))["timing"]) == ["first_call"]  # no stage is compiled
-    asked = policy.measure({"images": raw_observation(1)["images"]}, question="what?", repeats=1)
+    asked = policy.measure_answer({"images": raw_observation(1)["images"]}, "what?", repeats=1)
     assert list(asked["timing"]) == ["images", "prefill", "text", "total", "first_call"]
 
 
@@ -359,6 +359,6 @@ def test_wrong_input_is_refused_before_anything_runs(policy, tiny_checkpoint):
         with pytest.raises(UserError, match="1 to 2 observations"):
             policy.infer_batch(raws, batch_size=2)
     cfg, model, *_ = store.load_policy_checkpoint(tiny_checkpoint)
-    small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=512))
+    model.cfg = dataclasses.replace(cfg.model, vocab_size=512)
     with pytest.raises(UserError, match="1024 pieces but the model reads 512"):
-        Policy(small, model, load_tokenizer("embedded"), tabletop_stats())
+        Policy(cfg, model, load_tokenizer("embedded"), tabletop_stats())

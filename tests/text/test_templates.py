@@ -27,8 +27,9 @@ FROZEN = {
         "move to the cup.;\nAction: ",
     ),
     "vqa": ("answer en Pick up the CUP.\n", "Move to_the cup."),
+    "paligemma": ("Pick_up the CUP.\n", "Move to_the cup."),
 }
-OWN = ("subtask", "vqa")
+OWN = ("subtask", "vqa", "paligemma")
 WRITING = [name for name, (_, target) in FROZEN.items() if target is not None]
 
 
@@ -92,7 +93,7 @@ def test_target_bits(tok, name):
     assert a["ids"][:n].tolist() == [*tok.encode(TEMPLATES[name].target_text("pick up the cup")), tok.eos_id]
     assert a["causal"].tolist() == a["loss"].tolist() == a["valid"].tolist() == [True] * n + [False] * (32 - n)
     assert np.flatnonzero(a["hidden"]).tolist() == [n - 1]  # the EOS
-    assert set(a["kind"][:n].tolist()) == {Kind.ANSWER if name == "vqa" else Kind.SUBTASK}
+    assert set(a["kind"][:n].tolist()) == {Kind.ANSWER if name in ("vqa", "paligemma") else Kind.SUBTASK}
 
 
 def test_a_template_says_what_it_reads_and_whether_it_needs_a_state():
