@@ -21,7 +21,7 @@ from rich.table import Table
 from openpi_ar import files, flags
 from openpi_ar.errors import UserError, command_line
 from openpi_ar.textfile import read_texts
-from openpi_ar.worlds import NAMES, open_world
+from openpi_ar.worlds import NAMES, open_world, robot_file
 
 if TYPE_CHECKING:
     from openpi_ar.compilation import Programs
@@ -105,6 +105,8 @@ def run(args: Args) -> None:
     how = {"flat": _sends_its_own(args), "named": args.question is None}
     given = observations.given(args.images, args.state, args.prompt, args.observation, **how)
     options = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
+    if args.robot is not None:
+        options["robot"] = robot_file(args.robot)
     report = (_act if args.question is None else _ask)(args, given, options, console)
     files.write_json(args.json, report)
 

@@ -14,11 +14,12 @@ from configs import HELP, PRESETS, get_preset
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError, command_line, replace_unwritable
 from openpi_ar.training import cli
+from openpi_ar.worlds import robot_file
 
 if __name__ == "__main__":
     # Help and wrong flags are answered here, before what takes seconds to import.
     with command_line():
-        cli.parse(sys.argv[1:], HELP, get_preset)
+        cli.parse(sys.argv[1:], HELP, get_preset, robot_file=robot_file)
 
 import jax
 import numpy as np
@@ -259,7 +260,7 @@ def compiled_step(cfg: TrainConfig, placement: Placement) -> StepFn:
 
 def run(argv: Sequence[str]) -> None:
     """Every check that can fail comes before anything is written: flags, config, experiment, memory, data."""
-    args = cli.parse(argv, HELP, get_preset, experiment.saved_config)
+    args = cli.parse(argv, HELP, get_preset, experiment.saved_config, robot_file)
     cfg = args.config
     experiment.check_config(cfg)
     check_schedule(cfg.optimizer, cfg.num_steps)

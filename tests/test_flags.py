@@ -13,6 +13,7 @@ from openpi_ar.config import TrainConfig
 from openpi_ar.config_json import flatten
 from openpi_ar.errors import UserError
 from openpi_ar.training import cli
+from openpi_ar.worlds import robot_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +75,14 @@ def test_an_error_is_one_line(line):
     with pytest.raises(UserError) as e:
         flags.parse({"convert": convert, "inspect": inspect}, line.split(), "checkpoints")
     assert "\n" not in str(e.value) and str(e.value).endswith("; see checkpoints --help")
+
+
+def test_a_worlds_robot_goes_by_its_name():
+    cameras = ("--model.cameras", "front", "wrist")
+    args = cli.parse(["--config", "debug", *cameras, "--robot", "tabletop"], HELP, get_preset, robot_file=robot_file)
+    assert args.config.data.robot.name == "tabletop" and robot_file("arm.yaml") == "arm.yaml"
+    with pytest.raises(UserError, match="unknown robot 'tabletop'"):  # the data knows no world
+        parse("--robot", "tabletop")
 
 
 def test_every_command_reads_its_words_here():

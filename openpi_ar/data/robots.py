@@ -18,9 +18,6 @@ from openpi_ar.textfile import parse_json, parse_yaml, read_text
 
 _FILES = (".json", ".yaml", ".yml")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the table
-# ----------------------------------------------------------------------------------------------------------------------
 
 _ALOHA = RobotSpec(
     name="aloha",
@@ -81,28 +78,12 @@ ROBOTS: dict[str, RobotSpec] = {
             pi05=Variant(horizon=10, template="openpi_pi0"),
             asset_ids=("physical-intelligence/libero",),
         ),
-        # The embedded one.
-        RobotSpec(
-            name="tabletop",
-            cameras={"images/front": "front", "images/wrist": "wrist"},
-            state={"state": 4},
-            action_dims=4,
-            pi0=Variant(horizon=8, template="openpi_pi0"),
-            pi05=Variant(horizon=8, template="subtask"),
-            asset_ids=("tabletop",),
-        ),
     )
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# files
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def get_robot(name: str) -> RobotSpec:
-    """The robot of that name in the table, or of that YAML or JSON file. Raises UserError listing the names, nearest
-    first."""
+    """The robot of that name in the table, or of that YAML or JSON file. Raises UserError listing the names."""
     if name in ROBOTS:
         return ROBOTS[name]
     if name.endswith(_FILES):

@@ -82,10 +82,12 @@ def parse(
     presets: Mapping[str, tuple[TrainConfig, str]],
     get_preset: Callable[[str], TrainConfig],
     saved: Callable[[TrainConfig], TrainConfig | None] = lambda cfg: None,
+    robot_file: Callable[[str], str] = lambda name: name,
 ) -> Arguments:
     """Parses the command line. Raises UserError in one line; SystemExit(0) after printing help.
 
     `saved` finds the config of the run that `--resume` and `--auto-resume` continue: fields that are not given are its.
+    `robot_file` gives the files of robots that `data/robots.py` does not know by name.
     """
     argv = flags.spelt_out(argv, flags.booleans(TrainConfig) | set(_OWN))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -112,7 +114,7 @@ def parse(
         cfg = _parse_fields(base, rest)
     if own.robot is not None:
         # Again: the cameras that the robot feeds may be given as flags, and flags go before the robot's own values.
-        cfg = _parse_fields(_with_robot(base, own.robot, cfg), rest)
+        cfg = _parse_fields(_with_robot(base, robot_file(own.robot), cfg), rest)
     if own.plot is not None and not own.dry_run:
         raise UserError("--plot draws what --dry-run finds: add --dry-run")
     files.check_file(own.plot, "--plot", *files.FIGURES)

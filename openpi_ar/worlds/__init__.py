@@ -1,6 +1,7 @@
 """Simulated worlds: they write LeRobot datasets and drive a policy; nothing else knows one."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 from openpi_ar.errors import UserError
@@ -8,6 +9,12 @@ from openpi_ar.lookup import nearest
 
 NAMES = ("tabletop", "libero")
 """Worlds that can be played."""
+
+
+def robot_file(name: str) -> str:
+    """The file of a world's own robot in place of the world's name; the name of any other robot as it is."""
+    file = Path(__file__).parent / name / "robot.yaml"
+    return str(file) if file.is_file() else name
 
 
 def open_world(name: str) -> ModuleType:

@@ -15,6 +15,7 @@ from openpi_ar.data.robot import Robot
 from openpi_ar.errors import UserError
 from openpi_ar.text.templates import TEMPLATES
 from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.worlds import robot_file
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 RNG = np.random.default_rng(0)
@@ -296,7 +297,7 @@ def test_bad_observations_are_refused_by_the_robots_names(name, raw, words):
 
 def test_robot_that_does_not_fit_the_model_is_refused():
     with pytest.raises(UserError, match=r"robot tabletop feeds camera front, wrist, but the model reads base_0_rgb"):
-        transform("tabletop", True)
+        transform(robot_file("tabletop"), True)
     with pytest.raises(UserError, match=r"statistics of the state have 8 dimensions but the robot has 14"):
         transform("aloha", True, dims=8)
 

@@ -16,13 +16,14 @@ import pytest
 import infer
 from openpi_ar.checkpoints import export, load, remote
 from openpi_ar.data.normalize import NormStats, save_norm_stats
-from openpi_ar.data.robots import ROBOTS, dumps
+from openpi_ar.data.robots import ROBOTS, dumps, get_robot
 from openpi_ar.errors import UserError
 from openpi_ar.model_config import VitConfig
 from openpi_ar.params import flatten, unflatten
 from openpi_ar.policy import Policy
 from openpi_ar.policy import checkpoint as foreign
 from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.worlds import robot_file
 from tests.model_fixtures import tiny_config, tiny_model
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -130,7 +131,8 @@ def test_a_robot_of_your_own_is_a_file(reader, tmp_path):
 def test_a_checkpoint_of_ours_needs_no_robot_and_may_be_given_one(tiny_checkpoint):
     parts = foreign.load_policy_parts(tiny_checkpoint)
     assert not parts.cfg.robot.name and parts.cfg.model.vocab_size == 1040
-    assert foreign.load_policy_parts(tiny_checkpoint, "tabletop").cfg.robot == ROBOTS["tabletop"].of_model("pi05")
+    tabletop = robot_file("tabletop")
+    assert foreign.load_policy_parts(tiny_checkpoint, tabletop).cfg.robot == get_robot(tabletop).of_model("pi05")
     for option in ({"asset_id": "droid"}, {"horizon": 3}):
         with pytest.raises(UserError, match="leave out --asset-id and --horizon"):
             foreign.load_policy_parts(tiny_checkpoint, **option)
