@@ -120,7 +120,7 @@ def check_new(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def when_whole(path: Path, *, must_be_new: bool = False, instead: str = _ANOTHER) -> Iterator[Path]:
+def atomic_directory(path: Path, *, must_be_new: bool = False, instead: str = _ANOTHER) -> Iterator[Path]:
     """A scratch directory that takes the name `path` at the end of the block; an error leaves nothing behind.
 
     If another process was faster, its directory stays, or is an error if it `must_be_new`. Raises UserError if the

@@ -65,7 +65,7 @@ def test_a_full_disk_is_said_with_what_is_free(tmp_path):
         files.write_json(Path("/dev/full"), {})
     with (
         pytest.raises(UserError, match=r"new cannot be written: .*; name another directory"),
-        files.when_whole(tmp_path / "new"),
+        files.atomic_directory(tmp_path / "new"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from openpi_ar.checkpoints.sources import SAFETENSORS, root_of
 from openpi_ar.data.normalize import FILE as NORM_STATS
 from openpi_ar.data.normalize import save_norm_stats
 from openpi_ar.errors import UserError
-from openpi_ar.files import when_whole
+from openpi_ar.files import atomic_directory
 from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
 from openpi_ar.params import flatten, unflatten
 from openpi_ar.textfile import read_object
@@ -60,7 +60,7 @@ def convert(loaded: Loaded, target: Path, to: Format) -> list[str]:
             f"{loaded.source.path} is {family.title}, which can be written as {', '.join(family.formats)}, not {to}"
         )
     said = assets.read(loaded.source, loaded.config) if isinstance(loaded.config, ModelConfig) else None
-    with when_whole(target.absolute(), must_be_new=True) as scratch:
+    with atomic_directory(target.absolute(), must_be_new=True) as scratch:
         if (files := root_of(loaded.source.path) / "assets").is_dir():
             shutil.copytree(files, scratch / "assets", ignore=shutil.ignore_patterns(store.COMMITTED, store.CONFIG))
         if to == "ours":

@@ -135,7 +135,7 @@ def _rms(x: Float[Array, "*d D"], eps: float) -> Float[Array, "*d D"]:
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm whose factor is `offset + scale`: Gemma stores the scale as its distance from 1, Llama whole."""
+    """RMSNorm whose factor is `offset + scale`: Gemma stores its distance from 1, Llama the factor itself."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, offset: float = 1.0):
         self.eps, self.offset = eps, offset

@@ -8,7 +8,7 @@ from openpi_ar.errors import UserError
 
 
 def confidence(logprobs: np.ndarray, margins: np.ndarray, *, given: bool = False) -> dict[str, Any]:
-    """What a result says of its text.
+    """The entries of a result that tell how sure its text is.
 
     Args:
         logprobs: log-probability of each generated token [n], of the ids that decoding allowed.

@@ -247,7 +247,7 @@ class Policy(Talker):
         return measured(call, repeats)
 
     def _text(self, reading: Reading, text: Generated, row: int, *, given: bool = False) -> tuple[str, Result]:
-        """What was written in a row (numpy), and what a result says of it."""
+        """The text of a row of numpy arrays, and what else a result holds of it."""
         ids, logprobs, margins = (np.asarray(x[row])[text.valid[row]] for x in (text.ids, text.logprobs, text.margins))
         written, status = self.transform.text(reading, ids.tolist())
         return written, {"text_status": status, **confidence(logprobs, margins, given=given)}

@@ -14,7 +14,7 @@ class Session:
 
     Attributes:
         key: data of the JAX key, uint32; every call splits it.
-        draft: the last generated text; the next call checks it instead of decoding it anew. None (which you may set):
+        draft: the last generated text; the next call checks it instead of decoding it again. None (which you may set):
             there is none. The text does not depend on it, only the time that it takes.
         chunk: the last actions, normalised, float32 [A X]. None before the first call.
         executed: actions of `chunk` that the robot has executed. The caller counts them; a new chunk starts at 0.

@@ -16,7 +16,7 @@ from openpi_ar.data.lerobot.columns import Frames
 from openpi_ar.data.lerobot.meta import INFO
 from openpi_ar.data.lerobot.parquet import require
 from openpi_ar.data.lerobot.video import read_frames
-from openpi_ar.files import ANOTHER_CACHE, cache_root, check_directory, cores, digest, when_whole
+from openpi_ar.files import ANOTHER_CACHE, atomic_directory, cache_root, check_directory, cores, digest
 from openpi_ar.images import resize_with_pad
 from openpi_ar.tables import progress_bar
 
@@ -59,7 +59,7 @@ def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str 
         instead = f"{ANOTHER_CACHE}, or use --data.frames decode to decode at every read"
         # What is nearly full counts as full: other programs write too.
         check_directory(path, instead, need=int(np.prod(shape) / 0.95))
-        with when_whole(path, instead=instead) as scratch:
+        with atomic_directory(path, instead=instead) as scratch:
             _fill(frames, camera, size, np.lib.format.open_memmap(scratch / "frames.npy", "w+", np.uint8, shape))
             about = {"dataset": str(frames.meta.root), "camera": camera, "size": size, "frames": len(frames)}
             (scratch / "meta.json").write_text(json.dumps(about, indent=1))

@@ -31,7 +31,7 @@ _ANY_TITLE: Any = {"metadata_errors": "replace"} if int(av.__version__.partition
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a video file says of itself."""
+    """The header of a video file."""
 
     codec: str
     pixels: str

@@ -21,7 +21,7 @@ from openpi_ar.data.lerobot.encode import CHUNK, CODECS, VIDEO_MB, VIDEO_PATH, V
 from openpi_ar.data.lerobot.meta import EVENTS, LANGUAGE, SUBTASK_INDEX
 from openpi_ar.data.lerobot.stats import flatten, pixel_counts, pixel_stats, vector_stats
 from openpi_ar.errors import UserError
-from openpi_ar.files import when_whole
+from openpi_ar.files import atomic_directory
 
 Images = Literal["png", "h264", "av1"]
 Subtasks = Literal["both", "index", "language"]
@@ -70,7 +70,7 @@ class LeRobotWriter:
         self.root, self.spec = Path(root).expanduser(), spec
         if spec.images != "png":
             CODECS[spec.images].check(spec.image_size)
-        self._writing = when_whole(self.root, must_be_new=True)
+        self._writing = atomic_directory(self.root, must_be_new=True)
         self._scratch = self._writing.__enter__()
         self._tasks: dict[str, int] = {}
         self._subtasks: dict[str, int] = {}

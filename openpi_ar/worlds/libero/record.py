@@ -1,6 +1,6 @@
 """Recording a demonstration on LIBERO: the executed action is disturbed, the recorded one is the expert's clean answer.
 
-As on the tabletop (`worlds/tabletop/record.py`). Layouts are drawn anew by LIBERO's rules, so that its initial states
+As on the tabletop (`worlds/tabletop/record.py`). Layouts are drawn by LIBERO's rules, so that its initial states
 are never trained on.
 """
 

@@ -14,7 +14,7 @@ import numpy as np
 from openpi_ar.data.lerobot.meta import SUPERVISE
 from openpi_ar.data.lerobot.write import Images, LeRobotWriter, Spec, Subtasks
 from openpi_ar.errors import UserError
-from openpi_ar.files import ANOTHER_CACHE, cache_root, cores, digest, when_whole
+from openpi_ar.files import ANOTHER_CACHE, atomic_directory, cache_root, cores, digest
 from openpi_ar.tables import progress_bar
 from openpi_ar.worlds.processes import map_in_processes
 from openpi_ar.worlds.tabletop.record import Episode, record_episode
@@ -85,7 +85,7 @@ def cached_dataset(demos: Demonstrations, cache_dir: str | None = None) -> Path:
     demos.check()
     path = cache_path(demos, cache_dir)
     if not path.is_dir():
-        with when_whole(path.parent, instead=ANOTHER_CACHE) as scratch:
+        with atomic_directory(path.parent, instead=ANOTHER_CACHE) as scratch:
             record_dataset(scratch / path.name, demos, images="png", subtasks="index", questions=True)
     return path
 

@@ -1,7 +1,7 @@
 """Pre-training of tower 1 on what a text names: given "pick up the red block", it predicts where that block is.
 
 Imitation alone binds words to places slowly: of the blocks on the table the actions go to one or another, from frame to
-frame, and the loss hardly tells. Here the place of the named block is read from the values that the text's last token
+frame, and the loss barely shows it. Here the named block's place is read from the values that the text's last token
 writes to the cache, which is where the action tower will look. The readout is then thrown away, as that of
 `pretrain_vision.py` is.
 """
