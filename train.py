@@ -116,7 +116,7 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     robot = cfg.data.robot
     robot = dataclasses.replace(robot, action_names=robot.action_names or tuple(train.layout.actions))
     named = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, robot=robot))
-    return Data(loader, train, held_out, transform, store.Assets(named, tokenizer, stats))
+    return Data(loader, train, held_out, transform, store.Assets(named, tokenizer, stats, train.subtasks))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,9 @@ class DecodeConfig:
     """Greedy text only: check the last text instead of decoding it again. The text stays the same."""
     subtasks: tuple[str, ...] = ()
     """Only these can be generated before actions; empty: any text."""
+    block: int = 8
+    """Greedy text only: tokens that one pass through the model may carry where it is known how a text may go on
+    (`InferenceConfig.subtasks`). The text stays the same. 1: always one token a pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,9 @@ class InferenceConfig:
     """Whose observations come in and whose actions go out. None: the plain form of `data/inputs.py`."""
     world: str = ""
     """Simulated world that the robot lives in; empty: none."""
+    subtasks: tuple[str, ...] = ()
+    """Subtasks of the training data, the most frequent first. They take few passes to decode; any other text can be
+    generated too."""
 
 
 @dataclasses.dataclass(frozen=True)

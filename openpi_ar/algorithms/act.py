@@ -17,6 +17,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from openpi_ar.algorithms.continuations import Continuations
 from openpi_ar.algorithms.draft import as_draft
 from openpi_ar.algorithms.flow import Guide, denoise
 from openpi_ar.algorithms.generate import Generated, generate
@@ -56,6 +57,8 @@ def act(
     text: Tokens | None = None,
     draft: tuple[Int[Array, "B _"], Bool[Array, "B _"]] | None = None,
     table: Float[Array, "n m W"] | None = None,
+    continuations: Continuations | None = None,
+    block: int = 1,
     guide: Guide | None = None,
     run: RunStage = call,
 ) -> Act:
@@ -63,9 +66,11 @@ def act(
 
     With `text` the model is given its text, and nothing is decoded; a budget of 0 tokens leaves the text out
     (action-only models). `draft` is any earlier text (ids, valid): the right part of it is not decoded again, the
-    result is the same. `keys` are as in `generate`, `table` (of `flow_table`) and `guide` as in `denoise`.
+    result is the same. `keys`, `continuations` and `block` are as in `generate`, `table` (of `flow_table`) and `guide`
+    as in `denoise`.
     """
-    talked = talk(model, obs, sampling, keys=keys, text=text, draft=draft, run=run)
+    known = {"text": text, "draft": draft, "continuations": continuations}
+    talked = talk(model, obs, sampling, keys=keys, **known, block=block, run=run)
     actions = _flow(model, obs, talked.cache, noise, table, num_steps=num_steps, guide=guide, run=run)
     return Act(text=talked.text, actions=actions)
 
@@ -124,6 +129,8 @@ def talk(
     keys: Array | None = None,
     text: Tokens | None = None,
     draft: tuple[Int[Array, "B _"], Bool[Array, "B _"]] | None = None,
+    continuations: Continuations | None = None,
+    block: int = 1,
     run: RunStage = call,
 ) -> Talk:
     """The stages before the actions. Arguments as in `act`."""
@@ -136,9 +143,16 @@ def talk(
         return prefill(model, obs, known, image_tokens=images, last_only=True)
 
     def write(
-        model: VLM, cache: Cache, out: Prefill, sampling: Sampling, keys: Array | None, draft: Tokens | None
+        model: VLM,
+        cache: Cache,
+        out: Prefill,
+        sampling: Sampling,
+        keys: Array | None,
+        draft: Tokens | None,
+        likely: Any,
     ) -> Any:
-        return generate(model, cache, out.prompt_last, sampling, keys=keys, draft=draft, draft_hidden=out.text)
+        known = {"draft": draft, "draft_hidden": out.text, "continuations": likely, "block": block}
+        return generate(model, cache, out.prompt_last, sampling, keys=keys, **known)
 
     out, cache = run("prefill", read, model, obs, known, images)
     if text is not None:
@@ -147,5 +161,5 @@ def talk(
         batch = out.prompt_last.shape[0]
         nothing = Generated.given(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0), bool))
         return Talk(text=nothing, cache=cache, images=images)
-    generated, cache = run("text", write, model, cache, out, sampling, keys, known)
+    generated, cache = run("text", write, model, cache, out, sampling, keys, known, continuations)
     return Talk(text=generated, cache=cache, images=images)

@@ -2,12 +2,13 @@
 
     <checkpoint_dir>/<config>/<exp>/<step>/params        {"params": parameters}; the moving average when there is one
                                           /train_state   what training needs to resume (`training/store.py`)
-                                          /assets        config.json, tokenizer.model, norm_stats.json
+                                          /assets        config.json, tokenizer.model, norm_stats.json, subtasks.json
 
 A step directory appears under its name only when it is complete (orbax writes beside it and renames).
 """
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from openpi_ar.models import family
 from openpi_ar.models.vlm import VLA
 from openpi_ar.params import check_fit, fill, flatten, pure_params
 from openpi_ar.text.tokenizer import Tokenizer
+from openpi_ar.textfile import read_text
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+CONFIG, TOKENIZER, SUBTASKS = "config.json", "tokenizer.model", "subtasks.json"
 MARK = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 """orbax's marks of success name the directory they were written in: they are not copied."""
@@ -39,16 +41,22 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
-    """What a policy needs besides parameters. `config` is of the run that trained it, or of a converted checkpoint."""
+    """What a policy needs besides parameters. `config` is of the run that trained it, or of a converted checkpoint.
+
+    subtasks  of the training data, the most frequent first.
+    """
 
     config: TrainConfig | InferenceConfig
     tokenizer: Tokenizer
     stats: dict[str, NormStats]
+    subtasks: tuple[str, ...] = ()
 
     @property
     def inference(self) -> InferenceConfig:
-        """What inference needs of the config."""
-        return self.config if isinstance(self.config, InferenceConfig) else self.config.inference
+        """What inference needs of the config, and the subtasks."""
+        if isinstance(self.config, InferenceConfig):
+            return self.config
+        return dataclasses.replace(self.config.inference, subtasks=self.subtasks)
 
 
 def save_assets(folder: Path, assets: Assets) -> None:
@@ -56,6 +64,8 @@ def save_assets(folder: Path, assets: Assets) -> None:
     (folder / CONFIG).write_text(config_json.dumps(assets.config))
     (folder / TOKENIZER).write_bytes(assets.tokenizer.model_bytes)
     save_norm_stats(folder, assets.stats)
+    if assets.subtasks:
+        (folder / SUBTASKS).write_text(json.dumps(assets.subtasks, indent=1, ensure_ascii=False) + "\n")
 
 
 def complete_steps(experiment: Path) -> list[int]:
@@ -89,7 +99,21 @@ def load_assets(step_dir: Path) -> Assets:
         config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
         stats=load_norm_stats(step_dir / "assets", default_mode=config.model.norm_mode),
+        subtasks=_read_subtasks(step_dir / "assets" / SUBTASKS),
     )
+
+
+def _read_subtasks(path: Path) -> tuple[str, ...]:
+    """A JSON list of texts; checkpoints of earlier versions have none. Raises UserError if it is anything else."""
+    if not path.exists():
+        return ()
+    try:
+        texts = json.loads(read_text(path))
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}") from e
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{path} must hold a list of texts, found {str(texts)[:80]}")
+    return tuple(texts)
 
 
 def resolve_step_dir(path: str | Path) -> Path:

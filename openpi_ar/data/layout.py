@@ -49,7 +49,7 @@ class TrainingSource(Protocol):
 
     @property
     def subtasks(self) -> tuple[str, ...]:
-        """The subtasks that occur; none if there are no labels."""
+        """The subtasks that occur, the most frequent first; none if there are no labels."""
         ...
 
     @property

@@ -8,6 +8,7 @@ same.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from openpi_ar.algorithms.continuations import Continuations
 from openpi_ar.algorithms.flow import flow_table
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.trie import Trie
@@ -84,6 +86,7 @@ class Policy(Talker):
             trie = Trie.of(written, cfg.model.vocab_size, tokenizer.eos_id)
             sampling = dataclasses.replace(sampling, constraint=trie)
         self._programs = Programs(cfg, sampling, self._answers)
+        self._known = self._known_texts() if self._programs.expects else []
         self._resizes = resizes_on_device(cfg.decode.resize)
 
     @staticmethod
@@ -117,7 +120,7 @@ class Policy(Talker):
             _, keys, noise = self._programs.draw(np.stack([Session().key] * batch_size))
             draft = stacked_drafts([None] * batch_size, self._programs.budget) if self._programs.drafts else None
             own = (lambda _, prompt=obs.prompt: prompt) if self.transform.reprompts else None
-            arguments = (self._model, obs, keys, noise, None, draft, self._table)
+            arguments = (self._model, obs, keys, noise, None, draft, self._table, self._likely([]))
             jax.block_until_ready(self._programs.act(*arguments, prompts=own)[0])
             took[size] = time.perf_counter() - start
         return took
@@ -147,8 +150,9 @@ class Policy(Talker):
         Returns:
             `subtask` (empty for models that only act), `text_status` ("ok"; "truncated": no EOS within the budget;
             "loop": the same token 8 times in a row), `logprobs`, `logprob` and `margin` (how sure the model is of the
-            text: `confidence`), `actions` float32 [A X_real] in real units, and `timing` in ms:
-            `prepare` and `model`, or `images`, `prefill`, `text`, `flow`; and `total`. The first call compiles.
+            text: `confidence`), `passes` (through the model that decoding the batch's texts took), `actions` float32
+            [A X_real] in real units, and `timing` in ms: `prepare` and `model`, or `images`, `prefill`, `text`, `flow`;
+            and `total`. The first call compiles.
 
         Raises:
             UserError: the observation or the noise does not fit the model, `subtask` does not fit the template, or the
@@ -191,7 +195,8 @@ class Policy(Talker):
         obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
         own = partial(self._action_prompts, readings, rows) if self.transform.reprompts else None
-        arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table)
+        likely = self._likely(sessions) if text is None else None
+        arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table, likely)
         out, ms = self._programs.act(*arguments, prompts=own, timing=timing)
         jax.block_until_ready(out)
         if not timing:
@@ -202,7 +207,8 @@ class Policy(Talker):
         actions = self.transform.actions_to_real(chunks[: len(raws)], readings)
         ms["total"] = milliseconds(time.perf_counter() - start)
         texts = [self._text(reading, written, row, given=text is not None) for row, reading in enumerate(readings)]
-        return [{"subtask": s, **rest, "actions": actions[i], "timing": ms} for i, (s, rest) in enumerate(texts)]
+        whole = {"passes": int(written.steps), "timing": ms}
+        return [{"subtask": s, **rest, "actions": actions[i], **whole} for i, (s, rest) in enumerate(texts)]
 
     def pictures(self, images: Raw | Images) -> list[np.ndarray]:
         """As `Talker.pictures`; a mapping is an observation as in `infer`, of which nothing but the images is read."""
@@ -251,6 +257,24 @@ class Policy(Talker):
         ids, logprobs, margins = (np.asarray(x[row])[text.valid[row]] for x in (text.ids, text.logprobs, text.margins))
         written, status = self.transform.text(reading, ids.tolist())
         return written, {"text_status": status, **confidence(logprobs, margins, given=given)}
+
+    def _known_texts(self) -> list[list[int]]:
+        """Token ids of the subtasks that decoding expects; those that the budget does not hold are left out."""
+        known = []
+        for subtask in self.cfg.decode.subtasks or self.cfg.subtasks:
+            with contextlib.suppress(UserError):
+                target = self.transform.target({"subtask": subtask})
+                known.append(target["ids"][target["valid"]].tolist())
+        return known
+
+    def _likely(self, sessions: Sequence[Session]) -> Continuations | None:
+        """How texts may go on: those of the sessions, then the known ones; None without known ones."""
+        if not self._known:
+            return None
+        texts = dict.fromkeys(text for session in sessions for text in session.texts)
+        # Of one size whatever the sessions hold, so that one program serves all calls.
+        rows = -(-(len(self._known) + 16) // 16) * 16
+        return Continuations.of([*texts, *self._known], self._programs.budget, self.tokenizer.eos_id, rows=rows)
 
     def _action_prompts(self, readings: Sequence[Reading], rows: int, text: Generated) -> Tokens:
         """The prompts that actions see, from the generated text of the rows."""

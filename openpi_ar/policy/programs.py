@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openpi_ar.algorithms.act import Act, RunStage, act, act_on, call, talk
+from openpi_ar.algorithms.continuations import Continuations
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
@@ -98,6 +99,8 @@ class Programs:
         self._steps, self._sampling, self._answers = cfg.decode.denoise_steps, sampling, answers
         self.budget = sampling.max_new_tokens
         self.drafts = cfg.decode.draft and sampling.greedy and self.budget > 0
+        self._block = cfg.decode.block
+        self.expects = self._block > 1 and sampling.greedy and self.budget > 0
         self.chunk = (cfg.model.action_horizon, cfg.model.action_dim)
         self.draw, self.score = jax.jit(self._draw), jax.jit(self._score)
         self._compiled: list[Callable[..., Any]] = [jax.jit(f) for f in (self._act, self._talk, self._act_on)]
@@ -112,6 +115,7 @@ class Programs:
         text: Tokens | None = None,
         draft: Draft | None = None,
         table: Array | None = None,
+        likely: Continuations | None = None,
         *,
         prompts: Callable[[Generated], Tokens] | None = None,
         timing: bool = False,
@@ -127,16 +131,23 @@ class Programs:
             functions = [partial(f, run=run) for f in (self._act, self._talk, self._act_on)]
         together, talk, act_on = functions
         if prompts is None:
-            return together(model, obs, keys, noise, text, draft, table), ms
-        generated, images = talk(model, obs, keys, text, draft)
+            return together(model, obs, keys, noise, text, draft, table, likely), ms
+        generated, images = talk(model, obs, keys, text, draft, likely)
         own = dataclasses.replace(obs, prompt=prompts(generated))
         return Act(text=generated, actions=act_on(model, own, images, noise, table)), ms
 
     def _talk(
-        self, model: VLA, obs: Observation, keys: Array, text: Tokens | None, draft: Draft | None, run: RunStage = call
+        self,
+        model: VLA,
+        obs: Observation,
+        keys: Array,
+        text: Tokens | None,
+        draft: Draft | None,
+        likely: Continuations | None,
+        run: RunStage = call,
     ) -> tuple[Generated, Array]:
-        rows = wrapped_keys(self._sampling, keys)
-        out = talk(model, obs, self._sampling, keys=rows, text=text, draft=draft, run=run)
+        known = {"text": text, "draft": draft, "continuations": likely, "block": self._block}
+        out = talk(model, obs, self._sampling, keys=wrapped_keys(self._sampling, keys), **known, run=run)
         return out.text, out.images
 
     def _act_on(
@@ -166,10 +177,12 @@ class Programs:
         text: Tokens | None,
         draft: Draft | None,
         table: Array | None,
+        likely: Continuations | None,
         run: RunStage = call,
     ) -> Act:
         options = {"keys": wrapped_keys(self._sampling, keys), "text": text, "draft": draft, "table": table, "run": run}
-        return act(model, obs, noise, self._sampling, num_steps=self._steps, **options)
+        known = {"continuations": likely, "block": self._block}
+        return act(model, obs, noise, self._sampling, num_steps=self._steps, **options, **known)
 
 
 def wrapped_keys(sampling: Sampling, keys: Array) -> Array | None:

@@ -5,6 +5,8 @@ import numpy as np
 Draft = tuple[np.ndarray, np.ndarray]
 """ids int32 [M] and valid bool [M] of a text that may be generated again."""
 
+_TEXTS = 16
+
 
 class Session:
     """The calls of one robot to a policy: `policy.infer(raw, session=session)` uses it and brings it up to date.
@@ -16,6 +18,7 @@ class Session:
         key: data of the JAX key, uint32; every call splits it.
         draft: the last generated text; the next call checks it instead of decoding it again. None (which you may set):
             there is none. The text does not depend on it, only the time that it takes.
+        texts: token ids of the texts that were generated, the last one first, 16 at most: how the next may go on.
         chunk: the last actions, normalised, float32 [A X]. None before the first call.
         executed: actions of `chunk` that the robot has executed. The caller counts them; a new chunk starts at 0.
     """
@@ -25,10 +28,13 @@ class Session:
 
         self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         self.draft: Draft | None = None
+        self.texts: list[tuple[int, ...]] = []
         self.chunk: np.ndarray | None = None
         self.executed = 0
 
     def advance(self, key: np.ndarray, draft: Draft | None, chunk: np.ndarray) -> None:
         """Records one call: the next key, the text that was generated (None: it was given) and the actions."""
         self.key, self.chunk, self.executed = key, chunk, 0
-        self.draft = draft or self.draft
+        if draft is not None:
+            self.draft, text = draft, tuple(draft[0][draft[1]].tolist())
+            self.texts = [text, *(t for t in self.texts if t != text)][:_TEXTS]

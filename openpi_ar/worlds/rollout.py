@@ -51,6 +51,7 @@ class EpisodeResult:
                       the model generates none.
     text_trouble      fraction of re-plans whose text had no end or looped.
     steps             control steps.
+    passes            through the model, by each text that was not the last one; of the whole batch.
     judged            (log-probability, right) of every text that was judged and has a probability.
     figures           the world's own.
     """
@@ -63,12 +64,14 @@ class EpisodeResult:
     steps: int
     figures: Mapping[str, float | bool | None]
     judged: Sequence[tuple[float, bool]] = ()
+    passes: Sequence[int] = ()
 
     def numbers(self) -> dict[str, float | bool | None]:
         """Every figure by its name."""
         common = {name: getattr(self, name) for name in ("subtask_accuracy", "text_trouble", "steps")}
         sure = float(np.mean(np.exp([p for p, _ in self.judged]))) if self.judged else None
-        return {"success": self.success, **self.figures, **common, "confidence": sure}
+        passes = float(np.mean(self.passes)) if self.passes else None
+        return {"success": self.success, **self.figures, **common, "confidence": sure, "passes_per_new_text": passes}
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -178,6 +181,8 @@ class _Slot:
         self.over, self._steps = False, 0
         self._right: list[bool] = []
         self._judged: list[tuple[float, bool]] = []
+        self._passes: list[int] = []
+        self._text: str | None = None
         self._trouble: list[bool] = []
         self.shots: list[Shot] = []
         return True
@@ -193,6 +198,9 @@ class _Slot:
         """Judges the text and executes the first actions of the chunk."""
         text, right = plan["subtask"], None
         self._trouble.append(plan["text_status"] != "ok")
+        if text and text != self._text and plan.get("passes") is not None:
+            self._passes.append(plan["passes"])
+        self._text = text
         if self.world.forced is None and text:
             right = text == self.info["subtask"]
             self._right.append(right)
@@ -222,6 +230,7 @@ class _Slot:
             steps=self._steps,
             figures=self.world.figures(),
             judged=tuple(self._judged),
+            passes=tuple(self._passes),
         )
 
 

@@ -1,5 +1,6 @@
 """If this fails, a checkpoint does not give a policy what was saved, or a broken one is taken for a whole one."""
 
+import dataclasses
 from pathlib import Path
 import shutil
 
@@ -12,7 +13,8 @@ from openpi_ar.checkpoints import store
 from openpi_ar.errors import UserError
 from openpi_ar.text.tokenizer import load_tokenizer
 from openpi_ar.training.state import TrainState
-from tests.checkpoint_fixtures import CFG, assert_same, save, tabletop_stats
+from openpi_ar.training.store import CheckpointStore
+from tests.checkpoint_fixtures import CFG, assert_same, assets, random_state, save, tabletop_stats
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,23 @@ def test_policy_gets_the_average_and_the_assets(experiment):
     assert cfg == CFG.inference
     assert tokenizer.model_bytes == load_tokenizer("embedded").model_bytes
     np.testing.assert_array_equal(stats["actions"].q99, tabletop_stats()["actions"].q99)
+
+
+def test_subtasks_of_the_training_data_travel_with_the_checkpoint(tmp_path):
+    texts = ("pick up the red block", "über den Tisch")
+    writer = CheckpointStore(tmp_path, keep_last=1)
+    state = random_state(CFG, 1)
+    writer.save(state, 10, dataclasses.replace(assets(CFG), subtasks=texts))
+    writer.close()
+    cfg, *_ = store.load_policy_checkpoint(tmp_path)
+    assert cfg.subtasks == texts
+    file = store.resolve_step_dir(tmp_path) / "assets" / store.SUBTASKS
+    for content, words in (('{"a": 1}', "must hold a list of texts"), ("[1]", "list of texts"), ("[", "not JSON")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=words):
+            store.load_policy_checkpoint(tmp_path)
+    file.unlink()  # as earlier versions wrote them
+    assert store.load_policy_checkpoint(tmp_path)[0].subtasks == ()
 
 
 def test_a_step_or_an_experiment_may_be_given(experiment):

@@ -312,6 +312,31 @@ def test_only_listed_subtasks_come_out_with_and_without_a_draft(tiny_checkpoint)
         assert again["subtask"] == out["subtask"] and again["margin"] == pytest.approx(out["margin"], abs=1e-3)
 
 
+def test_known_subtasks_take_fewer_passes_and_change_no_text(tiny_checkpoint):
+    """The table may hold what the model writes, in part or wrongly: texts and actions stay those without it."""
+    cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
+    plain = Policy(cfg, model, tok, stats)
+    raws = [raw_observation(seed) for seed in range(4)]
+    want = [plain.infer(raw) for raw in raws]
+    # The tiny model writes no proper text, so what it writes is known as ids: from a session that has seen it.
+    known = Policy(
+        dataclasses.replace(cfg, subtasks=("done", "pick up the red block", "very " * 40)), model, tok, stats
+    )
+    assert len(known._known) == 2  # what does not fit the budget is no subtask to expect
+    session = known.session()
+    for turn in range(2):
+        for raw, w in zip(raws, want, strict=True):
+            session.draft = None
+            got = known.infer(raw, session=session, noise=np.zeros((4, 4), np.float32))
+            assert got["subtask"] == w["subtask"] and got["logprob"] == pytest.approx(w["logprob"], abs=1e-3)
+            assert got["passes"] <= w["passes"]
+            if turn:  # two blocks carry ten tokens; one more where another text begins in the same way
+                assert got["passes"] <= 3 < w["passes"]
+    assert len(session.texts) == len({w["subtask"] for w in want})
+    off = Policy(dataclasses.replace(known.cfg, decode=dataclasses.replace(cfg.decode, block=1)), model, tok, stats)
+    assert [off.infer(raw)["passes"] for raw in raws] == [w["passes"] for w in want]
+
+
 def test_logits_that_are_no_numbers_are_an_error_not_a_text(tiny_checkpoint):
     cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
     model.embedder.table[...] = model.embedder.table[...].at[300, 0].set(jnp.nan)

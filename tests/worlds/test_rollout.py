@@ -256,7 +256,7 @@ def test_the_command_plays_the_expert_and_writes_what_it_prints(tmp_path, capsys
     assert report["success"] == 1.0 and [e["seed"] for e in report["episodes"]] == [3, 4]
     assert set(report["episodes"][0]) == {
         "seed", "prompt", "success", "blocks_placed", "subtask_accuracy", "text_trouble", "steps", "approached_named",
-        "approached_true", "confidence",
+        "approached_true", "confidence", "passes_per_new_text",
     }  # fmt: skip
     assert f"{report['steps']:.3f}" in capsys.readouterr().out
     for argv, words in ((["--subtask", "fly"], "no subtask 'fly'"), (["--json", "nowhere/a.json"], "'nowhere'")):

@@ -80,9 +80,9 @@ class LeRobotSource:
 
     @property
     def subtasks(self) -> tuple[str, ...]:
-        """The subtasks that occur in these frames."""
-        ids = np.unique(self.table.subtask_id[self.rows])
-        return tuple(self.table.subtasks[i] for i in ids if i >= 0)
+        """The subtasks that occur in these frames, the most frequent first."""
+        ids, counts = np.unique(self.table.subtask_id[self.rows], return_counts=True)
+        return tuple(self.table.subtasks[i] for i in ids[np.argsort(-counts, kind="stable")] if i >= 0)
 
     @property
     def layout(self) -> Layout:
