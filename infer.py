@@ -322,7 +322,7 @@ def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
         ax.plot(values, marker="o")
         ax.set_ylabel(name)
     axes[-1, 0].set_xlabel("control step")
-    fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9)
+    fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9, parse_math=False)
     fig.tight_layout()
     with files.writing(path, "name another file with --plot"):
         fig.savefig(path, dpi=120)

@@ -14,6 +14,7 @@ from openpi_ar.model_config import VitConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten
 from openpi_ar.policy import ask, load_talker
+from openpi_ar.policy.checkpoint import check_talks
 from tests.checkpoint_fixtures import CFG, abstract, write
 from tests.model_fixtures import random_like, tiny_config
 from tests.policy.test_talker import CFG as PALIGEMMA
@@ -48,15 +49,15 @@ def test_a_plain_paligemma_answers(folder, capsys):
 
 
 def test_a_detection_is_listed_drawn_and_written(folder, capsys, monkeypatch):
-    said = "<loc0256><loc0512><loc0768><loc1023> red cup <loc0000>"
+    said = "<loc0256><loc0512><loc0768><loc1023> red $cup <loc0000>"
     monkeypatch.setattr("openpi_ar.text.tokenizer.Tokenizer.decode", lambda self, ids: said)
     argv = ["--ckpt", str(folder / "ckpt"), "--images", str(folder / "a.png"), "--question", "detect red cup"]
     infer.main([*argv, "--json", str(folder / "d.json"), "--plot", str(folder / "d.png")])
     (box,) = json.loads((folder / "d.json").read_text())["boxes"]
-    assert box["label"] == "red cup" and box["code"] is None
+    assert box["label"] == "red $cup" and box["code"] is None
     np.testing.assert_allclose(box["box"], (10, 15, 30, 30 * 1023 / 1024))  # of 40 x 30 pixels
     out = capsys.readouterr().out
-    assert "red cup" in out and "15.0" in out and "note: 1 <loc> or <seg> tokens" in out
+    assert "red $cup" in out and "15.0" in out and "note: 1 <loc> or <seg> tokens" in out
     with Image.open(folder / "d.png") as drawn:
         assert drawn.size[0] > 300
 
@@ -123,6 +124,9 @@ def test_what_only_acts_is_not_asked(folder, tmp_path, capsys):
     write(tmp_path / "acts", acts, [random_like(abstract(acts), 0.3)])
     message = fails(["--ckpt", str(tmp_path / "acts"), *asked], capsys)
     assert "only acts" in message and "'openpi', which writes no text" in message
+    both = dataclasses.replace(acts, data=dataclasses.replace(acts.data, questions=0.5))
+    write(tmp_path / "both", both, [random_like(abstract(both), 0.3)])
+    check_talks(tmp_path / "both")
     for pi05 in (False, True):
         vit = VitConfig(width=24, depth=2, mlp_dim=40, num_heads=2, patch_size=8, image_size=(16, 16))
         cfg = tiny_config(pi05=pi05, vocab_size=1600, siglip=vit)
@@ -135,4 +139,4 @@ def test_what_only_acts_is_not_asked(folder, tmp_path, capsys):
             infer.main(["--ckpt", str(target), *asked])
             assert "answer:" in capsys.readouterr().out
         else:
-            assert "pi0, which was not trained to write text" in fails(["--ckpt", str(target), *asked], capsys)
+            assert "is a pi0, which was not trained to write text" in fails(["--ckpt", str(target), *asked], capsys)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openpi_ar import files
+from openpi_ar.text.templates import asks_for_places
 
 
 def print_boxes(report: dict[str, Any], console: Console) -> None:
@@ -18,6 +19,8 @@ def print_boxes(report: dict[str, Any], console: Console) -> None:
             code = "" if box["code"] is None else " ".join(map(str, box["code"]))
             table.add_row(box["label"], *(f"{side:.1f}" for side in box["box"]), code)
         console.print(table)
+    elif asks_for_places(report["prompt"]):
+        console.print("note: the answer has no boxes")
     if report["stray_tokens"]:
         console.print(f"note: {report['stray_tokens']} <loc> or <seg> tokens of the answer belong to no object")
 
@@ -37,8 +40,9 @@ def draw_boxes(path: Path, image: np.ndarray, report: dict[str, Any]) -> None:
         top, left, bottom, right = box["box"]
         color = f"C{i}"
         ax.add_patch(patches.Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=2))
-        ax.text(left, top, box["label"], color="white", backgroundcolor=color, fontsize=8, va="bottom")
-    ax.set_title(f"{report['prompt']}\n{report['answer']}", fontsize=8, wrap=True)
+        style = {"color": "white", "backgroundcolor": color, "fontsize": 8, "va": "bottom", "parse_math": False}
+        ax.text(left, top, box["label"], **style)
+    ax.set_title(f"{report['prompt']}\n{report['answer']}", fontsize=8, wrap=True, parse_math=False)
     ax.set_axis_off()
     fig.tight_layout()
     with files.writing(path, "name another file with --plot"):

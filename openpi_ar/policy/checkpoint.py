@@ -20,7 +20,7 @@ from openpi_ar.model_config import ModelConfig
 from openpi_ar.models.vlm import VLA
 from openpi_ar.policy.policy import Policy
 from openpi_ar.policy.programs import inference_dtype
-from openpi_ar.policy.talker import Talker, check_writes
+from openpi_ar.policy.talker import Talker
 from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.text.templates import get_template
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
@@ -79,9 +79,9 @@ def load_talker(path: str | Path, *, dtype: str = "auto") -> Talker:
     """
     keep_compiled_programs()
     path = remote.shipped(path)
-    ours, notes = _is_ours(path), ()
-    if ours:
-        check_talks(path)
+    check_talks(path)
+    notes: tuple[str, ...] = ()
+    if _is_ours(path):
         cfg, model, tokenizer, _ = store.load_policy_checkpoint(path)
         text, decode = cfg.text, cfg.decode
     else:
@@ -93,21 +93,31 @@ def load_talker(path: str | Path, *, dtype: str = "auto") -> Talker:
         text, decode = TextConfig("paligemma", "vqa", max_target_tokens=_ANSWER_TOKENS), DecodeConfig()
         if not isinstance(loaded.config, ModelConfig):
             tokenizer = Tokenizer(tokenizer.model_bytes, action_tail=0)  # its last ids are no action tokens
-    check_writes(model.cfg, text.template if ours else "")
     kind = inference_dtype(decode.dtype if dtype == "auto" else dtype)
     return Talker(run_once(lambda m: m.for_inference(kind), model), tokenizer, text, decode, notes)
 
 
 def check_talks(path: str | Path) -> None:
-    """Raises UserError for a checkpoint of openpi_ar whose run trained nothing but actions, from nothing."""
+    """Raises UserError for a checkpoint that was trained for nothing but actions: a pi0 of others, or of openpi_ar a
+    run from nothing whose template writes no text and whose data has no questions."""
     path = remote.shipped(path)
     if not _is_ours(path):
+        from openpi_ar.checkpoints.load import inspect
+
+        if inspect(path).config.kind == "pi0":
+            raise UserError(f"{path} is a pi0, which was not trained to write text: it acts and cannot answer")
         return
     cfg = store.load_assets(store.resolve_step_dir(path)).config
-    if isinstance(cfg, TrainConfig) and not cfg.init_from and get_template(cfg.text.template).target is None:
+    if get_template(cfg.text.template).target is not None:
+        return
+    if isinstance(cfg, TrainConfig):
+        only_acts = not (cfg.init_from or cfg.data.questions or cfg.data.mix)
+    else:
+        only_acts = cfg.model.kind == "pi0"
+    if only_acts:
         raise UserError(
-            f"{path} only acts: it was trained from nothing with template {cfg.text.template!r}, which writes no text; "
-            "ask a checkpoint trained with --text.template subtask, or PaliGemma"
+            f"{path} only acts: it was trained with template {cfg.text.template!r}, which writes no text; ask a "
+            "checkpoint trained with --text.template subtask or on questions (docs/data.md), or PaliGemma"
         )
 
 

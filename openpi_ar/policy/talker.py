@@ -23,14 +23,13 @@ from openpi_ar.data.inputs import shrink
 from openpi_ar.data.robot import to_uint8_image
 from openpi_ar.errors import UserError
 from openpi_ar.images import fit, unfit
-from openpi_ar.model_config import PaliGemmaConfig
 from openpi_ar.models.vlm import VLM
 from openpi_ar.policy.confidence import confidence
 from openpi_ar.policy.programs import Stages, milliseconds, wrapped_keys
 from openpi_ar.policy.session import Session
 from openpi_ar.text.places import GRID, find_places
 from openpi_ar.text.segments import pack
-from openpi_ar.text.templates import asks_for_places, get_template, question_template, text_status
+from openpi_ar.text.templates import asks_for_places, question_template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Observation, Tokens
 
@@ -111,7 +110,6 @@ class Talker:
         start = time.perf_counter()
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"the question is empty: ask something about the image, found {question!r}")
-        check_writes(self._model.cfg, self._limits.template)
         template, pixels = question_template(question), self.pictures(images)
         obs = self._observation(
             pixels, pack(self.tokenizer, template.prompt_segments(question), self._limits.max_prompt_tokens)
@@ -188,13 +186,6 @@ def measured(call: Callable[[bool], dict[str, Any]], repeats: int) -> dict[str, 
     medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
     total = float(np.median([ms["total"] for ms in warm]))
     return {**result, "timing": {**medians, "total": total, **first}}
-
-
-def check_writes(cfg: PaliGemmaConfig, template: str) -> None:
-    """Raises UserError if the model only acts: a pi0, unless its template has it write text ("": nothing is known of
-    it)."""
-    if cfg.kind == "pi0" and not (template and get_template(template).target):
-        raise UserError("this checkpoint is pi0, which was not trained to write text: it acts and cannot answer")
 
 
 def _checked(image: Any, name: str) -> np.ndarray:
