@@ -311,22 +311,18 @@ def _print_scores(report: dict[str, Any], console: Console) -> None:
 
 
 def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     actions = report["actions"]
-    fig, axes = plt.subplots(actions.shape[1], 1, sharex=True, squeeze=False, figsize=(6, 1.5 * actions.shape[1] + 1))
+    fig = Figure(figsize=(6, 1.5 * actions.shape[1] + 1), layout="tight")
+    axes = fig.subplots(actions.shape[1], 1, sharex=True, squeeze=False)
     for ax, name, values in zip(axes[:, 0], _action_names(policy), actions.T, strict=True):
         ax.plot(values, marker="o")
         ax.set_ylabel(name)
     axes[-1, 0].set_xlabel("control step")
     fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9, parse_math=False)
-    fig.tight_layout()
     with files.writing(path, "name another file with --plot"):
         fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 if __name__ == "__main__":

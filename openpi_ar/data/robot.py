@@ -96,13 +96,7 @@ class Robot:
                     f"{', '.join(map(_first, self._places))}; found "
                     f"{', '.join(others) or 'no image'}; name the camera in observation['masked'] to go without it"
                 )
-            image = to_uint8_image(flat[place], _first(key))
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-                raise UserError(
-                    f"image {_first(key)!r} of camera {camera!r} must be a uint8 RGB image [height width 3], found "
-                    f"{image.dtype} {list(image.shape)}"
-                )
-            found[camera] = image
+            found[camera] = to_uint8_image(flat[place], f"image {_first(key)!r} of camera {camera!r}")
         strange = [k for k in flat if k.startswith(f"{IMAGES}/") and k not in self._known]
         if strange and ANY not in self.spec.unused:
             raise UserError(f"no image {strange[0]!r} is known: {self._who} {', '.join(map(_first, self._places))}")
@@ -172,15 +166,21 @@ def _places(key: str, camera: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def to_uint8_image(image: np.ndarray, name: str) -> np.ndarray:
     """An image as robots send it to uint8 [h w 3]: floats in [0, 1] are scaled and cut off, channels may come first.
 
-    As openpi's `_parse_image`. Raises UserError naming the camera if floats leave [0, 1].
+    As openpi's `_parse_image`. Raises UserError, beginning with `name`, if it is no such image or has no pixels.
     """
-    image = np.asarray(image)
+    given = image = np.asarray(image)
     if image.dtype.kind == "f":
         # An epsilon above 1 (decoders, resizing) still gives 255; anything more is another scale.
         if image.size and not (image.min() >= 0 and 255 * image.max() < 256):
             raise UserError(
-                f"camera {name!r}: a float image must lie in [0, 1], found {image.min():.4g} to {image.max():.4g}; "
+                f"{name}: a float image must lie in [0, 1], found {image.min():.4g} to {image.max():.4g}; "
                 "send uint8 or divide by 255"
             )
         image = (255 * image).astype(np.uint8)
-    return np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 else image
+    image = np.moveaxis(image, 0, -1) if image.ndim == 3 and image.shape[0] == 3 else image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise UserError(
+            f"{name} must be a uint8 RGB image [height width 3] of one pixel or more, found {given.dtype} "
+            f"{list(given.shape)}"
+        )
+    return image

@@ -27,24 +27,19 @@ def print_boxes(report: dict[str, Any], console: Console) -> None:
 
 def draw_boxes(path: Path, image: np.ndarray, report: dict[str, Any]) -> None:
     """The first image with the answer above it and its boxes in it, as a .png, .pdf or .svg file."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
-    mpl.use("Agg")
-    from matplotlib import patches
-    from matplotlib import pyplot as plt
-
-    height, width = image.shape[:2]
-    fig, ax = plt.subplots(figsize=(6, 6 * height / width + 0.8))
+    fig = Figure(figsize=(6, 6 * image.shape[0] / image.shape[1] + 0.8), layout="tight")
+    ax = fig.subplots()
     ax.imshow(image)
     for i, box in enumerate(report["boxes"]):
         top, left, bottom, right = box["box"]
         color = f"C{i}"
-        ax.add_patch(patches.Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=2))
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=2))
         style = {"color": "white", "backgroundcolor": color, "fontsize": 8, "va": "bottom", "parse_math": False}
         ax.text(left, top, box["label"], **style)
     ax.set_title(f"{report['prompt']}\n{report['answer']}", fontsize=8, wrap=True, parse_math=False)
     ax.set_axis_off()
-    fig.tight_layout()
     with files.writing(path, "name another file with --plot"):
         fig.savefig(path, dpi=120)
-    plt.close(fig)

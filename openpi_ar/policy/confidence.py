@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from openpi_ar.algorithms.sampling import Generated
 from openpi_ar.errors import UserError
 
 
@@ -32,6 +33,12 @@ def confidence(logprobs: np.ndarray, margins: np.ndarray, *, given: bool = False
         "logprob": float(logprobs.sum()),
         "margin": float(choices.min()) if len(choices) else None,
     }
+
+
+def row_of(text: Generated, row: int, *, given: bool = False) -> tuple[list[int], dict[str, Any]]:
+    """(the ids of a row of numpy arrays, its `confidence`)."""
+    ids, logprobs, margins = (np.asarray(x[row])[text.valid[row]] for x in (text.ids, text.logprobs, text.margins))
+    return ids.tolist(), confidence(logprobs, margins, given=given)
 
 
 def check_finite(logprobs: np.ndarray) -> None:

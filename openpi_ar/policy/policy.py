@@ -29,7 +29,7 @@ from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot import Reading, Robot
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
-from openpi_ar.policy.confidence import check_finite, confidence
+from openpi_ar.policy.confidence import check_finite, row_of
 from openpi_ar.policy.programs import (
     Drawn,
     Programs,
@@ -254,9 +254,9 @@ class Policy(Talker):
 
     def _text(self, reading: Reading, text: Generated, row: int, *, given: bool = False) -> tuple[str, Result]:
         """The text of a row of numpy arrays, and what else a result holds of it."""
-        ids, logprobs, margins = (np.asarray(x[row])[text.valid[row]] for x in (text.ids, text.logprobs, text.margins))
-        written, status = self.transform.text(reading, ids.tolist())
-        return written, {"text_status": status, **confidence(logprobs, margins, given=given)}
+        ids, sure = row_of(text, row, given=given)
+        written, status = self.transform.text(reading, ids)
+        return written, {"text_status": status, **sure}
 
     def _known_texts(self) -> list[list[int]]:
         """Token ids of the subtasks that decoding expects; those that the budget does not hold are left out."""

@@ -24,7 +24,7 @@ from openpi_ar.data.robot import to_uint8_image
 from openpi_ar.errors import UserError
 from openpi_ar.images import fit, unfit
 from openpi_ar.models.vlm import VLM
-from openpi_ar.policy.confidence import confidence
+from openpi_ar.policy.confidence import row_of
 from openpi_ar.policy.programs import Stages, milliseconds, wrapped_keys
 from openpi_ar.policy.session import Session
 from openpi_ar.text.places import GRID, find_places
@@ -117,10 +117,7 @@ class Talker:
         sampling = self._pointing if asks_for_places(question) else self._answers
         run, ms = self._stages.timed()
         out = talk(self._model, obs, sampling, keys=wrapped_keys(sampling, Session(seed).key[None]), run=run).text
-        ids, logprobs, margins = (
-            np.asarray(x)[0][np.asarray(out.valid)[0]] for x in (out.ids, out.logprobs, out.margins)
-        )
-        sure, ids = confidence(logprobs, margins), ids.tolist()
+        ids, sure = row_of(jax.tree.map(np.asarray, out), 0)
         answer = template.parse(self.tokenizer, ids)
         ms["total"] = milliseconds(time.perf_counter() - start)
         status = text_status(ids, self.tokenizer.eos_id)
@@ -144,7 +141,7 @@ class Talker:
             named = [(f"image {i}", image) for i, image in enumerate(several, 1)]
         if not named:
             raise UserError("there is no image: give one or more")
-        return [_checked(image, name) for name, image in named]
+        return [to_uint8_image(image, name) for name, image in named]
 
     def _observation(self, images: list[np.ndarray], prompt: Mapping[str, np.ndarray]) -> Observation:
         """A batch of one row; cameras without an image are left out, as they hold no position."""
@@ -186,15 +183,3 @@ def measured(call: Callable[[bool], dict[str, Any]], repeats: int) -> dict[str, 
     medians = {name: float(np.median([ms[name] for ms in staged])) for name in STAGES if name in staged[0]}
     total = float(np.median([ms["total"] for ms in warm]))
     return {**result, "timing": {**medians, "total": total, **first}}
-
-
-def _checked(image: Any, name: str) -> np.ndarray:
-    """uint8 [h w 3]. Raises UserError if it is anything else or has no pixels."""
-    array = np.asarray(image)
-    found = to_uint8_image(array, name) if array.dtype.kind in "uif" else array
-    if found.dtype != np.uint8 or found.ndim != 3 or found.shape[-1] != 3 or 0 in found.shape:
-        raise UserError(
-            f"{name} must be a uint8 RGB image [height width 3] of one pixel or more, found {array.dtype} "
-            f"{list(array.shape)}"
-        )
-    return found

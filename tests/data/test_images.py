@@ -120,5 +120,5 @@ def test_floats_of_another_scale_are_refused_by_camera(bad):
     """openpi would wrap them around to noise."""
     image = np.full((4, 4, 3), 0.5, np.float32)
     image[0, 0] = bad
-    with pytest.raises(UserError, match=r"camera 'front'.*\[0, 1\].*divide by 255"):
+    with pytest.raises(UserError, match=r"^front: .*\[0, 1\].*divide by 255"):
         to_uint8_image(image, "front")

@@ -172,7 +172,7 @@ FRONT = np.zeros((32, 32, 3), np.uint8)
         ),
         (
             {"images": {"front": FRONT, "wrist": FRONT + 2.0}},
-            "camera 'images/wrist': a float image must lie in .*divide by 255",
+            "image 'images/wrist' of camera 'wrist': a float image must lie in .*divide by 255",
         ),
         ({"images": {"front": FRONT[0], "wrist": FRONT}}, r"camera 'front' .*\[32, 3\]"),
         ({"images": {"front": FRONT[..., :1], "wrist": FRONT}}, r"camera 'front' .*\[32, 32, 1\]"),
