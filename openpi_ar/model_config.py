@@ -1,7 +1,7 @@
 """The schema of models: one config per family, and those of its towers."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,8 @@ class PaliGemmaConfig:
     def _problems(self) -> list[str]:
         """What does not fit together."""
         s, v, problems = self.siglip, self.vlm, []
+        if small := _not_positive(self):
+            return [f"{', '.join(small)} must be 1 or more"]
         if min(s.image_size) < s.patch_size:
             problems.append(f"siglip.image_size {s.image_size} is smaller than siglip.patch_size {s.patch_size}")
         if s.width % s.num_heads:
@@ -191,6 +193,17 @@ class ModelConfig(PaliGemmaConfig):
     @property
     def keeps_aspect(self) -> bool:
         return True
+
+
+def _not_positive(cfg: Any, prefix: str = "") -> list[str]:
+    """Names of the sizes of a configuration that are none."""
+    found = []
+    for name, value in vars(cfg).items():
+        if dataclasses.is_dataclass(value):
+            found += _not_positive(value, f"{name}.")
+        elif type(value) is int and value < (0 if name in ("lora_rank", "lead_tokens") else 1) and name != "tap":
+            found.append(f"{prefix}{name} {value}")
+    return found
 
 
 PI05 = ModelConfig()

@@ -12,7 +12,9 @@ import re
 from typing import Any, Literal
 
 from openpi_ar.checkpoints.options import Format, LoadOptions
+from openpi_ar.errors import UserError
 from openpi_ar.model_config import PaliGemmaConfig
+from openpi_ar.textfile import whole_number
 
 Column = Literal["ours", "openpi", "torch"]
 
@@ -148,6 +150,23 @@ class Family:
             if re.match(pattern, name):
                 return re.sub(f"^{pattern}", replacement, name)
         return name
+
+
+def number(settings: Mapping[str, Any], *keys: str) -> int | None:
+    """The positive whole number that a config.json has under the first of these keys that it has. Raises UserError."""
+    key = next((key for key in keys if settings.get(key) is not None), None)
+    return None if key is None else whole_number(settings, key, "config.json", 1)
+
+
+def image_size(settings: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    """Height and width under a key of a config.json: a list, or one number for both. Raises UserError."""
+    size = settings.get(key)
+    sides = [n for n in (size if isinstance(size, list) else [size, size]) if type(n) is int and 0 < n < 1 << 16]
+    if size is None:
+        return None
+    if len(sides) != 2:
+        raise UserError(f"config.json: {key} must be [height, width], found {size!r:.80}")
+    return sides[0], sides[1]
 
 
 def expected_shape(layout: str, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from openpi_ar.checkpoints.family import number
 from openpi_ar.checkpoints.sources import Source, open_safetensors
 from openpi_ar.config import DecodeConfig, InferenceConfig, TextConfig
 from openpi_ar.data.normalize import Mode, NormStats, parse_stats
@@ -62,7 +63,7 @@ Tensors = dict[str, np.ndarray]
 
 def is_policy(settings: Mapping[str, Any]) -> bool:
     """Whether a config.json is of one of the policies that this module knows."""
-    return settings.get("type") in TEMPLATES
+    return str(settings.get("type")) in TEMPLATES
 
 
 def is_empty(camera: str) -> bool:
@@ -73,16 +74,6 @@ def is_empty(camera: str) -> bool:
 def cameras(settings: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Names of the images that a config.json lists, in the order in which the policy stacks them; None: none."""
     return tuple(name.removeprefix(_IMAGES) for name in _features(settings, "VISUAL")) or None
-
-
-def image_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width that a config.json says the model sees; None: it does not say."""
-    size = settings.get("image_resolution")
-    if size is None:
-        return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 16 for n in size):
-        raise UserError(f"config.json: image_resolution must be [height, width], found {size!r:.80}")
-    return size[0], size[1]
 
 
 def read(
@@ -112,8 +103,8 @@ def read(
         )
     except ValueError as e:
         raise UserError(f"{root}: {e}") from e
-    tokens = _number(settings, "tokenizer_max_length", where) or PROMPT_TOKENS[model.kind]
-    steps = _number(settings, "num_inference_steps", where) or _number(settings, "num_steps", where)
+    tokens = number(settings, "tokenizer_max_length") or PROMPT_TOKENS[model.kind]
+    steps = number(settings, "num_inference_steps", "num_steps")
     text = TextConfig("paligemma", TEMPLATES[model.kind], max_prompt_tokens=tokens)
     return InferenceConfig(model, text, DecodeConfig(denoise_steps=steps or 10), robot), stats
 
@@ -155,7 +146,7 @@ class _Pipeline:
         """How features of a kind are normalised: of the step, else of config.json."""
         configs = [config for name, config in self.steps.items() if "normalizer" in name.lower()]
         found = next((c["norm_map"] for c in configs if "norm_map" in c), settings.get("normalization_mapping"))
-        norm = found.get(kind, "IDENTITY") if isinstance(found, dict) else found
+        norm = str(found.get(kind, "IDENTITY") if isinstance(found, dict) else found)
         if norm not in _ARRAYS:
             raise UserError(f"{self.where}: {kind} is normalised by {norm!r}, expected one of {', '.join(_ARRAYS)}")
         return norm
@@ -226,10 +217,6 @@ def _dims(settings: Mapping[str, Any], kind: str, where: str) -> int:
     if not isinstance(shapes[0], list) or len(shapes[0]) != 1:
         raise UserError(f"{where}: the shape of the {kind} must be [dimensions], found {shapes[0]!r}")
     return whole_number({"shape": shapes[0][0]}, "shape", where, 1)
-
-
-def _number(settings: Mapping[str, Any], key: str, where: str) -> int | None:
-    return None if settings.get(key) is None else whole_number(settings, key, where, 1)
 
 
 def _feature(camera: str) -> str:

@@ -197,7 +197,7 @@ def _open_orbax(folder: Path) -> Source:
     try:
         metadata: Any = handler.metadata(folder.absolute()).item_metadata
         leaves = jax.tree_util.tree_leaves_with_path(metadata.tree, is_leaf=lambda x: hasattr(x, "shape"))
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except Exception as e:
         raise UserError(f"{folder} cannot be read as orbax parameters: {' '.join(str(e).split())[:300]}") from e
     paths = {tuple(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
     # Training loops of openpi leave nnx's `value` at the end of every path, its released checkpoints do not.
@@ -217,7 +217,7 @@ def _open_orbax(folder: Path) -> Source:
             tree = handler.restore(
                 folder.absolute(), args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
             )
-        except (OSError, ValueError, KeyError) as e:
+        except Exception as e:  # orbax and its backends have errors of their own
             raise UserError(f"{folder}: array {name} cannot be read: {' '.join(str(e).split())[:300]}") from e
         return jax.tree.leaves(tree)[0]
 

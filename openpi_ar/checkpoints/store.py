@@ -83,7 +83,7 @@ def latest_step(experiment: Path) -> int | None:
 
 def missing_parts(step_dir: Path) -> list[str]:
     """Parts that a checkpoint needs to be used by a policy and that are not there."""
-    return [part for part in _NEEDED if not (step_dir / part).exists()]
+    return [part for part in _NEEDED if not (step_dir / part).is_file()]
 
 
 def load_assets(step_dir: Path) -> Assets:
@@ -161,7 +161,7 @@ def load_params(step_dir: Path, model: VLA, sharding: jax.sharding.Sharding | No
         return fill(model, handler.restore(folder, args=restore_args(want, sharding))["params"])
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except Exception as e:  # orbax and its backends have errors of their own
         raise UserError(f"{folder} cannot be read as orbax parameters: {' '.join(str(e).split())[:300]}") from e
 
 

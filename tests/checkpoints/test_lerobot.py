@@ -19,21 +19,8 @@ from openpi_ar.errors import UserError
 from openpi_ar.policy import checkpoint as policies
 from openpi_ar.robot_spec import make_mask
 from openpi_ar.text.tokenizer import load_tokenizer
-from tests.format_fixtures import GOLDEN, LEROBOT
+from tests.format_fixtures import GOLDEN, LEROBOT, STATISTICS, processors
 
-RNG = np.random.default_rng(0)
-CENTRE = RNG.normal(size=8)
-STATISTICS = {
-    "mean": CENTRE,
-    "std": RNG.uniform(0.5, 2, 8),
-    "min": CENTRE - 4,
-    "max": CENTRE + 5,
-    "q01": CENTRE - 2,
-    "q99": CENTRE + 3,
-    "q10": CENTRE - 1,
-    "q90": CENTRE + 2,
-    "count": np.array([100]),
-}
 # LeRobot's own definitions (`lerobot/policies/pi0/configuration_pi0.py`, `pi05`, `configs/policies.py`) of 0.4.
 NAMES = (
     "type n_obs_steps input_features output_features device use_amp use_peft push_to_hub repo_id private tags license "
@@ -58,24 +45,6 @@ def by_lerobot(x: np.ndarray, norm: str) -> np.ndarray:
 def change(folder: Path, **fields) -> None:
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(body | fields))
-
-
-def processors(folder: Path, state: str, action: str, renames: dict | None = None, **relative) -> Path:
-    """What lerobot-train saves beside the model."""
-    norm_map = {"VISUAL": "MEAN_STD", "STATE": state, "ACTION": action}
-    tensors = {f"{feature}.{name}": np.asarray(array, np.int64 if name == "count" else np.float32)
-               for feature in ("observation.state", "action") for name, array in STATISTICS.items()}  # fmt: skip
-    tensors["observation.images.image.mean"] = np.full((3, 1, 1), 0.5, np.float32)
-    first = [{"registry_name": "rename_observations_processor", "config": {"rename_map": renames or {}}}]
-    if relative:
-        first.append({"registry_name": "relative_actions_processor", "config": {"enabled": True, **relative}})
-    for which, kind, before in (("pre", "normalizer", first), ("post", "unnormalizer", [])):
-        file = f"policy_{which}processor_step_{len(before)}_{kind}_processor.safetensors"
-        save_file(tensors, folder / file)
-        step = {"registry_name": f"{kind}_processor", "config": {"eps": 1e-8, "norm_map": norm_map}, "state_file": file}
-        body = {"name": f"policy_{which}processor", "steps": [*before, step]}
-        (folder / f"policy_{which}processor.json").write_text(json.dumps(body))
-    return folder
 
 
 @pytest.fixture(scope="module")

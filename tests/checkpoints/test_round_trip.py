@@ -14,6 +14,7 @@ from openpi_ar.checkpoints import store
 from openpi_ar.config import InferenceConfig
 from openpi_ar.policy import checkpoint as policies
 from openpi_ar.text.tokenizer import load_tokenizer
+from openpi_ar.worlds import robot_file
 from tests.format_fixtures import GOLDEN, assert_equal, params
 
 # Every ordered pair of the four formats.
@@ -65,7 +66,7 @@ def test_every_pair_of_formats_is_the_same_policy(tiny_checkpoint, tmp_path, cap
     )
 
 
-@pytest.mark.parametrize("robot", ["tabletop", None])
+@pytest.mark.parametrize("robot", [robot_file("tabletop"), None])
 def test_a_converted_policy_is_that_policy_with_a_robot_too(tiny_checkpoint, tmp_path, robot):
     cli.main(["convert", str(tiny_checkpoint), str(tmp_path / "torch"), "--to", "torch"])
     want, got = (policies.load_policy_parts(path, robot) for path in (tiny_checkpoint, tmp_path / "torch"))

@@ -1,5 +1,7 @@
 """Changes of JSON bodies for tests that damage files of users."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,3 +32,35 @@ def change_json(rng: np.random.Generator, body: Any) -> None:
         container.append(container[key])
     else:
         container[key] = JUNK[rng.integers(len(JUNK))]
+
+
+def mutate_text(rng: np.random.Generator, file: Path) -> None:
+    whole = file.suffix == ".json"
+    lines = file.read_text().strip().split("\n")
+    bodies = [json.loads("\n".join(lines))] if whole else [json.loads(line) for line in lines]
+    for _ in range(rng.integers(1, 3)):
+        if rng.random() < 0.8 or whole:
+            change_json(rng, bodies[rng.integers(len(bodies))])
+        else:  # lines doubled, lost or shuffled
+            bodies = [bodies[i] for i in rng.integers(0, len(bodies), rng.integers(1, len(bodies) + 2))]
+    end = ("\n", "\r\n", "\n\n")[rng.integers(3)]
+    text = end.join(json.dumps(body, ensure_ascii=bool(rng.integers(2))) for body in bodies)
+    encoding = ("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1")[rng.integers(5)]
+    file.write_bytes(text.encode(encoding, "replace"))
+
+
+def mutate_bytes(rng: np.random.Generator, file: Path) -> None:
+    content, what = file.read_bytes(), rng.integers(4)
+    if what == 0:
+        content = content[: rng.integers(len(content) + 1)]
+    elif what == 1:
+        at = int(rng.integers(len(content)))
+        content = content[:at] + bytes(rng.integers(0, 256, 4, np.uint8)) + content[at + 4 :]
+    elif what == 2:
+        file.unlink()
+        return
+    else:
+        file.unlink()
+        file.mkdir()
+        return
+    file.write_bytes(content)

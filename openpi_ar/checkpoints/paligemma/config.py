@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from openpi_ar.checkpoints.family import Sizes, axes
+from openpi_ar.checkpoints.family import Sizes, axes, image_size, number
 from openpi_ar.checkpoints.options import AS_IT_IS, LoadOptions
 from openpi_ar.checkpoints.paligemma.names import FIXED, ROWS
 from openpi_ar.errors import UserError
 from openpi_ar.model_config import PaliGemmaConfig
+from openpi_ar.textfile import is_number
 
 _NEEDED = "w m n h p T D F N K H V l L"
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
@@ -69,32 +70,37 @@ def told(settings: Mapping[str, Any]) -> tuple[LoadOptions, PaliGemmaConfig | No
     vision, text = (settings.get(f"{part}_config") for part in ("vision", "text"))
     if not isinstance(vision, dict) or not isinstance(text, dict):
         return AS_IT_IS, None
-    size, base = vision.get("image_size"), PaliGemmaConfig()
-    rope = text.get("rope_parameters") or {}
+    base, rope = PaliGemmaConfig(), text.get("rope_parameters")
     constants = {
-        "norm_eps": text.get("rms_norm_eps", base.vlm.norm_eps),
-        "rope_base": float(text.get("rope_theta") or rope.get("rope_theta") or base.vlm.rope_base),
+        "norm_eps": _positive(text, "rms_norm_eps", base.vlm.norm_eps),
+        "rope_base": _positive(rope if isinstance(rope, dict) else text, "rope_theta", base.vlm.rope_base),
     }
     for name in ("hidden_activation", "hidden_act"):
-        if (text.get(name) or "gelu") not in _ACTIVATIONS:  # "gelu" has always meant the approximation in Gemma
+        if str(text.get(name) or "gelu") not in _ACTIVATIONS:  # "gelu" has always meant the approximation in Gemma
             raise UserError(
                 f"config.json: text_config.{name} {text[name]!r} is not Gemma's: expected gelu_pytorch_tanh"
             )
-    activation = _ACTIVATIONS.get(vision.get("hidden_act", "gelu_pytorch_tanh"))
+    activation = _ACTIVATIONS.get(str(vision.get("hidden_act", "gelu_pytorch_tanh")))
     if activation is None:
         raise UserError(
             f"config.json: vision_config.hidden_act {vision['hidden_act']!r} is not known: expected one of "
             f"{', '.join(_ACTIVATIONS)}"
         )
-    siglip = dataclasses.replace(
-        base.siglip, norm_eps=vision.get("layer_norm_eps", base.siglip.norm_eps), activation=activation
-    )
+    eps = _positive(vision, "layer_norm_eps", base.siglip.norm_eps)
+    siglip = dataclasses.replace(base.siglip, norm_eps=eps, activation=activation)
     options = LoadOptions(
-        siglip_heads=vision.get("num_attention_heads"),
-        num_kv_heads=text.get("num_key_value_heads"),
-        image_size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
+        siglip_heads=number(vision, "num_attention_heads"),
+        num_kv_heads=number(text, "num_key_value_heads"),
+        image_size=image_size(vision, "image_size"),
     )
     return options, dataclasses.replace(base, siglip=siglip, vlm=dataclasses.replace(base.vlm, **constants))
+
+
+def _positive(part: Mapping[str, Any], key: str, default: float) -> float:
+    value = part.get(key)
+    if value is not None and not (is_number(value) and value > 0):
+        raise UserError(f"config.json: {key} is {value!r}, expected a positive number")
+    return default if value is None else float(value)
 
 
 def torch_settings(cfg: PaliGemmaConfig, dtype: str) -> dict[str, Any]:

@@ -5,12 +5,11 @@ import dataclasses
 from typing import Any
 
 from openpi_ar.checkpoints import lerobot
-from openpi_ar.checkpoints.family import Sizes
+from openpi_ar.checkpoints.family import Sizes, image_size, number
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.checkpoints.paligemma import config as paligemma
 from openpi_ar.checkpoints.pi0.names import FIXED, ROWS
 from openpi_ar.model_config import ModelConfig
-from openpi_ar.textfile import whole_number
 
 _NEEDED = "w m n h p T D F N K H V l L E G X"
 
@@ -43,17 +42,12 @@ def sizes(cfg: ModelConfig) -> Sizes:
 
 def told(settings: Mapping[str, Any]) -> tuple[LoadOptions, None]:
     """What the config.json of openpi's PyTorch port or of LeRobot says and no tensor does. Raises UserError."""
-
-    def number(*keys: str) -> int | None:
-        key = next((key for key in keys if settings.get(key) is not None), None)
-        return None if key is None else whole_number(settings, key, "config.json", 1)
-
     options = LoadOptions(
-        action_horizon=number("action_horizon", "chunk_size"),
-        siglip_heads=number("siglip_heads"),
-        num_kv_heads=number("num_kv_heads"),
+        action_horizon=number(settings, "action_horizon", "chunk_size"),
+        siglip_heads=number(settings, "siglip_heads"),
+        num_kv_heads=number(settings, "num_kv_heads"),
         cameras=lerobot.cameras(settings),
-        image_size=lerobot.image_size(settings),
+        image_size=image_size(settings, "image_resolution"),
     )
     return options, None
 
