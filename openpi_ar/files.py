@@ -13,6 +13,7 @@ from typing import Any
 
 from openpi_ar.errors import UserError
 
+_SPARE = 2**24
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -77,8 +78,9 @@ def check_directory(path: Path, instead: str, *, need: int = 0) -> None:
     with writing(path, instead):
         there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         _probe(there)
-        if need > shutil.disk_usage(there).free:
-            raise OSError(errno.ENOSPC, f"{need / 1e9:.1f} GB are needed")
+        # What is nearly full counts as full: descriptions are written too, and other programs write.
+        if need and 1.1 * need + _SPARE > shutil.disk_usage(there).free:
+            raise OSError(errno.ENOSPC, f"{_size(need)} are needed")
 
 
 @contextlib.contextmanager
@@ -99,8 +101,12 @@ def write_json(path: Path | None, body: Any, flag: str = "--json") -> None:
 
 def _unwritable(path: Path, error: OSError, instead: str) -> UserError:
     free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free
-    full = f" ({free / 1e9:.1f} GB free)" if error.errno in _DISK else ""
+    full = f" ({_size(free)} free)" if error.errno in _DISK else ""
     return UserError(f"{path} cannot be written: {error.strerror or error}{full}: {instead}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _probe(folder: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openpi_ar import files
 from openpi_ar.algorithms.losses import PARTS
 from openpi_ar.config import TrainConfig
-from openpi_ar.files import replace_text
 from openpi_ar.training import distributed, tracking
+from openpi_ar.training.store import FULL
 
 FILE, PLOT = "metrics.jsonl", "loss.png"
 _COUNT = "_count"
@@ -38,14 +39,14 @@ class MetricsLog:
         self._tensorboard = tracking.tensorboard(directory, start_step) if cfg.tensorboard else None
         self._wandb = tracking.wandb(directory, cfg) if cfg.wandb else None
         kept = [json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= start_step]
-        replace_text(self.path, "".join(kept))
+        files.replace_text(self.path, "".join(kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record; flushed, so that a killed run keeps what it has seen."""
         if not distributed.is_primary():
             return
         values = {k: float(f"{v:.6g}") for k, v in values.items()}
-        with self.path.open("a") as f:
+        with files.writing(self.path, FULL), self.path.open("a") as f:
             f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -98,7 +99,8 @@ def plot_losses(source: Path, target: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0, 0].legend()
     fig.tight_layout()
-    fig.savefig(target, dpi=120)
+    with files.writing(target, FULL):
+        fig.savefig(target, dpi=120)
     plt.close(fig)
 
 

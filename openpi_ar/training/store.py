@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from openpi_ar import files
 from openpi_ar.checkpoints.store import Assets, load_params, restore_args, save_assets
 from openpi_ar.errors import UserError
 from openpi_ar.models.vlm import VLA
@@ -40,6 +41,9 @@ class _AssetsHandler(ocp.CheckpointHandler):
 
 # orbax accepts a handler only with a type of arguments for each direction.
 ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)(_AssetsArgs)
+
+
+FULL = "free some space there, and continue from the last complete checkpoint with --resume"
 
 
 class CheckpointStore:
@@ -75,6 +79,10 @@ class CheckpointStore:
     def save_for_policy(self, step: int, model: VLA, assets: Assets, **more: Any) -> None:
         """Saves what a policy needs, and nothing else but `more`; training cannot be resumed from it."""
         params = ocp.args.PyTreeSave({"params": pure_params(model)})
+        # A disk that fills up while orbax writes ends in pages of errors from its threads.
+        self._manager.wait_until_finished()
+        size = sum(x.nbytes for x in jax.tree.leaves((params.item, [part.item for part in more.values()])))
+        files.check_directory(self.directory, FULL, need=size)
         self._manager.save(step, args=ocp.args.Composite(params=params, assets=_AssetsArgs(assets), **more))
 
     def close(self) -> None:

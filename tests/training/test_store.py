@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_only_the_last_ones_are_kept(tmp_path):
     save(tmp_path, CFG, 1, 2, 3, 4, keep_last=1)
     assert store.complete_steps(tmp_path) == [3, 4]
     assert store.latest_step(tmp_path / "nowhere") is None
+
+
+def test_a_full_disk_is_one_line_before_anything_is_half_written(tmp_path, monkeypatch):
+    save(tmp_path, CFG, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=r"cannot be written: 0.\d MB are needed \(1.0 MB free\): free some space"):
+        save(tmp_path, CFG, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"] and store.complete_steps(tmp_path) == [1]
 
 
 def test_policy_only_checkpoint_cannot_be_resumed(tmp_path):

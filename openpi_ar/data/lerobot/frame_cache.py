@@ -57,8 +57,7 @@ def cached_frames(frames: Frames, camera: str, size: tuple[int, int], root: str 
     if not path.is_dir():
         shape = (len(frames), *size, 3)
         instead = f"{ANOTHER_CACHE}, or use --data.frames decode to decode at every read"
-        # What is nearly full counts as full: other programs write too.
-        check_directory(path, instead, need=int(np.prod(shape) / 0.95))
+        check_directory(path, instead, need=int(np.prod(shape)))
         with atomic_directory(path, instead=instead) as scratch:
             _fill(frames, camera, size, np.lib.format.open_memmap(scratch / "frames.npy", "w+", np.uint8, shape))
             about = {"dataset": str(frames.meta.root), "camera": camera, "size": size, "frames": len(frames)}
