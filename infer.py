@@ -315,11 +315,11 @@ def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
 
     actions = report["actions"]
     fig = Figure(figsize=(6, 1.5 * actions.shape[1] + 1), layout="tight")
-    axes = fig.subplots(actions.shape[1], 1, sharex=True, squeeze=False)
-    for ax, name, values in zip(axes[:, 0], _action_names(policy), actions.T, strict=True):
+    axes = fig.subplots(actions.shape[1], 1, sharex=True, squeeze=False)[:, 0]
+    for ax, name, values in zip(axes, _action_names(policy), actions.T, strict=True):
         ax.plot(values, marker="o")
         ax.set_ylabel(name)
-    axes[-1, 0].set_xlabel("control step")
+    axes[-1].set_xlabel("control step")
     fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9, parse_math=False)
     with files.writing(path, "name another file with --plot"):
         fig.savefig(path, dpi=120)

@@ -99,7 +99,7 @@ class RobotSpec:
             problems.append(f"dimension {min(both)} is both an ALOHA gripper and an inverted one")
         if any(v is not None and v.horizon < 1 for v in (self.pi0, self.pi05)):
             problems.append("horizon must be positive")
-        if self.state_dims and self.action_dims:
+        if not problems and self.state_dims and self.action_dims:
             problems += self._misfits(self.state_dims, self.action_dims)
         if problems:
             raise ValueError(f"robot {self.name!r}: " + "; ".join(problems))

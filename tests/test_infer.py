@@ -1,5 +1,6 @@
 """If this fails, `python infer.py` prints wrong numbers, or answers bad input with a traceback instead of a remedy."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,9 @@ from PIL import Image
 import pytest
 
 import infer
+from openpi_ar.data.robot import Robot
 from openpi_ar.policy import Policy
+from openpi_ar.robot_spec import RobotSpec
 from openpi_ar.worlds.tabletop.world import Tabletop
 
 
@@ -237,3 +240,20 @@ def test_another_robots_checkpoint_cannot_play_on_the_tabletop(warm, tiny_policy
     for argv in ([], ["--rollout", "1"]):
         message = fails([*warm, *argv], capsys)
         assert "another robot" in message and "base_0_rgb" in message and "--images" in message
+
+
+def test_actions_go_by_the_datasets_names(tiny_policy, capsys):
+    def names(policy: Policy) -> tuple[str, ...]:
+        return infer._action_names(policy)
+
+    def with_names(*found: str, world: str = "") -> Policy:
+        robot = dataclasses.replace(tiny_policy.cfg.robot or RobotSpec(), action_names=found)
+        policy = copy.copy(tiny_policy)
+        policy.robot = Robot(robot, policy.cameras, 4, 4)
+        policy.cfg = dataclasses.replace(policy.cfg, robot=robot, world=world)
+        return policy
+
+    assert names(tiny_policy)[0] == "x (m)"  # its world's
+    own = ("action.pan.pos", "action.lift.pos", "gripper.width", "action.3")
+    assert names(with_names(*own)) == ("pan.pos", "lift.pos", "gripper.width", "action 3")
+    assert names(with_names()) == ("action 0", "action 1", "action 2", "action 3")

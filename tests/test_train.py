@@ -292,6 +292,7 @@ def refused(argv: list[str], capsys) -> str:
         ("--config debug --model.siglip.image-size 3 32", "patch_size"),
         ("--config debug --model.vlm.depth 3", "must agree"),
         ("--config debug --exp-name ../x", "plain directory name"),
+        ("--config debug --model.cameras front front", "model.cameras names a camera twice: front, front"),
         ("--config debug --optimizer.ema-decay 1.5", "ema_decay"),
         ("--config debug --optimizer.warmup-steps 60 --num-steps 60", "warmup_steps"),
         ("--config debug --data.prompt-swap 2", "prompt_swap"),

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import openpi_ar
 from openpi_ar.errors import UserError
-from openpi_ar.files import openpi_cache_root
+from openpi_ar.files import check_directory, openpi_cache_root
 from openpi_ar.lookup import nearest
 
 SHIPPED = {"tabletop": Path(openpi_ar.__file__).parent / "assets" / "tabletop"}
@@ -68,6 +68,7 @@ def local_copy(path: str | Path) -> Path:
     target = openpi_cache_root() / (parts.netloc.replace(":", "_") or scheme) / parts.path.strip("/")
     if target.is_file() or (target.is_dir() and not (target.parent / f".{target.name}{_PARTIAL}").exists()):
         return target
+    check_directory(target.parent, "set OPENPI_DATA_HOME to a directory that can be written")
     try:
         _download(address, target)
     except UserError:

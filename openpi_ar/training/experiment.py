@@ -50,6 +50,8 @@ def check_config(cfg: TrainConfig) -> None:
             f"data.prompt_swap is {cfg.data.prompt_swap}, but template {cfg.text.template!r} writes no subtask, so "
             f"nothing would tell the actions what to do: set --data.prompt-swap 0"
         )
+    if len(set(cfg.model.cameras)) < len(cfg.model.cameras):
+        raise UserError(f"model.cameras names a camera twice: {', '.join(cfg.model.cameras)}")
     strange = [name for name in cfg.augment.uncropped if name not in cfg.model.cameras]
     if cfg.augment.crop and strange:
         raise UserError(
@@ -115,8 +117,8 @@ def plan(cfg: TrainConfig, *, resume: bool, overwrite: bool) -> Path | None:
             store.resolve_step_dir(local)
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
-            f"{directory} already holds an experiment: add --resume to go on, --overwrite to delete it and start anew, "
-            f"or choose another --exp-name"
+            f"{directory} already holds an experiment: add --resume to continue it, --overwrite to delete it and start "
+            f"anew, or choose another --exp-name"
         )
     return None
 
@@ -134,16 +136,12 @@ def create(cfg: TrainConfig, *, overwrite: bool) -> Path:
     """
     directory = experiment_dir(cfg)
     if distributed.is_primary():
-        _make(directory, overwrite=overwrite)
+        with files.writing(directory, _ANOTHER_PLACE):
+            if overwrite and directory.exists():
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)
     distributed.check_shared(directory)
     return directory
-
-
-def _make(directory: Path, *, overwrite: bool) -> None:
-    with files.writing(directory, _ANOTHER_PLACE):
-        if overwrite and directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
 
 
 def agreed_step(cfg: TrainConfig, resume_from: Path | None) -> Path | None:

@@ -80,28 +80,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plot_losses(source: Path, target: Path) -> None:
     """Draws training and held-out curves of the loss and its parts, if there are two points or more."""
-    import matplotlib as mpl  # slow to import, needed once
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # slow to import, needed once
 
     records = read_metrics(source)
     names = [n for n in _SHOWN if any(n in r for r in records)]
     if len(records) < 2 or not names:
         return
-    fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
+    fig = Figure(figsize=(4 * len(names), 3), layout="tight")
+    axes = fig.subplots(1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names, strict=True):
         for kind, style in (("train", "-"), ("eval", "o")):
             points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
             if points:
                 ax.plot(*zip(*points, strict=True), style, label=kind, markersize=4, linewidth=1)
         ax.set(title=name, xlabel="step", yscale="linear" if name.endswith("exact_match") else "log")
         ax.grid(alpha=0.3)
-    axes[0, 0].legend()
-    fig.tight_layout()
+    axes[0].legend()
     with files.writing(target, FULL):
         fig.savefig(target, dpi=120)
-    plt.close(fig)
 
 
 def averaged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

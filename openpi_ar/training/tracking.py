@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, the extras that show a run's metrics elsewhere; a resumed run goes on with its
+"""TensorBoard and Weights & Biases, the extras that show a run's metrics elsewhere; a resumed run continues its
 curves."""
 
 from pathlib import Path

@@ -11,6 +11,7 @@ import pytest
 
 from openpi_ar.checkpoints import remote
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.errors import UserError
 from tests.format_fixtures import GOLDEN, HEADS, TORCH, assert_equal, golden, params, refused
 
 
@@ -97,3 +98,11 @@ def test_unreachable_addresses(tmp_path, monkeypatch, capsys):
     err = refused(capsys, "inspect", "http://127.0.0.1:9/none/model.safetensors")
     assert "cannot be downloaded" in err
     assert "expected a local path, a hub id or an address" in refused(capsys, "inspect", "ftp://x/y")
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_download(monkeypatch):
+    monkeypatch.setenv("OPENPI_DATA_HOME", "/proc/nowhere")
+    with pytest.raises(
+        UserError, match=r"/proc/nowhere/x/y cannot be written: .*: set OPENPI_DATA_HOME to a directory"
+    ):
+        remote.local_copy("https://x/y/z")

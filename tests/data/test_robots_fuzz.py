@@ -138,6 +138,7 @@ def test_many_mistakes_are_refused_in_one_line_that_names_the_file(tmp_path, par
         ("state: [a, a]", "each once, found 'a'"),
         ("pi05: {horizon: '10'}", "pi05: horizon must be a whole number, found '10'"),
         ("delta_mask: 6", "delta_mask must be a list"),
+        ("delta_mask: [1000000000000]\nstate: {s: 3}\naction_dims: 3", "delta_mask must be runs"),
         ("action_names: [x, y]\nstate: {s: 3}\naction_dims: 3", "action_names must be 3 names, found 2"),
         ("{[1]: 2}", "is not YAML"),
         ("prompt: 2024-13-41", "is not YAML"),
