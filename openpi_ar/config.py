@@ -88,8 +88,7 @@ class OptimizerConfig:
     weight_decay: float = 1e-10
     clip_norm: float = 1.0
     ema_decay: float | None = 0.99
-    """None: no moving average. When on, the average is what `params` of a checkpoint holds. Only what is trained has
-    one."""
+    """None: no moving average. The average is what `params` of a checkpoint holds; only what is trained has one."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """How Adam's two moments are kept between steps (the update itself is float32); `bfloat16` needs b2 <= 0.99."""
     accumulate: int = 1
@@ -199,8 +198,7 @@ class Distributed:
     process_id: int | None = None
     """0, 1, ... of this process. None: what the cluster says."""
     local_devices: tuple[int, ...] = ()
-    """Devices of this machine that are this process's. Empty: all, or one each where the cluster counts processes by
-    machine."""
+    """Devices of this machine for this process. Empty: all; one each where the cluster counts processes by machine."""
     cluster: Literal["auto", "on", "off"] = "auto"
     """`auto`: several processes if flags, Slurm, Open MPI or a TPU slice say so. `on`: ask jax's own detection in any
     case (TPU virtual machines, Kubernetes with its API). `off`: this process is alone, whatever the environment

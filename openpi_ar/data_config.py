@@ -19,8 +19,7 @@ class LeRobotData:
     that is not named takes the robot's feature or, if the robot names none, that of its own name (`base_0_rgb`:
     `observation.images.base_0_rgb`)."""
     state: tuple[str, ...] = ()
-    """Features that are the state, side by side; `observation.state[0:7]` takes some of its dimensions. Empty: the
-    robot's."""
+    """Features that are the state, side by side; `state[0:7]` takes some dimensions of one. Empty: the robot's."""
     actions: tuple[str, ...] = ()
     """Features that are the action, side by side; slices as in `state`. Empty: the robot's."""
     robot: RobotSpec = dataclasses.field(default_factory=RobotSpec)

@@ -58,8 +58,7 @@ class RobotSpec:
     """Runs of action dimensions, openpi's `make_bool_mask`: `6 -1` is six that are learnt relative to the state, then
     one absolute. Dimensions past its end are absolute."""
     flips: tuple[int, ...] = ()
-    """Signs of the first dimensions of state and actions, 1 or -1: between the robot's joints and those that models
-    know."""
+    """Signs, 1 or -1, of the first dimensions of state and actions: between the robot's joints and the models'."""
     inverted_grippers: tuple[int, ...] = ()
     """Dimensions of state and actions that hold inverted grippers: x becomes 1 - x."""
     aloha_grippers: tuple[int, ...] = ()
@@ -121,8 +120,7 @@ class RobotSpec:
         return dataclasses.replace(own, delta=self.delta) if self.delta_mask else own
 
     def of_model(self, kind: str) -> "RobotSpec":
-        """The robot as models of that kind, "pi0" or "pi05", were and are trained on it: `delta_mask` holds, no
-        variant."""
+        """The robot as models of that kind, "pi0" or "pi05", are trained on it: `delta_mask` holds, no variant."""
         return dataclasses.replace(self, delta_mask=mask_runs(self.variant(kind).delta), pi0=None, pi05=None)
 
     def check_cameras(self, cameras: Sequence[str]) -> None:
@@ -193,6 +191,5 @@ def split_key(key: str) -> tuple[str, slice]:
 
 
 def plain(cameras: Sequence[str]) -> RobotSpec:
-    """The robot that sends `{"images": {camera: image}, "state": ...}` by the model's own camera names, whatever else
-    is there."""
+    """The robot that sends `{"images": {camera: image}, "state": ...}` by the model's camera names, and maybe more."""
     return RobotSpec(cameras={f"{IMAGES}/{camera}": camera for camera in cameras}, state={STATE: 0}, unused=(ANY,))

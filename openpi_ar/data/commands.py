@@ -63,8 +63,7 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Normalisation statistics of states and actions with exact quantiles, straight from parquet; no video is
-    decoded."""
+    """Normalisation statistics of states and actions, quantiles exact, straight from parquet; no video is decoded."""
 
     path: Directory
     """The directory that holds meta/."""
@@ -134,8 +133,7 @@ class Subtasks:
 
 
 def _cameras(meta: Meta) -> tuple[Table, list[str]]:
-    """What there is of each camera, by the first of its files that is there; and a line on what is missing or
-    unreadable."""
+    """Each camera by the first of its files that is there, and a line on each that is missing or unreadable."""
     table = new_table("camera", "stored as", "codec", "pixels", "frames a second", "height x width", "files")
     faults = []
     for key in meta.cameras:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +28,19 @@ class Layout:
     cameras: Mapping[str, str]
     state: Sequence[str]
     actions: Sequence[str]
+
+
+def held_out_mask(candidates: np.ndarray, fraction: float) -> np.ndarray:
+    """What training never sees, bool [n], of n episodes or the like: that fraction of all, at least one unless it is 0,
+    drawn among `candidates` (bool [n]).
+
+    Drawn with a fixed seed, not taken from the end: the last episodes of a recording are often of one task.
+    """
+    mask = np.zeros(len(candidates), bool)
+    if fraction:
+        order = np.random.default_rng(0).permutation(np.flatnonzero(candidates))
+        mask[order[: max(1, math.ceil(fraction * len(candidates)))]] = True
+    return mask
 
 
 @runtime_checkable

@@ -10,13 +10,12 @@ Files are relative to the folder. A row is masked to the cameras that it has.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openpi_ar.data.layout import Layout, Numbers
+from openpi_ar.data.layout import Layout, Numbers, held_out_mask
 from openpi_ar.data.normalize import Mode, NormStats
 from openpi_ar.data.pictures import read_picture
 from openpi_ar.errors import UserError
@@ -117,8 +116,7 @@ def divide(
     Raises UserError if one of them would be empty.
     """
     groups = sorted({row.group for row in rows})
-    count = max(1, math.ceil(held_out * len(groups))) if held_out else 0
-    chosen = {groups[i] for i in np.random.default_rng(0).permutation(len(groups))[:count]}
+    chosen = {groups[i] for i in np.flatnonzero(held_out_mask(np.ones(len(groups), bool), held_out))}
     train = [row for row in rows if row.group not in chosen]
     test = [row for row in rows if row.group in chosen] if held_out else train
     if not train or not test:

@@ -51,8 +51,7 @@ def given(
 
 
 def read_image(item: str) -> tuple[str, np.ndarray]:
-    """camera=file -> (camera, uint8 [h w 3]); a file alone -> ("", ...). Raises UserError if it is missing or no
-    image."""
+    """camera=file -> (camera, uint8 [h w 3]); a file alone -> ("", ...). Raises UserError if there is no such image."""
     camera, equals, file = item.partition("=")
     if not equals or Path(item).is_file():
         camera, file = "", item

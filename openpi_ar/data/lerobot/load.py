@@ -1,12 +1,11 @@
 """The training source over a LeRobot dataset: from a config to (training, held-out) frames of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-import math
 
 import numpy as np
 
 from openpi_ar.config import LeRobotData
-from openpi_ar.data.layout import Layout
+from openpi_ar.data.layout import Layout, held_out_mask
 from openpi_ar.data.lerobot.columns import (
     Frames,
     label_columns,
@@ -77,7 +76,7 @@ def load_lerobot(
     # A subtask that does not follow from the prompt cannot be predicted, so such episodes are not for evaluation.
     judged = usable & table.supervise
     episodes = np.bincount(frames.episode_of[judged], minlength=len(frames.episodes)) > 0
-    held_out = _held_out(episodes, cfg.held_out)[frames.episode_of]
+    held_out = held_out_mask(episodes, cfg.held_out)[frames.episode_of]
     robot = cfg.reader(cameras)
     robot.check_dims(table.state.shape[1], table.actions.shape[1])
     train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot)
@@ -183,16 +182,3 @@ def _labelled(table: Table, source: str) -> np.ndarray:
             f"--data.subtasks, or train actions only with --text.template openpi"
         )
     return usable
-
-
-def _held_out(candidates: np.ndarray, fraction: float) -> np.ndarray:
-    """Which episodes training never sees, bool [episodes]: that fraction of all, at least one, drawn among
-    `candidates`.
-
-    Drawn with a fixed seed, not taken from the end: the last episodes of a recording are often of one task.
-    """
-    mask = np.zeros(len(candidates), bool)
-    if fraction:
-        order = np.random.default_rng(0).permutation(np.flatnonzero(candidates))
-        mask[order[: max(1, math.ceil(fraction * len(candidates)))]] = True
-    return mask
