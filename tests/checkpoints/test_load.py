@@ -62,6 +62,13 @@ def test_embedding_under_either_name(tmp_path, kept):
     )
 
 
+def test_a_vision_tower_without_its_inner_name(tmp_path):
+    """As transformers 5.24 saves it."""
+    tensors = load_file(LEROBOT / "model.safetensors")
+    save_file({k.replace(".vision_model.", "."): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    assert_equal(params(load_model(tmp_path, HEADS)), params(golden(LEROBOT)))
+
+
 def test_shards(tmp_path):
     tensors = load_file(LEROBOT / "model.safetensors")
     half = sorted(tensors)[: len(tensors) // 2]

@@ -135,6 +135,8 @@ def test_config_json_says_what_no_tensor_does(tmp_path):
     assert (cfg.vlm.rope_base, cfg.siglip.activation) == (2e4, "gelu")
     with pytest.raises(UserError, match="text_config.hidden_activation 'relu'.*expected gelu_pytorch_tanh"):
         load_model(written(tmp_path, tensors(), text__hidden_activation="relu"))
+    with pytest.raises(UserError, match="model_type is 'gemma2': only PaliGemma's first version"):
+        load_model(written(tmp_path, tensors(), text__model_type="gemma2"))
 
 
 def test_grids_of_any_shape(tmp_path):

@@ -70,6 +70,8 @@ def told(settings: Mapping[str, Any]) -> tuple[LoadOptions, PaliGemmaConfig | No
     vision, text = (settings.get(f"{part}_config") for part in ("vision", "text"))
     if not isinstance(vision, dict) or not isinstance(text, dict):
         return AS_IT_IS, None
+    if (decoder := text.get("model_type", "gemma")) != "gemma":
+        raise UserError(f"config.json: text_config.model_type is {decoder!r}: only PaliGemma's first version is known")
     base, rope = PaliGemmaConfig(), text.get("rope_parameters")
     constants = {
         "norm_eps": _positive(text, "rms_norm_eps", base.vlm.norm_eps),

@@ -54,10 +54,9 @@ IGNORED: tuple[tuple[str, str], ...] = (
 
 _PALIGEMMA = r"(model\.)*(paligemma_with_expert\.paligemma\.)?(model\.)?"
 RENAMES: tuple[tuple[str, str], ...] = (
-    (r"params/", "PaliGemma/"),  # big_vision's PaliGemma
-    # PaliGemma alone as the transformers library writes it, and pi0 as it was before transformers 4.52.
+    # pi0 as it was before transformers 4.52, and as it is from 5.24, which has no `vision_model`.
     (_PALIGEMMA + r"language_model\.(model\.)?(?=layers|norm|embed_tokens)", f"{_LM}."),
-    (_PALIGEMMA + r"vision_tower\.vision_model", _VIT),
+    (_PALIGEMMA + r"vision_tower\.(vision_model\.)?", f"{_VIT}."),
     (_PALIGEMMA + r"multi_modal_projector\.linear", _PROJECTOR),
     (_PALIGEMMA + r"(language_model\.)?lm_head\.weight", LM_HEAD),
     (r"(model\.)+(?=action_|time_|state_|paligemma_with_expert\.)", ""),  # LeRobot's policies
