@@ -35,7 +35,7 @@ class Args:
 
     ckpt: str
     """Directory of a checkpoint's step or of an experiment; `tabletop` is the one that comes with the package (a
-    directory of that name is `./tabletop`). With --robot also a checkpoint of openpi's or LeRobot's."""
+    directory of that name is `./tabletop`). A checkpoint of LeRobot's too, and with --robot one of openpi's."""
     robot: str | None = None
     """Whose observations it takes and whose actions it gives: aloha, aloha_sim, droid, libero, tabletop, or a .yaml or
     .json file. A checkpoint of yours trained on LeRobot data needs none."""

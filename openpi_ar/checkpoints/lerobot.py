@@ -35,7 +35,6 @@ PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
 """openpi's `Pi0Config.max_token_len` and LeRobot's `tokenizer_max_length`: pi0's prompt does not carry the state."""
 _PRE, _POST = "policy_preprocessor", "policy_postprocessor"
 _IMAGES, _STATE, _ACTION, _EMPTY = "observation.images.", "observation.state", "action", "empty_camera_"
-_TOKENIZER = "google/paligemma-3b-pt-224"
 _MODES: dict[Mode, str] = {"quantile": "QUANTILES", "z_score": "MEAN_STD"}
 _ARRAYS = {
     "IDENTITY": (),
@@ -53,6 +52,9 @@ _RELATIVE = {
 }
 """Fields of the step that makes actions relative to the state, and of config.json."""
 
+_Step = tuple[str, dict[str, Any]]
+"""Registry name and configuration of a step."""
+_TO_CPU: _Step = ("device_processor", {"device": "cpu", "float_dtype": None})
 Tensors = dict[str, np.ndarray]
 
 
@@ -236,8 +238,10 @@ def write(folder: Path, cfg: InferenceConfig, stats: Mapping[str, NormStats] | N
     """
     model, robot = cfg.model, cfg.robot or RobotSpec()
     dims = [model.state_dim, model.action_dim]
-    if stats:
-        dims = [robot.state_dims or stats["state"].dims, robot.action_dims or stats["actions"].dims]
+    if stats:  # the rest of longer ones is padding, which LeRobot's features do not have
+        own = {"state": robot.state_dims, "actions": robot.action_dims}
+        stats = {name: stats[name].first(count, name) for name, count in own.items()}
+        dims = [stats["state"].dims, stats["actions"].dims]
     size, norm = list(model.siglip.image_size), _MODES[model.norm_mode]
     inputs = {_feature(c): {"type": "VISUAL", "shape": [3, *size]} for c in model.cameras}
     inputs[_STATE] = {"type": "STATE", "shape": [dims[0]]}
@@ -271,29 +275,30 @@ def write(folder: Path, cfg: InferenceConfig, stats: Mapping[str, NormStats] | N
     (folder / "config.json").write_text(json.dumps(body, indent=2) + "\n")
 
     normalize = {"eps": 1e-8, "features": inputs | outputs, "norm_map": norm_map}
-    tokenize = {"max_length": cfg.text.max_prompt_tokens, "task_key": "task", "padding_side": "right"}
-    tokenize |= {"padding": "max_length", "truncation": True, "tokenizer_name": _TOKENIZER}
-    first = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
-    normalizer = [("relative_actions_processor", relative)] * any(mask) + [("normalizer_processor", normalize)]
-    tokens, device = ("tokenizer_processor", tokenize), ("device_processor", {"device": "cpu", "float_dtype": None})
-    if model.kind == "pi05":
-        before = [*first, *normalizer, ("pi05_prepare_state_tokenizer_processor_step", {}), tokens, device]
-    else:
-        before = [*first, ("pi0_new_line_processor", {}), tokens, device, *normalizer]
-    after = [("unnormalizer_processor", normalize | {"features": outputs})]
-    after += [("absolute_actions_processor", {"enabled": True})] * any(mask)
+    relatives = [("relative_actions_processor", relative)] * any(mask)
+    absolutes = [("absolute_actions_processor", {"enabled": True})] * any(mask)
+    before = _before(model.kind, [*relatives, ("normalizer_processor", normalize)], cfg.text.max_prompt_tokens)
     _save(folder, _PRE, before, stats)
-    _save(folder, _POST, [*after, device], stats)
-
+    unnormalize = ("unnormalizer_processor", normalize | {"features": outputs})
+    _save(folder, _POST, [unnormalize, *absolutes, _TO_CPU], stats)
     lacking = [f"template {cfg.text.template}"] * (cfg.text.template != TEMPLATES[model.kind])
     lacking += [f"tokenizer {cfg.text.tokenizer}"] * (cfg.text.tokenizer != "paligemma")
     numbers = ("flips", "inverted_grippers", "aloha_grippers")
     return lacking + [f"the robot's {name}" for name in numbers if getattr(robot, name)]
 
 
-def _save(
-    folder: Path, name: str, steps: list[tuple[str, dict[str, Any]]], stats: Mapping[str, NormStats] | None
-) -> None:
+def _before(kind: str, normalizers: list[_Step], tokens: int) -> list[_Step]:
+    """The steps before a model of that kind, in LeRobot's order."""
+    tokenize = {"max_length": tokens, "task_key": "task", "padding_side": "right", "padding": "max_length"}
+    tokenize |= {"truncation": True, "tokenizer_name": "google/paligemma-3b-pt-224"}
+    tokenizer = ("tokenizer_processor", tokenize)
+    first = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
+    if kind == "pi05":  # writes the normalised state into the prompt
+        return [*first, *normalizers, ("pi05_prepare_state_tokenizer_processor_step", {}), tokenizer, _TO_CPU]
+    return [*first, ("pi0_new_line_processor", {}), tokenizer, _TO_CPU, *normalizers]
+
+
+def _save(folder: Path, name: str, steps: list[_Step], stats: Mapping[str, NormStats] | None) -> None:
     """One list of steps, and the statistics of its normalising step in the file that LeRobot's own would be called."""
     entries = []
     for i, (step, config) in enumerate(steps):

@@ -249,6 +249,16 @@ def test_relative_actions_are_written_and_read_back(tune, tmp_path):
     assert assets.same_map(stats, theirs)
 
 
+def test_statistics_longer_than_the_robot_are_cut(tune, tmp_path):
+    """openpi's may be padded to the model's dimensions; LeRobot applies them to the features as they are."""
+    cfg = said(processors(tune(), "QUANTILES", "QUANTILES")).inference
+    padded = NormStats(*(np.pad(STATISTICS[name], (0, 24)) for name in ("mean", "std", "q01", "q99")))
+    lerobot.write(tmp_path, cfg, {"state": padded, "actions": padded}, "float32")
+    _, stats = lerobot.read(tmp_path, json.loads((tmp_path / "config.json").read_text()), None, cfg.model)
+    assert stats["state"].dims == stats["actions"].dims == 8
+    np.testing.assert_allclose(stats["actions"].q99, STATISTICS["q99"], rtol=1e-6)
+
+
 def test_lerobots_own_config_has_every_field_that_we_write():
     """The golden was written by LeRobot itself, of a version that knows relative actions."""
     theirs = set(json.loads((LEROBOT / "config.json").read_text()))
