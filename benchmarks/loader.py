@@ -4,7 +4,6 @@ bottleneck."""
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
-import os
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from openpi_ar.data.lerobot.video import read_frames
 from openpi_ar.data.loader import Loader
 from openpi_ar.data.sources import load_sources
 from openpi_ar.errors import UserError, command_line
+from openpi_ar.files import cores
 from openpi_ar.images import resize_with_pad
 from openpi_ar.tables import console, new_table
 from openpi_ar.text.templates import TEMPLATES
@@ -131,11 +131,10 @@ def _loader(workers: int) -> str:
 
 def _notes(cfg: TrainConfig) -> dict[str, str]:
     height, width = cfg.model.siglip.image_size
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "decode (frames)": "one after the other, one core",
         "resize (frames)": f"to {height} x {width}, one core",
-        "into the cache (frames)": f"decoded and resized, {cores} cores",
+        "into the cache (frames)": f"decoded and resized, {cores()} cores",
         "read (samples)": f"{len(cfg.model.cameras)} cameras, in random order, one core",
         "tokenize, normalise (samples)": "one core",
         "batch (samples)": "one core",
