@@ -197,9 +197,14 @@ def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform)
     ]
     subtasks = train.subtasks if transform.writes_text else ()
     texts += [(f"{subtask!r} takes", template.target_text(subtask), "max_target_tokens") for subtask in subtasks]
+    vqa = transform.template("vqa")
+    for row in (row for part in parts_of(train) if isinstance(part, QuestionSource) for row in part.rows):
+        texts.append((f"{row.where}: the question takes", vqa.prompt_text(row.question), "max_prompt_tokens"))
+        texts.append((f"{row.where}: the answer takes", vqa.target_text(row.answer), "max_target_tokens"))
     used = ((what, 1 + len(transform.tokenizer.encode(written)), budget) for what, written, budget in texts)
-    return [
+    odd = [
         f"{what} {tokens} tokens, text.{budget} is {limit}: raise it, or shorten the text"
         for what, tokens, budget in used
         if tokens > (limit := getattr(text, budget))
     ]
+    return odd[:_LISTED] + [f"... and {len(odd) - _LISTED} more such texts"] * (len(odd) > _LISTED)

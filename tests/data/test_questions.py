@@ -209,3 +209,5 @@ def test_a_question_that_is_too_long_is_found_before_the_run_and_the_dry_run_sho
     train, _, _ = load_sources(mixed_config(with_events(tmp_path / "long", pairs | long), questions=1.0))
     with pytest.raises(UserError, match="episode 1, frame 4: the prompt takes .* tokens but the budget is"):
         check.check_questions(train, transform)
+    odd = check.dry_run(cfg, train, held_out, transform)
+    assert [line for line in odd if "frame 4: the question takes" in line and "text.max_prompt_tokens is" in line]
