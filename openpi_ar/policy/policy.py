@@ -8,7 +8,6 @@ same.
 """
 
 from collections.abc import Mapping, Sequence
-import contextlib
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from openpi_ar.algorithms.continuations import Continuations
 from openpi_ar.algorithms.flow import flow_table
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
 from openpi_ar.config import InferenceConfig
-from openpi_ar.data.inputs import InputTransform, stack_rows
+from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot import Reading, Robot
 from openpi_ar.errors import UserError
@@ -39,6 +37,7 @@ from openpi_ar.policy.programs import (
     resizes_on_device,
     stacked_drafts,
 )
+from openpi_ar.policy.rows import LikelyTexts, count_rows, forced_tokens, padded, row_sessions, subtask_tokens
 from openpi_ar.policy.session import Session
 from openpi_ar.policy.talker import Images, Result, Talker, measured
 from openpi_ar.text.tokenizer import Tokenizer
@@ -81,12 +80,13 @@ class Policy(Talker):
         budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
         sampling = dataclasses.replace(self._answers, max_new_tokens=budget)
         if cfg.decode.subtasks:
-            texts = self._texts(cfg.decode.subtasks)
+            texts = subtask_tokens(self.transform, cfg.decode.subtasks)
             written = [ids[valid].tolist() for ids, valid in zip(texts.ids, texts.valid, strict=True)]
             trie = Trie.of(written, cfg.model.vocab_size, tokenizer.eos_id)
             sampling = dataclasses.replace(sampling, constraint=trie)
         self._programs = Programs(cfg, sampling, self._answers)
-        self._known = self._known_texts() if self._programs.expects else []
+        known = cfg.decode.subtasks or cfg.subtasks
+        self._likely = LikelyTexts(self.transform, known, budget if self._programs.expects else 0)
         self._resizes = resizes_on_device(cfg.decode.resize)
 
     @staticmethod
@@ -120,7 +120,7 @@ class Policy(Talker):
             _, keys, noise = self._programs.draw(np.stack([Session().key] * batch_size))
             draft = stacked_drafts([None] * batch_size, self._programs.budget) if self._programs.drafts else None
             own = (lambda _, prompt=obs.prompt: prompt) if self.transform.reprompts else None
-            arguments = (self._model, obs, keys, noise, None, draft, self._table, self._likely([]))
+            arguments = (self._model, obs, keys, noise, None, draft, self._table, self._likely.table())
             jax.block_until_ready(self._programs.act(*arguments, prompts=own)[0])
             took[size] = time.perf_counter() - start
         return took
@@ -184,18 +184,18 @@ class Policy(Talker):
             timing: as in `infer`.
         """
         start = time.perf_counter()
-        rows = _rows(raws, batch_size)
-        sessions = _sessions(sessions, len(raws), seed)
-        text = self._forced_text(subtasks, len(raws), rows)
+        rows = count_rows(raws, batch_size)
+        sessions = row_sessions(sessions, len(raws), seed)
+        text = forced_tokens(self.transform, subtasks, len(raws), rows)
         drawn = self._drawn(sessions, rows, noise)
         draft = None
         if text is None and self._programs.drafts:
-            draft = stacked_drafts(_padded([session.draft for session in sessions], rows), self._programs.budget)
+            draft = stacked_drafts(padded([session.draft for session in sessions], rows), self._programs.budget)
         readings = [self.robot.read(raw) for raw in raws]
         obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
         own = partial(self._action_prompts, readings, rows) if self.transform.reprompts else None
-        likely = self._likely(sessions) if text is None else None
+        likely = self._likely.table(sessions) if text is None else None
         arguments = (self._model, obs, drawn.text_keys, drawn.noise, text, draft, self._table, likely)
         out, ms = self._programs.act(*arguments, prompts=own, timing=timing)
         jax.block_until_ready(out)
@@ -227,7 +227,7 @@ class Policy(Talker):
         Raises:
             UserError: as `infer`; or there is no subtask, or one that is empty or longer than the budget.
         """
-        texts = self._texts(subtasks)
+        texts = subtask_tokens(self.transform, subtasks)
         obs = self.transform.observations([self.robot.read(raw)], 1, resize=not self._resizes)
         logprobs = np.asarray(self._programs.score(self._model, obs, texts))
         check_finite(logprobs)
@@ -258,24 +258,6 @@ class Policy(Talker):
         written, status = self.transform.text(reading, ids)
         return written, {"text_status": status, **sure}
 
-    def _known_texts(self) -> list[list[int]]:
-        """Token ids of the subtasks that decoding expects; those that the budget does not hold are left out."""
-        known = []
-        for subtask in self.cfg.decode.subtasks or self.cfg.subtasks:
-            with contextlib.suppress(UserError):
-                target = self.transform.target({"subtask": subtask})
-                known.append(target["ids"][target["valid"]].tolist())
-        return known
-
-    def _likely(self, sessions: Sequence[Session]) -> Continuations | None:
-        """How texts may go on: those of the sessions, then the known ones; None without known ones."""
-        if not self._known:
-            return None
-        texts = dict.fromkeys(text for session in sessions for text in session.texts)
-        # Of one size whatever the sessions hold, so that one program serves all calls.
-        rows = -(-(len(self._known) + 16) // 16) * 16
-        return Continuations.of([*texts, *self._known], self._programs.budget, self.tokenizer.eos_id, rows=rows)
-
     def _action_prompts(self, readings: Sequence[Reading], rows: int, text: Generated) -> Tokens:
         """The prompts that actions see, from the generated text of the rows."""
         ids, valid = np.asarray(text.ids), np.asarray(text.valid)
@@ -284,53 +266,10 @@ class Policy(Talker):
 
     def _drawn(self, sessions: Sequence[Session], batch: int, noise: np.ndarray | None) -> Drawn:
         """The random numbers of a call. Rows of padding have those of the first row."""
-        drawn = self._programs.draw(np.stack(_padded([session.key for session in sessions], batch)))
+        drawn = self._programs.draw(np.stack(padded([session.key for session in sessions], batch)))
         if noise is None:
             return drawn
         given, chunk, rows = np.asarray(noise, np.float32), self._programs.chunk, len(sessions)
         if given.shape not in (chunk, (rows, *chunk)):
             raise UserError(f"noise must be {list(chunk)} or {[rows, *chunk]}, found {list(given.shape)}")
-        return drawn._replace(noise=np.stack(_padded(list(np.broadcast_to(given, (rows, *chunk))), batch)))
-
-    def _forced_text(self, subtasks: Sequence[str | None] | None, given: int, rows: int) -> Tokens | None:
-        """The texts of the batch's rows; None if none is forced."""
-        forced = [s for s in subtasks or () if s is not None]
-        if subtasks is None or not forced:
-            return None
-        if not len(subtasks) == len(forced) == given:
-            raise UserError(f"give a subtask for each of the {given} observations or for none, found {list(subtasks)}")
-        return self._texts(_padded(forced, rows))
-
-    def _texts(self, subtasks: Sequence[str]) -> Tokens:
-        """Subtasks as the model's template writes them, a row each."""
-        if not self.transform.writes_text:
-            name = self.cfg.text.template
-            raise UserError(f"template {name!r} has no subtask: this model only acts, so it has no text")
-        if not subtasks:
-            raise UserError("the list of subtasks is empty: give one or more")
-        return Tokens(**stack_rows([self.transform.target({"subtask": s}) for s in subtasks]))
-
-
-def _padded(rows: list[Any], count: int) -> list[Any]:
-    """The rows of a batch, the first one again where there are fewer than `count`."""
-    return rows + rows[:1] * (count - len(rows))
-
-
-def _rows(raws: Sequence[Raw], batch_size: int | None) -> int:
-    """Rows of the batch, padding included."""
-    if not raws or (batch_size is not None and len(raws) > batch_size):
-        raise UserError(f"a batch must hold 1 to {batch_size or 'any number of'} observations, found {len(raws)}")
-    return batch_size or len(raws)
-
-
-def _sessions(sessions: Sequence[Session] | None, given: int, seed: int) -> Sequence[Session]:
-    """The sessions of a batch; None: new ones of that seed. Raises UserError unless each row has one of its own."""
-    if sessions is None:
-        return [Session(seed) for _ in range(given)]
-    different = len({id(session) for session in sessions})
-    if len(sessions) != given or different != given:
-        raise UserError(
-            f"a batch needs a session of its own for each of the {given} observations, found {len(sessions)} sessions, "
-            f"{different} of them different: make one for each robot with policy.session(seed)"
-        )
-    return sessions
+        return drawn._replace(noise=np.stack(padded(list(np.broadcast_to(given, (rows, *chunk))), batch)))

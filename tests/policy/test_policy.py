@@ -322,7 +322,7 @@ def test_known_subtasks_take_fewer_passes_and_change_no_text(tiny_checkpoint):
     known = Policy(
         dataclasses.replace(cfg, subtasks=("done", "pick up the red block", "very " * 40)), model, tok, stats
     )
-    assert len(known._known) == 2  # what does not fit the budget is no subtask to expect
+    assert len(known._likely.known) == 2  # what does not fit the budget is no subtask to expect
     session = known.session()
     for turn in range(2):
         for raw, w in zip(raws, want, strict=True):
