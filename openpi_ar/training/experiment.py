@@ -21,8 +21,8 @@ from openpi_ar.training.cli import Arguments
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
 _FREE = ("data.cache_dir", "data.frames", "text.tokenizer", "model.remat", "model.remat_policy", "model.dtype")
-# Datasets may have moved, and be called otherwise: what they hold is compared (`check_frames`). Names are for people.
-_FREE += ("data.path", "data.mix", "data.robot.action_names")
+# Datasets may have moved, and be called otherwise: what they hold is compared (`check_frames`).
+_FREE += ("data.path", "data.mix")
 
 _ANOTHER_PLACE = "choose another --checkpoint-dir"
 
@@ -194,7 +194,7 @@ def changes(saved: TrainConfig, cfg: TrainConfig) -> dict[str, str]:
     return {
         name: f"{name} ({old.get(name)!r} saved, {new.get(name)!r} given)"
         for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and name != "data.robot.action_names"  # the dataset's, for people
     }
 
 

@@ -106,7 +106,9 @@ def test_other_frames_are_other_data(demos, tmp_path):
 def test_a_run_with_a_robot_resumes_with_and_without_naming_it(demos, tmp_path, again):
     (tmp_path / "arm.yaml").write_text(ARM)
     start(f"{FIRST} --data.path demos --robot arm.yaml")
-    assert resume(again).config.data.robot.delta_mask == (6, -1)
+    cfg = resume(again).config
+    assert cfg.data.robot.delta_mask == (6, -1)
+    assert experiment.describe_resumed(cfg, Path("6")) == "resuming 6 with its config"
     (tmp_path / "arm.yaml").write_text(ARM.replace("-1]\npi05", "1]\npi05"))
     with pytest.raises(UserError, match=r"data.robot.flips \(\(1, -1\) saved, \(1, 1\) given\)"):
         resume("--robot arm.yaml")
