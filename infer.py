@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from openpi_ar import files, flags
 from openpi_ar.errors import UserError, command_line
@@ -113,7 +111,7 @@ def run(args: Args) -> None:
 
 def _act(args: Args, given: dict[str, Any], options: dict[str, Any], console: Console) -> dict[str, Any]:
     """Plays episodes, or acts once."""
-    from openpi_ar.policy import Policy
+    from openpi_ar.policy import Policy, show
 
     if args.subtasks is not None:
         options["subtasks"] = read_texts(args.subtasks)
@@ -129,16 +127,16 @@ def _act(args: Args, given: dict[str, Any], options: dict[str, Any], console: Co
     if subtasks := options.get("subtasks"):
         written = map(policy.transform.template().canonical, subtasks)
         report["scores"] = dict(zip(written, policy.score(raw, subtasks).tolist(), strict=True))
-    _print_result(report, console, programs, _action_names(policy))
+    show.print_result(report, console, programs, _action_names(policy))
     if args.plot is not None:
-        _plot(args.plot, report, policy)
+        show.plot_chunk(args.plot, report, _action_names(policy))
     return report
 
 
 def _ask(args: Args, given: dict[str, Any], options: dict[str, Any], console: Console) -> dict[str, Any]:
     """Answers the question about images of the user's, of any checkpoint; or about an observation of its robot or
     world."""
-    from openpi_ar.policy import Policy, ask, load_talker
+    from openpi_ar.policy import Policy, load_talker, show
     from openpi_ar.policy.checkpoint import check_talks
 
     with _stage(console, f"loading {args.ckpt}"):
@@ -153,10 +151,10 @@ def _ask(args: Args, given: dict[str, Any], options: dict[str, Any], console: Co
     with _stage(console, "answering") as programs:
         report = policy.measure_answer(images, question, seed=args.seed, repeats=args.repeats)
     report = {"prompt": question, **report}
-    _print_result(report, console, programs)
-    ask.print_boxes(report, console)
+    show.print_result(report, console, programs)
+    show.print_boxes(report, console)
     if args.plot is not None:
-        ask.draw_boxes(args.plot, policy.pictures(images)[0], report)
+        show.draw_boxes(args.plot, policy.pictures(images)[0], report)
     return report
 
 
@@ -253,6 +251,11 @@ def _action_names(policy: Policy) -> tuple[str, ...]:
     return tuple(f"action {name}" if name.isdigit() else name for name in short)
 
 
+def _print_notes(policy: Talker, console: Console) -> None:
+    for note in policy.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def _stage(console: Console, what: str) -> Iterator[Programs]:
     """Says what takes its time, and what it took."""
@@ -262,67 +265,6 @@ def _stage(console: Console, what: str) -> Iterator[Programs]:
     with counted() as programs, waiting:
         yield programs
     console.print(f"{what}: {programs}", highlight=False, soft_wrap=True)
-
-
-def _print_notes(policy: Talker, console: Console) -> None:
-    for note in policy.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-
-
-def _print_result(
-    report: dict[str, Any], console: Console, programs: Programs, action_names: Sequence[str] = ()
-) -> None:
-    note = "" if report["text_status"] == "ok" else f"   [{report['text_status']}: the text has no proper end]"
-    written = "answer" if "answer" in report else "subtask"
-    for name, text in (("prompt", report["prompt"]), (written, report[written] + note)):
-        console.print(f"{name + ':':<9}{text}", highlight=False, soft_wrap=True)
-    if report.get("logprob") is not None:
-        lead = "" if report["margin"] is None else f", closest choice by a factor of {math.exp(report['margin']):.3g}"
-        console.print(f"sure:    {math.exp(report['logprob']):.1%}{lead}", highlight=False, soft_wrap=True)
-    if "scores" in report:
-        _print_scores(report, console)
-    if "actions" in report:
-        table = Table("step", *action_names, title="actions")
-        for step, action in enumerate(report["actions"]):
-            table.add_row(str(step), *(f"{value:.4f}" for value in action))
-        # Two arms have 14 columns: squeezed into a terminal they would lose their digits.
-        Console(width=max(console.width, 12 * len(table.columns)), markup=False).print(table)
-    first = "with compilation" if programs.compiled else "programs from the cache" if programs.read else ""
-    notes = {"total": "as one program", "first_call": first}
-    table = Table("stage", "ms", "", title="time")
-    for name, ms in report["timing"].items():
-        table.add_row(name.replace("_", " "), f"{ms:.1f}", notes.get(name, ""))
-    console.print(table)
-
-
-def _print_scores(report: dict[str, Any], console: Console) -> None:
-    """The list that text was chosen from, likeliest first. Greedy decoding may end in another one."""
-    scores = sorted(report["scores"].items(), key=lambda pair: -pair[1])
-    table = Table("subtask", "log-probability", title="scores")
-    for text, value in scores:
-        table.add_row(text, f"{value:.3f}")
-    console.print(table)
-    if scores[0][0] != report["subtask"]:
-        console.print(
-            f"note: the list's likeliest is {scores[0][0]!r}; decoding, which chooses token by token, ended elsewhere",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _plot(path: Path, report: dict[str, Any], policy: Policy) -> None:
-    from matplotlib.figure import Figure
-
-    actions = report["actions"]
-    fig = Figure(figsize=(6, 1.5 * actions.shape[1] + 1), layout="tight")
-    axes = fig.subplots(actions.shape[1], 1, sharex=True, squeeze=False)[:, 0]
-    for ax, name, values in zip(axes, _action_names(policy), actions.T, strict=True):
-        ax.plot(values, marker="o")
-        ax.set_ylabel(name)
-    axes[-1].set_xlabel("control step")
-    fig.suptitle(f"{report['prompt']}\nsubtask: {report['subtask']}", fontsize=9, parse_math=False)
-    with files.writing(path, "name another file with --plot"):
-        fig.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

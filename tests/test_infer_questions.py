@@ -13,7 +13,7 @@ from openpi_ar.checkpoints import export
 from openpi_ar.model_config import VitConfig
 from openpi_ar.models import family
 from openpi_ar.params import flatten
-from openpi_ar.policy import ask, load_talker
+from openpi_ar.policy import load_talker, show
 from openpi_ar.policy.checkpoint import check_talks
 from tests.checkpoint_fixtures import CFG, abstract, write
 from tests.model_fixtures import random_like, tiny_config
@@ -65,7 +65,7 @@ def test_a_detection_is_listed_drawn_and_written(folder, capsys, monkeypatch):
 def test_the_box_is_drawn_where_it_is(tmp_path):
     """Its colour is on its sides and neither inside nor outside."""
     box = {"label": "", "box": (50.0, 25.0, 150.0, 75.0), "code": None}
-    ask.draw_boxes(tmp_path / "d.png", np.zeros((200, 100, 3), np.uint8), {"prompt": "", "answer": "", "boxes": [box]})
+    show.draw_boxes(tmp_path / "d.png", np.zeros((200, 100, 3), np.uint8), {"prompt": "", "answer": "", "boxes": [box]})
     drawn = np.asarray(Image.open(tmp_path / "d.png").convert("RGB")).astype(int)
     dark = np.argwhere(drawn.sum(-1) == 0)
     (top, left), (bottom, right) = dark.min(0), dark.max(0)

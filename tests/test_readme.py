@@ -91,7 +91,7 @@ def test_training_commands_one_after_the_other(checkout):
     assert len(TRAINING) >= 4
     for command in TRAINING:
         run(command, checkout)
-    assert (checkout / "checkpoints/pi05_subtask_tabletop/long/3").is_dir()  # resumed at step 2
+    assert (checkout / "checkpoints/pi05_subtask_tabletop/mine/3").is_dir()  # resumed at step 2
     assert (checkout / "rollout.mp4").stat().st_size > 0 and (checkout / "result.json").stat().st_size > 0
 
 
