@@ -130,6 +130,8 @@ class Record:
     """Paths of the numbers to keep, as patterns of a shell: `ratios/*`."""
 
     def run(self) -> None:
+        if not self.command:
+            raise UserError("name the command to run behind --: record KEY -- python infer.py ... --json {json}")
         with tempfile.TemporaryDirectory() as folder:
             out, began, cpu = Path(folder) / "out.json", time.perf_counter(), cpu_seconds()
             done = subprocess.run([word.replace("{json}", str(out)) for word in self.command], cwd=ROOT, check=False)
