@@ -196,6 +196,8 @@ def _open_orbax(folder: Path) -> Source:
     handler = ocp.PyTreeCheckpointer()
     try:
         metadata: Any = handler.metadata(folder.absolute()).item_metadata
+        if metadata is None:
+            raise ValueError("files of it are missing or damaged")
         leaves = jax.tree_util.tree_leaves_with_path(metadata.tree, is_leaf=lambda x: hasattr(x, "shape"))
     except Exception as e:
         raise UserError(f"{folder} cannot be read as orbax parameters: {' '.join(str(e).split())[:300]}") from e

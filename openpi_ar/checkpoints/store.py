@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+import sys
 from typing import Any
 
 import jax
@@ -37,6 +38,18 @@ _NEEDED = (MARK, "params/_METADATA", f"assets/{CONFIG}", f"assets/{TOKENIZER}", 
 
 # orbax narrates every save at INFO and warns about its own defaults; the run says in one line that it saved.
 logging.getLogger("absl").setLevel(logging.ERROR)
+# After an error that was raised, its other reads go on in threads, and end on an event loop that is closed. That is
+# reported as stack traces, behind the one line that says what is wrong.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+_report_unraisable = sys.unraisablehook
+
+
+def _report_what_is_news(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _report_unraisable(unraisable)
+
+
+sys.unraisablehook = _report_what_is_news
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +170,8 @@ def load_params(step_dir: Path, model: VLA, sharding: jax.sharding.Sharding | No
     handler = ocp.PyTreeCheckpointer()
     try:
         metadata: Any = handler.metadata(folder).item_metadata
+        if metadata is None:
+            raise ValueError("files of it are missing or damaged")
         check_fit(flatten(want), flatten(metadata.tree), str(step_dir))
         return fill(model, handler.restore(folder, args=restore_args(want, sharding))["params"])
     except UserError:

@@ -1,7 +1,10 @@
 """If this fails, a command says something untrue about a checkpoint, or takes a damaged one for a whole one."""
 
+import os
 from pathlib import Path
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +12,7 @@ from safetensors.numpy import save_file
 
 from openpi_ar.checkpoints import __main__ as cli
 from openpi_ar.checkpoints.load import load_model
+from openpi_ar.checkpoints.remote import SHIPPED
 from tests.format_fixtures import GOLDEN, LEROBOT, damaged, params, refused
 
 
@@ -71,3 +75,16 @@ def test_an_orbax_directory_with_a_missing_array(tmp_path, capsys):
     assert not list(tmp_path.glob(".out*"))
     (tmp_path / "params" / "_METADATA").unlink()
     assert "half-written" in refused(capsys, "inspect", str(tmp_path))
+
+
+def test_a_damaged_array_is_one_line_also_after_the_last_of_orbaxs_threads(tmp_path):
+    """In a process of its own: they report, as stack traces, when the interpreter ends."""
+    shutil.copytree(SHIPPED["tabletop"], tmp_path / "c")
+    for file in (tmp_path / "c" / "params").rglob("d/*"):
+        file.unlink()
+    convert = ["-m", "openpi_ar.checkpoints", "convert", str(tmp_path / "c"), str(tmp_path / "o"), "--to", "torch"]
+    for argv in (convert, ["infer.py", "--ckpt", str(tmp_path / "c")]):
+        done = subprocess.run(
+            [sys.executable, *argv], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        )
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
