@@ -189,7 +189,8 @@ def test_the_evaluation_judges_what_is_said_apart_from_what_is_done():
     world = crowded()
     wait = play(Talker(f"pick up the {SOUP}"), world)
     assert wait.means == {
-        "success": 0, "objects_placed": 0, "subtask_accuracy": 1, "text_trouble": 1, "steps": 300, "confidence": None
+        "success": 0, "objects_placed": 0, "subtask_accuracy": 1, "text_trouble": 1, "steps": 300, "confidence": None,
+        "passes_per_new_text": None,
     }  # fmt: skip
     talker = Talker("done")
     driven = play(talker, world, expert_drives=True)

@@ -147,7 +147,10 @@ def read_meta(path: str | Path) -> Meta:
     """
     root = local_dataset(path)
     if not root.is_dir():
-        raise UserError(f"{root} is not a directory: expected a LeRobot dataset, the directory that holds meta/")
+        raise UserError(
+            f"{root} is not a directory: expected a LeRobot dataset, the directory that holds meta/; if it was moved, "
+            "give its new place (train.py: --data.path)"
+        )
     file = root / INFO
     info = read_object(file)
     version, features, fps = info.get("codebase_version"), info.get("features"), info.get("fps")
