@@ -13,7 +13,7 @@ import numpy as np
 from openpi_ar import config_json
 from openpi_ar.checkpoints import lerobot
 from openpi_ar.checkpoints.sources import Source, root_of
-from openpi_ar.checkpoints.store import CONFIG, TOKENIZER
+from openpi_ar.checkpoints.store import CONFIG, SUBTASKS, TOKENIZER, read_subtasks
 from openpi_ar.config import InferenceConfig, TextConfig, TrainConfig
 from openpi_ar.data.normalize import NormStats, find_norm_stats, load_norm_stats
 from openpi_ar.errors import UserError
@@ -32,6 +32,7 @@ class Said:
     lerobot      the policy by LeRobot's own files; None: it is not in LeRobot's format.
     tokenizer    file; None: there is none.
     stats        None: there are none, or `problem` says what is wrong with them.
+    subtasks     of the training data; none if no file has them.
     notes        what a user should know.
     """
 
@@ -43,12 +44,14 @@ class Said:
     tokenizer: Path | None
     stats: dict[str, NormStats] | None
     problem: UserError | None
+    subtasks: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def inference(self) -> InferenceConfig:
-        """What inference needs of the config."""
-        return self.config if isinstance(self.config, InferenceConfig) else self.config.inference
+        """What inference needs of the config, and the subtasks."""
+        cfg = self.config if isinstance(self.config, InferenceConfig) else self.config.inference
+        return dataclasses.replace(cfg, subtasks=cfg.subtasks or self.subtasks)
 
 
 def read(source: Source, model: ModelConfig, *, asset_id: str | None = None, known: Sequence[str] = ()) -> Said:
@@ -81,7 +84,8 @@ def read(source: Source, model: ModelConfig, *, asset_id: str | None = None, kno
     except UserError as e:
         problem = e if stats is None or asset_id is not None else None
     tokenizer = next((file for file in (root / "assets" / TOKENIZER, root / TOKENIZER) if file.is_file()), None)
-    return Said(root, config, own is not None, knows_robot, theirs, tokenizer, stats, problem, tuple(notes))
+    subtasks = read_subtasks(root / "assets" / SUBTASKS)
+    return Said(root, config, own is not None, knows_robot, theirs, tokenizer, stats, problem, subtasks, tuple(notes))
 
 
 def same_map(a: dict[str, NormStats], b: dict[str, NormStats]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_ar import config_json
-from openpi_ar.checkpoints import assets, lerobot, store
+from openpi_ar.checkpoints import assets, lerobot, lerobot_write, store
 from openpi_ar.checkpoints.assets import Said
 from openpi_ar.checkpoints.family import Family, expected_shape
 from openpi_ar.checkpoints.load import FAMILIES, Loaded
@@ -72,7 +72,7 @@ def convert(loaded: Loaded, target: Path, to: Format) -> list[str]:
             save_safetensors(scratch, flat, loaded.config, to)
         notes = [] if said is None else _save_assets(scratch, said)
         if said is not None and to == "lerobot":
-            lacking = lerobot.write(
+            lacking = lerobot_write.write(
                 scratch, said.inference, said.stats, np.dtype(flat[family.token_embedding].dtype).name
             )
             _restore_processors(scratch, said)

@@ -1,4 +1,4 @@
-"""What LeRobot's pi0 and pi0.5 have beside their tensors: config.json, processors, statistics. Read and written.
+"""What LeRobot's pi0 and pi0.5 have beside their tensors: config.json, processors, statistics.
 
 LeRobot 0.4 and later put what is done before and after the model into `policy_preprocessor.json` and
 `policy_postprocessor.json`, lists of steps, and the statistics of the normalising steps into files that those name
@@ -8,13 +8,11 @@ statistics were buffers among the parameters.
 
 from collections.abc import Mapping
 import dataclasses
-import json
 from pathlib import Path
 import re
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from openpi_ar.checkpoints.family import number
 from openpi_ar.checkpoints.sources import Source, open_safetensors
@@ -33,9 +31,9 @@ TEMPLATES = {"pi0": "openpi_pi0", "pi05": "openpi"}
 """The template that LeRobot's preprocessor of a kind of model amounts to."""
 PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
 """openpi's `Pi0Config.max_token_len` and LeRobot's `tokenizer_max_length`: pi0's prompt does not carry the state."""
-_PRE, _POST = "policy_preprocessor", "policy_postprocessor"
-_IMAGES, _STATE, _ACTION, _EMPTY = "observation.images.", "observation.state", "action", "empty_camera_"
-_MODES: dict[Mode, str] = {"quantile": "QUANTILES", "z_score": "MEAN_STD"}
+PRE, POST = "policy_preprocessor", "policy_postprocessor"
+IMAGES, STATE, ACTION, _EMPTY = "observation.images.", "observation.state", "action", "empty_camera_"
+MODES: dict[Mode, str] = {"quantile": "QUANTILES", "z_score": "MEAN_STD"}
 _ARRAYS = {
     "IDENTITY": (),
     "MEAN_STD": ("mean", "std"),
@@ -45,22 +43,14 @@ _ARRAYS = {
 }
 """The statistics that each of LeRobot's ways to normalise applies."""
 
-_RELATIVE = {
+RELATIVE = {
     "enabled": "use_relative_actions",
     "exclude_joints": "relative_exclude_joints",
     "action_names": "action_feature_names",
 }
 """Fields of the step that makes actions relative to the state, and of config.json."""
 
-_Step = tuple[str, dict[str, Any]]
-"""Registry name and configuration of a step."""
-_TO_CPU: _Step = ("device_processor", {"device": "cpu", "float_dtype": None})
 Tensors = dict[str, np.ndarray]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# reading
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def is_policy(settings: Mapping[str, Any]) -> bool:
@@ -75,7 +65,7 @@ def is_empty(camera: str) -> bool:
 
 def cameras(settings: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Names of the images that a config.json lists, in the order in which the policy stacks them; None: none."""
-    return tuple(name.removeprefix(_IMAGES) for name in _features(settings, "VISUAL")) or None
+    return tuple(name.removeprefix(IMAGES) for name in _features(settings, "VISUAL")) or None
 
 
 def read(
@@ -87,18 +77,20 @@ def read(
     `norm_map` says is a shift and a scale. Raises UserError if a file is not what LeRobot writes.
     """
     where = str(root / "config.json")
-    pre, post = (_Pipeline.read(root, name, settings) for name in (_PRE, _POST))
+    pre, post = (_Pipeline.read(root, name, settings) for name in (PRE, POST))
     if source is not None and not pre.tensors and not post.tensors:
         pre = post = dataclasses.replace(pre, tensors=_buffers(source))
     stats, dims = None, [_dims(settings, "STATE", where), _dims(settings, "ACTION", where)]
     if pre.tensors or post.tensors:
-        state = _stats(pre if pre.tensors else post, _STATE, "STATE", settings, model)
-        actions = _stats(post if post.tensors else pre, _ACTION, "ACTION", settings, model)
+        state = _stats(pre if pre.tensors else post, STATE, "STATE", settings, model)
+        actions = _stats(post if post.tensors else pre, ACTION, "ACTION", settings, model)
         stats, dims = {"state": state, "actions": actions}, [state.dims, actions.dims]
     try:
         robot = RobotSpec(
-            cameras={"|".join((*pre.raw_names(_feature(c)), _feature(c))): c for c in model.cameras if not is_empty(c)},
-            state={_STATE: dims[0]},
+            cameras={
+                "|".join((*pre.raw_names(feature_of(c)), feature_of(c))): c for c in model.cameras if not is_empty(c)
+            },
+            state={STATE: dims[0]},
             action_dims=dims[1],
             delta_mask=mask_runs(pre.relative(settings, dims[1])),
             unused=(ANY,),
@@ -141,7 +133,7 @@ class _Pipeline:
                 if not isinstance(file, str) or not (root / file).is_file():
                     raise UserError(f"{path}: step {step} names the file {file!r}, which is not in {root}")
                 opened = open_safetensors(root / file, [root / file])
-                tensors = {key: opened.read(key) for key in opened.specs if key.startswith((_STATE, _ACTION))}
+                tensors = {key: opened.read(key) for key in opened.specs if key.startswith((STATE, ACTION))}
         return cls(str(path), steps, tensors)
 
     def norm(self, kind: str, settings: Mapping[str, Any]) -> str:
@@ -160,7 +152,7 @@ class _Pipeline:
 
     def relative(self, settings: Mapping[str, Any], dims: int) -> list[bool]:
         """Which of `dims` actions are relative to the state (`relative_action_processor.py`); empty: none."""
-        own = {key: settings.get(name) for key, name in _RELATIVE.items()}
+        own = {key: settings.get(name) for key, name in RELATIVE.items()}
         step = self.steps.get("relative_actions_processor", own)
         names, excluded = step.get("action_names") or [], step.get("exclude_joints") or []
         if not step.get("enabled"):
@@ -189,7 +181,7 @@ def _stats(pipeline: _Pipeline, feature: str, kind: str, settings: Mapping[str, 
             raise UserError(f"{pipeline.where}: {feature} holds {' and '.join(_ARRAYS[norm])} of different lengths")
         offset, scale = (low, high) if norm == "MEAN_STD" else ((low + high) / 2, (high - low) / 2)
     same_map = {"mean": offset, "std": scale, "q01": offset - scale, "q99": offset + scale}
-    applied = () if norm == _MODES[mode] else _ARRAYS[_MODES[mode]]
+    applied = () if norm == MODES[mode] else _ARRAYS[MODES[mode]]
     given = {name: own[name] for name in same_map if name in own and name not in applied}
     return parse_stats(pipeline.where, feature, same_map | given, mode)
 
@@ -221,95 +213,6 @@ def _dims(settings: Mapping[str, Any], kind: str, where: str) -> int:
     return whole_number({"shape": shapes[0][0]}, "shape", where, 1)
 
 
-def _feature(camera: str) -> str:
+def feature_of(camera: str) -> str:
     """LeRobot's name of a camera of the model."""
-    return camera if camera.startswith("observation.") else _IMAGES + camera
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# writing
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def write(folder: Path, cfg: InferenceConfig, stats: Mapping[str, NormStats] | None, dtype: str) -> list[str]:
-    """Writes config.json and the processors of a policy into `folder`; returns what LeRobot has no place for.
-
-    Only fields that LeRobot knows: it refuses others. Without statistics the normalising steps change nothing.
-    """
-    model, robot = cfg.model, cfg.robot or RobotSpec()
-    dims = [model.state_dim, model.action_dim]
-    if stats:  # the rest of longer ones is padding, which LeRobot's features do not have
-        own = {"state": robot.state_dims, "actions": robot.action_dims}
-        stats = {name: stats[name].first(count, name) for name, count in own.items()}
-        dims = [stats["state"].dims, stats["actions"].dims]
-    size, norm = list(model.siglip.image_size), _MODES[model.norm_mode]
-    inputs = {_feature(c): {"type": "VISUAL", "shape": [3, *size]} for c in model.cameras}
-    inputs[_STATE] = {"type": "STATE", "shape": [dims[0]]}
-    outputs = {_ACTION: {"type": "ACTION", "shape": [dims[1]]}}
-    norm_map = {"VISUAL": "IDENTITY", "STATE": norm, "ACTION": norm}
-    mask = [*robot.delta, *[False] * dims[1]][: dims[1]]
-    relative = {
-        "enabled": any(mask),
-        "exclude_joints": ["absolute"],
-        "action_names": [f"{'relative' if is_relative else 'absolute'}_{i}" for i, is_relative in enumerate(mask)],
-    }
-    body = {
-        "type": model.kind,
-        "input_features": inputs,
-        "output_features": outputs,
-        "chunk_size": model.action_horizon,
-        "n_action_steps": model.action_horizon,
-        "max_state_dim": model.state_dim,
-        "max_action_dim": model.action_dim,
-        "image_resolution": size,
-        "empty_cameras": sum(map(is_empty, model.cameras)),
-        "normalization_mapping": norm_map,
-        "tokenizer_max_length": cfg.text.max_prompt_tokens,
-        "num_inference_steps": cfg.decode.denoise_steps,
-        "paligemma_variant": "gemma_2b",
-        "action_expert_variant": "gemma_300m",
-        "dtype": "bfloat16" if dtype == "bfloat16" else "float32",
-    }
-    if any(mask):  # younger than 0.4
-        body |= {_RELATIVE[key]: value for key, value in relative.items() if key in _RELATIVE}
-    (folder / "config.json").write_text(json.dumps(body, indent=2) + "\n")
-
-    normalize = {"eps": 1e-8, "features": inputs | outputs, "norm_map": norm_map}
-    relatives = [("relative_actions_processor", relative)] * any(mask)
-    absolutes = [("absolute_actions_processor", {"enabled": True})] * any(mask)
-    before = _before(model.kind, [*relatives, ("normalizer_processor", normalize)], cfg.text.max_prompt_tokens)
-    _save(folder, _PRE, before, stats)
-    unnormalize = ("unnormalizer_processor", normalize | {"features": outputs})
-    _save(folder, _POST, [unnormalize, *absolutes, _TO_CPU], stats)
-    lacking = [f"template {cfg.text.template}"] * (cfg.text.template != TEMPLATES[model.kind])
-    lacking += [f"tokenizer {cfg.text.tokenizer}"] * (cfg.text.tokenizer != "paligemma")
-    numbers = ("flips", "inverted_grippers", "aloha_grippers")
-    return lacking + [f"the robot's {name}" for name in numbers if getattr(robot, name)]
-
-
-def _before(kind: str, normalizers: list[_Step], tokens: int) -> list[_Step]:
-    """The steps before a model of that kind, in LeRobot's order."""
-    tokenize = {"max_length": tokens, "task_key": "task", "padding_side": "right", "padding": "max_length"}
-    tokenize |= {"truncation": True, "tokenizer_name": "google/paligemma-3b-pt-224"}
-    tokenizer = ("tokenizer_processor", tokenize)
-    first = [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {})]
-    if kind == "pi05":  # writes the normalised state into the prompt
-        return [*first, *normalizers, ("pi05_prepare_state_tokenizer_processor_step", {}), tokenizer, _TO_CPU]
-    return [*first, ("pi0_new_line_processor", {}), tokenizer, _TO_CPU, *normalizers]
-
-
-def _save(folder: Path, name: str, steps: list[_Step], stats: Mapping[str, NormStats] | None) -> None:
-    """One list of steps, and the statistics of its normalising step in the file that LeRobot's own would be called."""
-    entries = []
-    for i, (step, config) in enumerate(steps):
-        entries.append({"registry_name": step, "config": config})
-        if stats and "normalizer" in step:
-            entries[-1]["state_file"] = f"{name}_step_{i}_{step}.safetensors"
-            features = {_STATE: stats["state"], _ACTION: stats["actions"]}
-            tensors = {
-                f"{feature}.{array}": np.asarray(getattr(s, array), np.float32)
-                for feature, s in features.items()
-                for array in ("mean", "std", "q01", "q99")
-            }
-            save_file(tensors, folder / entries[-1]["state_file"])
-    (folder / f"{name}.json").write_text(json.dumps({"name": name, "steps": entries}, indent=2) + "\n")
+    return camera if camera.startswith("observation.") else IMAGES + camera

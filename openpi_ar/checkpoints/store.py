@@ -112,11 +112,11 @@ def load_assets(step_dir: Path) -> Assets:
         config=config,
         tokenizer=Tokenizer((step_dir / "assets" / TOKENIZER).read_bytes()),
         stats=load_norm_stats(step_dir / "assets", default_mode=config.model.norm_mode),
-        subtasks=_read_subtasks(step_dir / "assets" / SUBTASKS),
+        subtasks=read_subtasks(step_dir / "assets" / SUBTASKS),
     )
 
 
-def _read_subtasks(path: Path) -> tuple[str, ...]:
+def read_subtasks(path: Path) -> tuple[str, ...]:
     """A JSON list of texts; checkpoints of earlier versions have none. Raises UserError if it is anything else."""
     if not path.exists():
         return ()

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from openpi_ar.checkpoints import __main__ as cli
-from openpi_ar.checkpoints import assets, lerobot
+from openpi_ar.checkpoints import assets, lerobot, lerobot_write
 from openpi_ar.checkpoints.load import inspect
 from openpi_ar.checkpoints.options import LoadOptions
 from openpi_ar.data.normalize import NormStats, save_norm_stats
@@ -241,7 +241,7 @@ def test_relative_actions_are_written_and_read_back(tune, tmp_path):
         file.unlink()
     cfg = said(folder).inference
     theirs = dict.fromkeys(("state", "actions"), changed({"state": said(folder).stats["state"]}))
-    lerobot.write(tmp_path, cfg, theirs, "float16")
+    lerobot_write.write(tmp_path, cfg, theirs, "float16")
     config = json.loads((tmp_path / "config.json").read_text())
     assert set(config) <= {*FIELDS, *RELATIVE} and config["dtype"] == "float32" and config["use_relative_actions"]
     back, stats = lerobot.read(tmp_path, config, None, cfg.model)
@@ -253,7 +253,7 @@ def test_statistics_longer_than_the_robot_are_cut(tune, tmp_path):
     """openpi's may be padded to the model's dimensions; LeRobot applies them to the features as they are."""
     cfg = said(processors(tune(), "QUANTILES", "QUANTILES")).inference
     padded = NormStats(*(np.pad(STATISTICS[name], (0, 24)) for name in ("mean", "std", "q01", "q99")))
-    lerobot.write(tmp_path, cfg, {"state": padded, "actions": padded}, "float32")
+    lerobot_write.write(tmp_path, cfg, {"state": padded, "actions": padded}, "float32")
     _, stats = lerobot.read(tmp_path, json.loads((tmp_path / "config.json").read_text()), None, cfg.model)
     assert stats["state"].dims == stats["actions"].dims == 8
     np.testing.assert_allclose(stats["actions"].q99, STATISTICS["q99"], rtol=1e-6)

@@ -49,8 +49,11 @@ def assert_same_policy(path: Path, want: policies.PolicyParts) -> None:
 
 
 def test_every_pair_of_formats_is_the_same_policy(tiny_checkpoint, tmp_path, capsys):
-    want, source = policies.load_policy_parts(tiny_checkpoint), tiny_checkpoint
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    (source / "0" / "assets" / store.SUBTASKS).write_text('["done", "pick up the red block"]')
+    want = policies.load_policy_parts(source)
     assert want.cfg.text.template == "subtask" and want.cfg.model.cameras == ("front", "wrist")
+    assert want.cfg.subtasks == ("done", "pick up the red block")
     for i, to in enumerate(CHAIN):
         target = tmp_path / f"{i}_{to}"
         cli.main(["convert", str(source), str(target), "--to", to])
