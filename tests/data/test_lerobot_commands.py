@@ -119,7 +119,7 @@ def test_datasets_of_every_version_train_together_and_the_policy_moves_the_robot
     flags = ("--data.path", GOLDEN / "v30_video", "--data.mix", *others, "--data.robot.delta-mask", 6, -1, *SHORT)
     run(*flags)
     out = capsys.readouterr().out
-    assert out.count("training frames, weight") == 4 and "v30_images_lang: 38 training frames, weight 0.5" in out
+    assert out.count("training rows, weight") == 4 and "v30_images_lang: 38 training rows, weight 0.5" in out
     directory = tmp_path / "ck/debug/default"
     assets = store.load_assets(directory / "3")
     assert isinstance(assets.config.data, LeRobotData) and assets.config.data.robot.delta_mask == (6, -1)
