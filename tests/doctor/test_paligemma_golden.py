@@ -64,6 +64,7 @@ def changed(model: PaliGemma, **tower) -> PaliGemma:
     return new
 
 
+@pytest.mark.slow
 def test_the_bounds_find_the_smallest_fault(model, golden):
     """An eps of 1e-5 in the norms, which no id and no probability of a first token would show."""
     assert found(model, golden, "last_logits", "tf_logp", "greedy_ids") == set()

@@ -10,6 +10,7 @@ import pytest
 from configs.debug import DEBUG
 from openpi_ar.data import check
 from openpi_ar.data.inputs import collate
+from openpi_ar.data.lerobot.source import LeRobotSource
 from openpi_ar.training.evaluate import Evaluator
 from openpi_ar.training.metrics import averaged
 from openpi_ar.training.optimizer import make_optimizer
@@ -28,20 +29,18 @@ def question(i: int) -> dict:
     return {"images": SOURCE[i]["images"], "question": f"is {i} red?", "answer": answer, "template": "vqa"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(LeRobotSource):
     """A training source of given rows; what is asked of it as a whole is the robot data's."""
 
-    rows: list[dict]
+    def __init__(self, given: list[dict]):
+        super().__init__(SOURCE.table, SOURCE.rows, SOURCE.horizon, SOURCE.robot)
+        object.__setattr__(self, "given", given)  # the base class is frozen
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.given)
 
     def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
-
-    def __getattr__(self, name: str):
-        return getattr(SOURCE, name)
+        return self.given[index]
 
 
 ROBOT = [SOURCE[i] for i in (0, 8, 14)]  # one of each prompt
@@ -101,6 +100,7 @@ def test_a_batch_of_both_trains_both():
     assert "answer_ce" not in averaged(history[1:2]) and not any("_count" in name for name in means)
 
 
+@pytest.mark.slow
 def test_reprompted_rows_train_and_are_evaluated_beside_questions():
     text = dataclasses.replace(CFG.text, conditioning="reprompt")
     cfg = dataclasses.replace(CFG, text=text, batch_size=len(MIXED))

@@ -136,6 +136,7 @@ def test_blocks_are_where_the_world_had_them(cfg, setting):
     assert done == 3
 
 
+@pytest.mark.slow
 def test_the_recipe_ends_in_a_checkpoint_to_start_from(cfg, tmp_path):
     found = pretrain(cfg, vision_steps=2, naming_steps=1, quiet=True)
     assert set(found.errors) == {"vision", "naming"} and all(e > 0 for e in found.errors.values())
