@@ -102,19 +102,20 @@ def generate(
         run = Run(model.embed_text(ids), valid, jnp.ones_like(valid), jnp.zeros_like(valid))
         hidden, cache = model.tower.extend(run, state.cache)
         text = dataclasses.replace(state.text, steps=state.text.steps + 1)
-        return model.logits(hidden), dataclasses.replace(state, text=text, cache=cache)
+        return hidden, dataclasses.replace(state, text=text, cache=cache)
 
     def one_token(state: _State) -> _State:
-        logits, state = forward(state, state.last[:, None], live(state)[:, None])
-        return record_one(state, sampling.constrained(logits[:, 0], state.constraint))
+        hidden, state = forward(state, state.last[:, None], live(state)[:, None])
+        # One axis less, as for the first token: XLA:CPU keeps a float32 copy of a bfloat16 table for each form of product.
+        return record_one(state, sampling.constrained(model.logits(hidden[:, 0]), state.constraint))
 
     def one_block(state: _State, proposal: Array, proposed: Array) -> _State:
         """Checks the proposed tokens and records those that are the model's own choice, and its next one."""
         on = live(state)
         ids = jnp.concatenate([state.last[:, None], proposal], axis=1)
-        logits, state = forward(state, ids, jnp.concatenate([on[:, None], proposed], axis=1))
+        hidden, state = forward(state, ids, jnp.concatenate([on[:, None], proposed], axis=1))
         states = constraint_states(sampling, state.constraint, proposal)
-        logits = constrained_along(sampling, logits, states)
+        logits = constrained_along(sampling, model.logits(hidden), states)
         chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         agreed = jnp.cumprod((chosen[:, :-1] == proposal) & proposed, axis=1, dtype=jnp.int32).sum(-1)
         cache = state.cache.retract(block, jnp.where(on, agreed + 1, 0))
