@@ -106,7 +106,7 @@ def generate(
 
     def one_token(state: _State) -> _State:
         hidden, state = forward(state, state.last[:, None], live(state)[:, None])
-        # One axis less, as for the first token: XLA:CPU keeps a float32 copy of a bfloat16 table for each form of product.
+        # Two axes, as for the first token: XLA:CPU keeps a float32 copy of a bfloat16 table for each form of product.
         return record_one(state, sampling.constrained(model.logits(hidden[:, 0]), state.constraint))
 
     def one_block(state: _State, proposal: Array, proposed: Array) -> _State:

@@ -9,6 +9,7 @@ import pytest
 
 from openpi_ar.algorithms import act as acting
 from openpi_ar.algorithms.sampling import AllowedIds
+from openpi_ar.models import family
 from openpi_ar.types import Kind, Tokens
 from tests.model_fixtures import (
     EOS,
@@ -245,3 +246,13 @@ def test_a_guide_that_returns_the_velocity_changes_nothing():
 
     guided = denoise(model, obs, cache, noise, num_steps=4, guide=towards)
     assert np.abs(guided[:, 0] - 0.5).mean() < 0.9 * np.abs(plain[:, 0] - 0.5).mean()
+
+
+def test_a_bfloat16_table_is_copied_once_on_a_cpu():
+    """XLA:CPU multiplies bfloat16 by way of float32 copies, one for each form of product: at full size 2 GB each."""
+    cfg = tiny_config(vocab_size=60_000, dtype="bfloat16")
+    model = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), family.abstract(cfg))
+    arguments = (model, rows(ragged_observation(cfg), slice(0, 1)), noise_for(cfg, batch=1), greedy(4))
+    temporaries = act.lower(*arguments, num_steps=2).compile().memory_analysis().temp_size_in_bytes
+    table, logits = (4 * 60_000 * n for n in (cfg.vlm.width, 1))
+    assert temporaries < 1.5 * table + 6 * logits
