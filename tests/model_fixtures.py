@@ -91,6 +91,20 @@ def ragged_observation(cfg: ModelConfig, seed: int = 0, batch: int = 3, prompt: 
     )
 
 
+def many_observations(cfg: ModelConfig, count: int) -> Observation:
+    """Rows that differ in images and prompts, prompts of different lengths, a camera masked here and there."""
+    rng = np.random.default_rng(0)
+    one = ragged_observation(cfg)
+    masks = np.ones((count, len(cfg.cameras)), bool)
+    masks[::5, 0] = False
+    return Observation(
+        images=rng.uniform(-1, 1, (count, *one.images.shape[1:])).astype(np.float32),
+        image_mask=masks,
+        prompt=text_run(rng.integers(2, VOCAB, (count, 7)), rng.integers(1, 8, count).tolist(), causal=False),
+        state=rng.normal(size=(count, cfg.state_dim)).astype(np.float32),
+    )
+
+
 def ragged_batch(cfg: ModelConfig, seed: int = 0) -> Batch:
     """Targets of different lengths that end with EOS; chunks cut at different steps."""
     rng = np.random.default_rng(seed + 100)

@@ -10,18 +10,16 @@ from openpi_ar.algorithms.continuations import Continuations
 from openpi_ar.algorithms.draft import as_draft
 from openpi_ar.algorithms.sampling import row_keys
 from openpi_ar.algorithms.trie import Trie
-from openpi_ar.types import Observation
 from tests.model_fixtures import (
     EOS,
     VOCAB,
     denoise,
     greedy,
+    many_observations,
     max_diff,
     noise_for,
     prefill,
-    ragged_observation,
     rows,
-    text_run,
     tiny_config,
     tiny_model,
 )
@@ -31,24 +29,11 @@ GREEDY = greedy(MOST)
 generate = jax.jit(generating.generate, static_argnames=("block",))
 
 
-def many_observations(cfg) -> Observation:
-    rng = np.random.default_rng(0)
-    one = ragged_observation(cfg)
-    masks = np.ones((ROWS, 2), bool)
-    masks[::5, 0] = False
-    return Observation(
-        images=rng.uniform(-1, 1, (ROWS, *one.images.shape[1:])).astype(np.float32),
-        image_mask=masks,
-        prompt=text_run(rng.integers(2, VOCAB, (ROWS, 7)), rng.integers(1, 8, ROWS).tolist(), causal=False),
-        state=rng.normal(size=(ROWS, cfg.state_dim)).astype(np.float32),
-    )
-
-
 @pytest.fixture(scope="module", params=["stacked", "fused"])
 def setting(request):
     """(model, observations, prefill, plain greedy text, its cache); some rows end with EOS, some at their budget."""
     cfg = tiny_config()
-    model, obs = tiny_model(cfg), many_observations(cfg)
+    model, obs = tiny_model(cfg), many_observations(cfg, ROWS)
     out, cache = prefill(model, obs)
     free, _ = generate(model, cache, out.prompt_last, GREEDY)
     common = np.bincount(np.asarray(free.ids)[:, 3:].ravel(), minlength=VOCAB).argmax()

@@ -11,17 +11,16 @@ from openpi_ar.algorithms import act as acting
 from openpi_ar.algorithms.draft import as_draft
 from openpi_ar.algorithms.generate import generate
 from openpi_ar.algorithms.prefill import prefill
-from openpi_ar.types import Observation
 from tests.model_fixtures import (
     EOS,
     VOCAB,
     act,
     greedy,
+    many_observations,
     max_diff,
     noise_for,
     ragged_observation,
     rows,
-    text_run,
     tiny_config,
     tiny_model,
 )
@@ -30,28 +29,13 @@ ROWS, MOST = 192, 6
 GREEDY = greedy(MOST)
 
 
-def many_observations(cfg) -> Observation:
-    """Rows that differ in images and prompts, prompts of different lengths, a camera masked here and there."""
-    rng = np.random.default_rng(0)
-    one = ragged_observation(cfg)
-    shape = (ROWS, *one.images.shape[1:])
-    masks = np.ones((ROWS, 2), bool)
-    masks[::5, 0] = False
-    return Observation(
-        images=rng.uniform(-1, 1, shape).astype(np.float32),
-        image_mask=masks,
-        prompt=text_run(rng.integers(2, VOCAB, (ROWS, 7)), rng.integers(1, 8, ROWS).tolist(), causal=False),
-        state=rng.normal(size=(ROWS, cfg.state_dim)).astype(np.float32),
-    )
-
-
 @pytest.fixture(scope="module")
 def plain():
     """(model, observations, what greedy decoding gives)."""
     cfg = tiny_config()
     model = tiny_model(cfg)
     # EOS ends some rows only: it takes the direction of a token that is written in many.
-    obs = many_observations(cfg)
+    obs = many_observations(cfg, ROWS)
     free = act(model, obs, noise_for(cfg, batch=ROWS), GREEDY, num_steps=2)
     common = np.bincount(np.asarray(free.text.ids)[:, 2:].ravel(), minlength=VOCAB).argmax()
     table = model.embedder.table[...]
