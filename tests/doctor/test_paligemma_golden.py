@@ -73,8 +73,14 @@ def test_the_bounds_find_the_smallest_fault(model, golden):
 
 
 def test_exact_gelu_is_found_in_the_features(model, golden, monkeypatch):
+    def gap() -> float:
+        # A trace of its own: one of the doctor's, made with the wrong function, would serve every later test.
+        features = jax.jit(lambda model, obs: model.embed_images(obs))(nnx.clone(model), vlm_golden.observation(golden))
+        return float(np.abs(np.asarray(features) - golden["image_features"]).max())
+
+    assert gap() <= FEATURES
     monkeypatch.setitem(layers.ACTIVATIONS, "gelu_tanh", layers.ACTIVATIONS["gelu"])
-    assert found(nnx.clone(model), golden, "image_features") == {"image_features"}
+    assert gap() > 10 * FEATURES
 
 
 def shown(model, golden, **prompt) -> float:
