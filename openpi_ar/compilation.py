@@ -1,4 +1,6 @@
-"""The cache of compiled programs on disk, one directory per kind of processor; programs that run once."""
+"""How programs are compiled: what was chosen for each kind of device and by which figure; their cache on disk, one
+directory per kind of processor; programs that run once.
+"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -8,7 +10,7 @@ import os
 from pathlib import Path
 import platform
 import time
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 
@@ -19,13 +21,59 @@ _SHORTEST_S = 0.2
 """Programs that compile faster are not written: a policy has dozens of small ones."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is used on a kind of device, and the figure that chose it."""
+
+    value: str
+    figure: str
+
+
+FLAGS: dict[str, tuple[Choice, ...]] = {"gpu": (), "tpu": ()}
+"""XLA's flags by JAX's name of the backend. None is set without a figure of `python -m benchmarks.device`: no such
+device has been measured yet (docs/gpu.md), and a flag that helps one program may slow down another."""
+ATTENTION: dict[str, Choice] = {}
+"""What `attention: auto` is, by backend; `plain` where there is no entry, since nothing was measured there."""
+_VARIABLES = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
+
+
+def add_flags() -> None:
+    """Puts `FLAGS` into the variables from which XLA takes them, when it first looks for devices. What is set there
+    already is left as it is."""
+    for backend, choices in FLAGS.items():
+        given = os.environ.get(_VARIABLES[backend], "").split()
+        names = {flag.partition("=")[0] for flag in given}
+        added = [choice.value for choice in choices if choice.value.partition("=")[0] not in names]
+        if added:
+            os.environ[_VARIABLES[backend]] = " ".join([*given, *added])
+
+
+def attention_on(wanted: str, dtype: Any) -> Literal["plain", "xla", "cudnn"]:
+    """The kernel for `wanted`, the config's `attention`, on the device at hand.
+
+    Raises UserError where cuDNN is asked for and has no kernel: without an NVIDIA GPU, or in float32.
+    """
+    backend, half = jax.default_backend(), jax.numpy.dtype(dtype).itemsize == 2
+    if wanted == "auto":
+        chosen = ATTENTION[backend].value if backend in ATTENTION else "plain"
+        return cast(Any, chosen if half or chosen != "cudnn" else "plain")
+    if wanted == "cudnn" and (backend != "gpu" or not half):
+        found = f"the device is a {backend.upper()}" if backend != "gpu" else f"the model computes in {dtype}"
+        raise UserError(
+            f"attention cudnn needs an NVIDIA GPU and bfloat16, but {found}: use --model.attention auto"
+            + ("" if backend != "gpu" else ", or --model.dtype bfloat16")
+        )
+    return cast(Any, wanted)
+
+
 def keep_compiled_programs() -> Path | None:
-    """Has JAX write compiled programs to `<cache_root>/xla/<processor>` and read them from there.
+    """Has JAX write compiled programs to `<cache_root>/xla/<processor>` and read them from there; adds `FLAGS` first.
 
     JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false` (write none) and
     `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`. Returns the directory in use, None if there is none. Where it cannot
     be written, programs are read from it and none is kept.
     """
+    add_flags()
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     given: str | None = jax.config.values["jax_compilation_cache_dir"]

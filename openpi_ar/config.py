@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from openpi_ar.data_config import LeRobotData
-from openpi_ar.model_config import PI05, ModelConfig
+from openpi_ar.model_config import PI05, ModelConfig, portable
 from openpi_ar.robot_spec import RobotSpec
 
 
@@ -184,7 +184,7 @@ class TrainConfig:
     def inference(self) -> InferenceConfig:
         """What a policy of this run depends on."""
         robot = self.data.reader(self.model.cameras) if self.data.path else None
-        return InferenceConfig(self.model, self.text, self.decode, robot, self.world)
+        return InferenceConfig(portable(self.model), self.text, self.decode, robot, self.world)
 
 
 @dataclasses.dataclass(frozen=True)

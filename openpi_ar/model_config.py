@@ -1,7 +1,7 @@
 """The schema of models: one config per family, and those of its towers."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,10 @@ class PaliGemmaConfig:
     """What `remat` recomputes. `full`: everything. `narrow`: all but the narrower products with weights, so the MLP's
     wide ones and attention scores. `weights`: all but the products with weights, so mostly attention scores and
     activation functions. `dots`: all but matmuls. See docs/training.md for what each costs."""
+    attention: Literal["auto", "plain", "xla", "cudnn"] = "auto"
+    """How attention of many tokens is computed, in training and prefill. `plain`: this package's own, every product
+    apart. `xla`, `cudnn`: `jax.nn.dot_product_attention`; `cudnn` is one fused kernel of NVIDIA's, bfloat16 only.
+    `auto`: what was fastest on such a device (`compilation.ATTENTION`)."""
 
     def __post_init__(self):
         if problems := self._problems():
@@ -204,6 +208,14 @@ def _not_positive(cfg: Any, prefix: str = "") -> list[str]:
         elif type(value) is int and value < (0 if name in ("lora_rank", "lead_tokens") else 1) and name != "tap":
             found.append(f"{prefix}{name} {value}")
     return found
+
+
+_Config = TypeVar("_Config", bound=PaliGemmaConfig)
+
+
+def portable(cfg: _Config) -> _Config:
+    """The same model on any device: how attention was computed is no part of what was learnt."""
+    return dataclasses.replace(cfg, attention="auto")
 
 
 PI05 = ModelConfig()

@@ -8,6 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from openpi_ar import compilation
+from openpi_ar.errors import UserError
 from openpi_ar.files import cache_root
 
 _OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -49,6 +50,34 @@ def test_what_jax_was_told_is_left_alone(options, tmp_path, monkeypatch):
     assert compilation.keep_compiled_programs() == tmp_path / "mine"
     jax.config.update("jax_enable_compilation_cache", False)
     assert compilation.keep_compiled_programs() is None
+
+
+def test_attention_is_plain_until_a_figure_chooses_another(monkeypatch):
+    assert compilation.attention_on("auto", "bfloat16") == "plain" == compilation.attention_on("plain", "float32")
+    with pytest.raises(
+        UserError, match=r"cudnn needs an NVIDIA GPU and bfloat16, but the device is a CPU: use --model"
+    ):
+        compilation.attention_on("cudnn", "bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compilation.attention_on("auto", "bfloat16") == "plain"
+    assert compilation.attention_on("cudnn", "bfloat16") == "cudnn"
+    with pytest.raises(UserError, match="computes in float32: .* or --model.dtype bfloat16"):
+        compilation.attention_on("cudnn", "float32")
+    monkeypatch.setitem(compilation.ATTENTION, "gpu", compilation.Choice("cudnn", "a figure"))
+    assert compilation.attention_on("auto", "bfloat16") == "cudnn"
+    assert compilation.attention_on("auto", "float32") == "plain"  # cuDNN has no kernel for it
+
+
+def test_flags_that_were_chosen_do_not_replace_those_that_were_given(monkeypatch):
+    assert not any(compilation.FLAGS.values())
+    chosen = tuple(compilation.Choice(f"--{name}=chosen", "a figure") for name in ("a", "b"))
+    monkeypatch.setitem(compilation.FLAGS, "gpu", chosen)
+    monkeypatch.setenv("XLA_FLAGS", "--b=given --c")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    for _ in range(2):
+        compilation.add_flags()
+        assert compilation.os.environ["XLA_FLAGS"] == "--b=given --c --a=chosen"
+        assert "LIBTPU_INIT_ARGS" not in compilation.os.environ
 
 
 def test_what_was_compiled_and_what_was_read_is_told_apart(options, tmp_path, monkeypatch):

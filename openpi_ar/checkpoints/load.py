@@ -26,7 +26,7 @@ from openpi_ar.checkpoints.match import Matched, Shape, Stored
 from openpi_ar.checkpoints.options import AS_IT_IS, Dtype, LoadOptions
 from openpi_ar.checkpoints.sources import Source, open_source, root_of
 from openpi_ar.errors import UserError
-from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
+from openpi_ar.model_config import ModelConfig, PaliGemmaConfig, portable
 from openpi_ar.models import family
 from openpi_ar.models.vit import resample_pos_embedding
 from openpi_ar.models.vlm import VLA, VLM
@@ -109,7 +109,7 @@ def inspect(path: str | Path, options: LoadOptions = AS_IT_IS) -> Inspected:
     own = root_of(source.path) / "assets" / store.CONFIG
     ours = config_json.read(own).model if own.is_file() else None
     if ours is not None and type(ours) is m.family.config:
-        told, base = told.over(_of_config(ours)), ours
+        told, base = told.over(_of_config(ours)), portable(ours)
     known = options.over(told)
     notes = list(m.ignored)
     given = {axis: getattr(known, option) or size for option, (axis, size) in m.family.public.items()}

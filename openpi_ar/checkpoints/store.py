@@ -23,6 +23,7 @@ from openpi_ar.config import InferenceConfig, TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
 from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, save_norm_stats
 from openpi_ar.errors import UserError
+from openpi_ar.model_config import portable
 from openpi_ar.models import family
 from openpi_ar.models.vlm import VLA
 from openpi_ar.params import check_fit, fill, flatten, pure_params
@@ -154,10 +155,11 @@ def load_policy_checkpoint(path: str | Path) -> tuple[InferenceConfig, VLA, Toke
     """
     step_dir = resolve_step_dir(path)
     assets = load_assets(step_dir)
-    abstract = family.abstract(assets.config.model)
+    cfg = dataclasses.replace(assets.inference, model=portable(assets.inference.model))
+    abstract = family.abstract(cfg.model)
     model = load_params(step_dir, abstract)
-    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, assets.config.model.norm_mode)
-    return assets.inference, model, assets.tokenizer, assets.stats
+    check_mode(step_dir / "assets" / NORM_STATS, assets.stats["state"].mode, cfg.model.norm_mode)
+    return cfg, model, assets.tokenizer, assets.stats
 
 
 def load_params(step_dir: Path, model: VLA, sharding: jax.sharding.Sharding | None = None) -> VLA:

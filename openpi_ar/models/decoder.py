@@ -38,7 +38,8 @@ def take(x: Float[Array, "B T *d"] | Bool[Array, "B T *d"], rows: Int[Array, "B 
 class Block(nnx.Module):
     """Attention and gated MLP, both pre-norm."""
 
-    def __init__(self, cfg: TowerConfig, *, adaptive: bool, rngs: nnx.Rngs):
+    def __init__(self, cfg: TowerConfig, *, adaptive: bool, rngs: nnx.Rngs, attention: str = "auto"):
+        self.attention = attention
         d, n, k, h, r = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.lora_rank
         self.attn_norm = _norm(cfg, adaptive, rngs)
         self.q = Einsum("BTD,NDH->BTNH", (n, d, h), fan_in=d, rngs=rngs, lora_rank=r)
@@ -62,18 +63,33 @@ class Block(nnx.Module):
         k, v = narrow(self.kv(y))
         k = rotate(k, sin, cos)
         runs = [(k, v)] if cached is None else [cached, (k, v)]
-        y = attend(q * q.shape[-1] ** -0.5, runs, mask)
+        y = attend(q * q.shape[-1] ** -0.5, runs, mask, self.attention)
         x = residual(x, narrow(self.out(y)), gate)
         y, gate = self.mlp_norm(x, cond)
         return residual(x, narrow(self.mlp(y)), gate), (k, v)
 
 
 class Tower(nnx.Module):
-    """`depth` blocks and a final norm, AdaRMS-conditioned if `adaptive`. Layers are stacked, or a list (`Stack`)."""
+    """`depth` blocks and a final norm, AdaRMS-conditioned if `adaptive`. Layers are stacked, or a list (`Stack`).
 
-    def __init__(self, cfg: TowerConfig, *, adaptive: bool, rngs: nnx.Rngs, remat: str | None = None):
-        self.head_dim, self.rope_base = cfg.head_dim, cfg.rope_base
-        self.blocks = Stack(lambda r: Block(cfg, adaptive=adaptive, rngs=r), cfg.depth, rngs=rngs, remat=remat)
+    `remat` and `attention` are those of the model's config.
+    """
+
+    def __init__(
+        self,
+        cfg: TowerConfig,
+        *,
+        adaptive: bool,
+        rngs: nnx.Rngs,
+        remat: str | None = None,
+        attention: str = "auto",
+    ):
+        self.head_dim, self.rope_base, self.attention = cfg.head_dim, cfg.rope_base, attention
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(cfg, adaptive=adaptive, rngs=rngs, attention=attention)
+
+        self.blocks = Stack(block, cfg.depth, rngs=rngs, remat=remat)
         self.norm = _norm(cfg, adaptive, rngs)
 
     def rotary(self, positions: Int[Array, "B T"]) -> Rope:

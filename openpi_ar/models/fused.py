@@ -15,9 +15,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from openpi_ar.compilation import attention_on
 from openpi_ar.models.cache import KV, Cache, LayeredCache, action_mask, positions, prefix_lm_mask
 from openpi_ar.models.decoder import Block, Rope, Tower, action_positions, residual, take
-from openpi_ar.models.layers import ACTIVATIONS, MASKED, AdaRMSNorm, Einsum, RMSNorm, matmul, merge_lora, rotary, rotate
+from openpi_ar.models.layers import (
+    ACTIVATIONS,
+    MASKED,
+    AdaRMSNorm,
+    Einsum,
+    RMSNorm,
+    attend,
+    matmul,
+    merge_lora,
+    rotary,
+    rotate,
+)
 from openpi_ar.models.stack import Stack
 from openpi_ar.models.vlm import CacheReader, Run
 from openpi_ar.types import Array, check_mask
@@ -60,6 +72,7 @@ class FusedBlock(nnx.Module):
     """One `decoder.Block`, weights fused and cast to `dtype`; laid out for one token at a time if it `decodes`."""
 
     def __init__(self, block: Block, dtype: jnp.dtype, *, decodes: bool):
+        self.attention = block.attention
         q, kv = _merged(block.q), _merged(block.kv)
         heads, width, dim = q.shape
         self.heads, self.kv_heads, self.dim = heads, kv.shape[1], dim
@@ -102,13 +115,18 @@ class FusedBlock(nnx.Module):
             x, mask = take(x, rows), take(mask, rows)
         q = rotate(q.reshape(*q.shape[:-1], self.heads, h), *own)
         k, v = jnp.split(kv.reshape(*kv.shape[:-1], 2 * self.kv_heads, h), 2, axis=-2)
-        new = (jnp.moveaxis(rotate(k, *rope), 1, -1), v)
+        k = rotate(k, *rope)
+        new = (jnp.moveaxis(k, 1, -1), v)
         runs = [*past, new]
         if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             new = write(past[-1][0], new[0], at, 3), write(past[-1][1], v, at, 1)
             runs = [*past[:-1], new]
-        y = attend_apart(q * h**-0.5, runs, mask)
+        q = q * h**-0.5
+        if past or attention_on(self.attention, q.dtype) == "plain":
+            y = attend_apart(q, runs, mask)
+        else:
+            y = attend(q, [(k, v)], mask, self.attention)
         y = matmul(y.reshape(*y.shape[:-2], n), self.out[...].astype(y.dtype))
         x = residual(x, y, gate)
         y, gate = _norm(self.mlp_norm, x, modulations[1])

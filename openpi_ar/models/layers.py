@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from openpi_ar.compilation import attention_on
 from openpi_ar.types import Array, check_mask
 
 # Masked logits. Finite, so that a row that may attend to nothing (a padded query) stays finite too.
@@ -227,13 +228,18 @@ def attend(
     q: Float[Array, "B T N H"],
     kv: Sequence[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"]]],
     mask: Bool[Array, "B T S"],
+    attention: str = "plain",
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over several runs of keys, float32 logits and softmax. q comes already scaled.
 
     The runs (cache, own tokens) are joined in the logits, not in the keys: the cache is read in place, never copied.
-    S is the sum of the runs' lengths.
+    S is the sum of the runs' lengths. `attention` is that of the config; a kernel of the library reads joined keys.
     """
     check_mask(mask, "mask")
+    kernel = attention_on(attention, q.dtype)
+    if kernel != "plain":
+        k, v = (jnp.concatenate(run, axis=1) for run in zip(*kv, strict=True))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation=kernel)
     kv_heads = kv[0][0].shape[2]
     # The axes are in the order in which a batched matmul leaves them: the large logits are never transposed.
     q = rearrange(q, "B T (K G) H -> B K T G H", K=kv_heads)

@@ -20,10 +20,10 @@ class PaliGemma(nnx.Module):
 
     def __init__(self, cfg: PaliGemmaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        remat, vlm = cfg.recomputed, cfg.vlm
-        self.img = VisionTransformer(cfg.siglip, vlm.width, rngs=rngs, remat=remat)
+        vlm, how = cfg.vlm, {"remat": cfg.recomputed, "attention": cfg.attention}
+        self.img = VisionTransformer(cfg.siglip, vlm.width, rngs=rngs, **how)
         self.embedder = Embedder(cfg.vocab_size, vlm.width, rngs=rngs, scaled=vlm.scaled_embeddings, tied=vlm.tied_head)
-        self.vlm: Tower | FusedTower = Tower(vlm, adaptive=False, rngs=rngs, remat=remat)
+        self.vlm: Tower | FusedTower = Tower(vlm, adaptive=False, rngs=rngs, **how)
 
     @property
     def dtype(self) -> jnp.dtype:

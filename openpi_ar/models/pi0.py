@@ -25,7 +25,8 @@ class Pi0(PaliGemma):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(cfg, rngs=rngs)
         width = cfg.expert.width
-        self.expert: Tower | FusedTower = Tower(cfg.expert, adaptive=cfg.adaptive_time, rngs=rngs, remat=cfg.recomputed)
+        how = {"remat": cfg.recomputed, "attention": cfg.attention}
+        self.expert: Tower | FusedTower = Tower(cfg.expert, adaptive=cfg.adaptive_time, rngs=rngs, **how)
         self.action_in = Linear(cfg.action_dim, width, rngs=rngs)
         self.action_out = Linear(width, cfg.action_dim, rngs=rngs)
         if cfg.adaptive_time:

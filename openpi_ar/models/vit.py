@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
 
+from openpi_ar.compilation import attention_on
 from openpi_ar.model_config import VitConfig
 from openpi_ar.models.layers import ACTIVATIONS, Einsum, LayerNorm, Linear, fan_in_init, matmul, normal_init
 from openpi_ar.models.stack import Stack, narrow
@@ -35,7 +36,8 @@ def resample_pos_embedding(
 class Attention(nnx.Module):
     """Full multi-head self-attention. Queries, keys and values have biases if `qkv_bias`; the output has one."""
 
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, qkv_bias: bool = True):
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs, qkv_bias: bool = True, attention: str = "auto"):
+        self.attention = attention
         head_dim = width // num_heads
         into = (width, num_heads, head_dim)
         self.q, self.k, self.v = (Einsum("BTD,DNH->BTNH", into, fan_in=width, rngs=rngs) for _ in range(3))
@@ -50,17 +52,19 @@ class Attention(nnx.Module):
             narrow(product(x)) if bias is None else narrow(product(x)) + bias[...].astype(x.dtype)
             for product, bias in pairs
         )
-        y = jax.nn.dot_product_attention(q, k, v)  # scales by head_dim ** -0.5; softmax in float32
+        kernel = attention_on(self.attention, x.dtype)
+        # Scales by head_dim ** -0.5; softmax in float32. Without a mask this is as plain as it gets.
+        y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if kernel == "cudnn" else "xla")
         return narrow(self.out(y)) + self.out_bias[...].astype(x.dtype)
 
 
 class Block(nnx.Module):
     """Pre-LN transformer block; with LayerScale, each branch has a learned factor per channel."""
 
-    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs, attention: str = "auto"):
         self.activation = cfg.activation
         self.norm1 = LayerNorm(cfg.width, eps=cfg.norm_eps)
-        self.attn = Attention(cfg.width, cfg.num_heads, rngs=rngs, qkv_bias=cfg.qkv_bias)
+        self.attn = Attention(cfg.width, cfg.num_heads, rngs=rngs, qkv_bias=cfg.qkv_bias, attention=attention)
         self.norm2 = LayerNorm(cfg.width, eps=cfg.norm_eps)
         self.fc1 = Linear(cfg.width, cfg.mlp_dim, rngs=rngs)
         self.fc2 = Linear(cfg.mlp_dim, cfg.width, rngs=rngs)
@@ -80,17 +84,26 @@ def _scaled(x: Float[Array, "B T D"], gamma: nnx.Param | None) -> Float[Array, "
 class VisionTransformer(nnx.Module):
     """Images, normalised as the weights expect them, to tokens row-major over the patch grid.
 
-    `out_dim` is the width of the head's output; without a head (None) the tokens are as wide as the blocks.
+    `out_dim` is the width of the head's output; without a head (None) the tokens are as wide as the blocks. `remat` and
+    `attention` are those of the model's config.
     """
 
-    def __init__(self, cfg: VitConfig, out_dim: int | None, *, rngs: nnx.Rngs, remat: str | None = None):
+    def __init__(
+        self,
+        cfg: VitConfig,
+        out_dim: int | None,
+        *,
+        rngs: nnx.Rngs,
+        remat: str | None = None,
+        attention: str = "auto",
+    ):
         self.patch, self.blocks_run = nnx.static(cfg.patch_size), cfg.blocks_run
         p = cfg.patch_size
         self.patch_kernel = nnx.Param(fan_in_init(rngs.params(), (p, p, 3, cfg.width), 3 * p * p))
         self.patch_bias = nnx.Param(jnp.zeros((cfg.width,)))
         pos = normal_init(rngs.params(), (cfg.num_tokens, cfg.width))
         self.pos_embedding = nnx.Param(pos * cfg.width**-0.5)
-        self.blocks = Stack(lambda r: Block(cfg, rngs=r), cfg.depth, rngs=rngs, remat=remat)
+        self.blocks = Stack(lambda r: Block(cfg, rngs=r, attention=attention), cfg.depth, rngs=rngs, remat=remat)
         self.norm = LayerNorm(cfg.width, eps=cfg.norm_eps) if cfg.final_norm else None
         self.head = None if out_dim is None else Linear(cfg.width, out_dim, rngs=rngs)
         lead = (cfg.lead_tokens, cfg.width)

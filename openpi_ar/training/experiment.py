@@ -21,6 +21,7 @@ from openpi_ar.training.cli import Arguments
 # Fields that a resumed run must share with the saved one: the shapes of the state and the order of the data.
 _FIXED = ("model.", "text.", "data.", "seed", "batch_size", "frozen", "optimizer.moment_dtype")
 _FREE = ("data.cache_dir", "data.frames", "text.tokenizer", "model.remat", "model.remat_policy", "model.dtype")
+_FREE += ("model.attention",)
 # Datasets may have moved, and be called otherwise: what they hold is compared (`check_frames`).
 _FREE += ("data.path", "data.mix")
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from openpi_ar.compilation import attention_on
 from openpi_ar.config import TrainConfig
 from openpi_ar.errors import UserError
 from openpi_ar.model_config import ModelConfig, PaliGemmaConfig
@@ -63,9 +64,10 @@ class Placement:
 def make_placement(cfg: TrainConfig) -> Placement:
     """Placement over all devices of all processes; `cfg.fsdp_devices` of them share one copy of the parameters.
 
-    Raises UserError if devices do not divide into such groups, or the batch among devices, and for pieces of parameters
-    on the CPUs of several processes.
+    Raises UserError if devices do not divide into such groups, or the batch among devices, for pieces of parameters on
+    the CPUs of several processes, and where the devices have no kernel for `model.attention`.
     """
+    attention_on(cfg.model.attention, cfg.model.dtype)
     devices, fsdp = jax.device_count(), cfg.fsdp_devices
     if fsdp < 1 or devices % fsdp:
         raise UserError(

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from configs import get_preset
+from openpi_ar.algorithms import losses
+from openpi_ar.algorithms.prefill import prefill
+from openpi_ar.config import LossConfig
 from openpi_ar.model_config import GEMMA_2B, GEMMA_300M, ModelConfig, TowerConfig, VitConfig
 from openpi_ar.models import family, layers
 from openpi_ar.models.cache import StackedCache, positions, prefix_lm_mask
 from openpi_ar.models.vit import VisionTransformer
 from openpi_ar.models.vlm import Run
-from tests.model_fixtures import max_diff, tiny_config, tiny_model
+from tests.model_fixtures import max_diff, ragged_batch, tiny_config, tiny_model
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "public_checkpoints.json.gz"
 
@@ -181,6 +184,37 @@ def test_unstacked_and_remat_change_nothing():
     assert max(map(max_diff, kv1.keys_values, kv2.keys_values)) < 5e-6
     a, b = jax.tree.leaves(grad(model)), jax.tree.leaves(grad(rematted))
     assert max(max_diff(x, y) / (1 + float(np.abs(x).max())) for x, y in zip(a, b, strict=True)) < 1e-5
+
+
+def test_attention_of_the_library_computes_the_same(monkeypatch):
+    """Both forms of a prefill and the gradient of a training step, with a masked camera and holes between tokens."""
+    cfg = tiny_config()
+    model = tiny_model(cfg)
+    other = jax.tree.unflatten(
+        jax.tree.structure(family.abstract(dataclasses.replace(cfg, attention="xla"))), jax.tree.leaves(model)
+    )
+    batch, key = ragged_batch(cfg), jax.random.key(0)
+    real = batch.target.valid
+
+    def computed(model):
+        loss = jax.grad(lambda m: losses.compute_loss(m, batch, key, LossConfig())[0])
+        out = jax.jit(lambda m: prefill(m, batch.observation, batch.target))(model)[0]
+        fast = jax.jit(lambda m: prefill(m.for_inference(), batch.observation, batch.target, last_only=True))(model)[0]
+        return out.text[real], fast.text[real], jax.tree.leaves(jax.jit(loss)(model))
+
+    def apart(a, b):
+        return max(max_diff(x, y) / (1 + float(np.abs(x).max())) for x, y in zip(a, b, strict=True))
+
+    plain, library = computed(model), computed(other)
+    # Two orders of summation over three layers, float32; hidden states of order 3.
+    assert max_diff(plain[0], library[0]) < 1e-5 and max_diff(plain[1], library[1]) < 1e-5
+    assert apart(plain[2], library[2]) < 1e-5
+    # Negative control: the kernel without its mask, which both forms then must show.
+    right = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, mask=None, **k: right(*a, **k))
+    unmasked = computed(other)
+    assert max_diff(plain[0], unmasked[0]) > 1e-2 and max_diff(plain[1], unmasked[1]) > 1e-2
+    assert apart(plain[2], unmasked[2]) > 1e-2
 
 
 def test_cache_append_is_where_it_says():

@@ -132,3 +132,7 @@ def test_groups_that_do_not_fit_the_devices_are_refused(monkeypatch):
         sharding.make_placement(dataclasses.replace(DEBUG, fsdp_devices=4))
     with pytest.raises(UserError, match="batch_size 4 does not divide among 6 devices"):
         sharding.make_placement(DEBUG)
+    fused = dataclasses.replace(DEBUG, model=dataclasses.replace(DEBUG.model, attention="cudnn"))
+    with pytest.raises(UserError, match="attention cudnn needs an NVIDIA GPU"):
+        sharding.make_placement(fused)
+    assert fused.inference.model.attention == "auto"  # a policy of it runs anywhere
