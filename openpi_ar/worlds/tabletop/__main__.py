@@ -1,5 +1,5 @@
-"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout`: demonstrations, a model that knows where things are
-before it imitates, and closed-loop episodes."""
+"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout|ask`: demonstrations, a model that knows where things
+are before it imitates, closed-loop episodes, and questions about them."""
 
 import dataclasses
 from pathlib import Path
@@ -14,6 +14,7 @@ from openpi_ar.errors import UserError, command_line
 from openpi_ar.tables import console
 from openpi_ar.worlds.protocol import Play
 from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
+from openpi_ar.worlds.tabletop.ask import AskConfig, ask
 from openpi_ar.worlds.tabletop.dataset import Demonstrations, record_dataset
 from openpi_ar.worlds.tabletop.episodes import open_episodes
 from openpi_ar.worlds.video import SUFFIXES
@@ -115,10 +116,32 @@ class Rollout:
         files.write_json(self.json, result.as_dict())
 
 
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """Questions about unseen layouts while the scripted expert plays, and how many a checkpoint answers."""
+
+    ckpt: str = "tabletop"
+    """Checkpoint, as for infer.py."""
+    which: Annotated[Play, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: Play(seed=1000))
+    how: Annotated[AskConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=AskConfig)
+    json: Path | None = None
+    """Write the results to this file."""
+
+    def run(self) -> None:
+        files.check_file(self.json, "--json")
+        from openpi_ar.policy import Policy
+
+        policy = Policy.from_checkpoint(self.ckpt)
+        result = ask(policy, self.how, open_episodes(Play.of(policy, **dataclasses.asdict(self.which))))
+        console().print(result.table())
+        files.write_json(self.json, result.as_dict())
+
+
 Command = (
     Annotated[Record, tyro.conf.subcommand("record")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+    | Annotated[Ask, tyro.conf.subcommand("ask")]
 )
 
 
