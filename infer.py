@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from openpi_ar.worlds.protocol import World
 
 
+_OF_ROBOT = ("robot", "asset_id", "horizon")
+_DECODE = ("dtype", "temperature", "denoise_steps")
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Says what to do next and does it: one observation, a question, or closed-loop episodes."""
@@ -62,6 +66,12 @@ class Args:
     question: str | None = None
     """Ask about the images instead of acting; any checkpoint that talks, PaliGemma's too, without --robot. In plain
     words, or as PaliGemma's prompts are typed: `answer en ...`, `caption en`, `detect cup ; plate`, `segment cup`."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of weights and computation; default: the checkpoint's, which is float32 on a CPU and bfloat16 elsewhere."""
+    temperature: float | None = None
+    """Draw text instead of taking the most likely: 1 as the model has it, below 1 less freely, 0 not at all."""
+    denoise_steps: int | None = None
+    """Steps from noise to actions; default: the checkpoint's."""
     repeats: int = 0
     """Time each stage too, as medians of this many calls: compiles a program for each."""
     rollout: int = 0
@@ -102,7 +112,7 @@ def run(args: Args) -> None:
 
     how = {"flat": _sends_its_own(args), "named": args.question is None}
     given = observations.given(args.images, args.state, args.prompt, args.observation, **how)
-    options = {key: getattr(args, key) for key in ("robot", "asset_id", "horizon") if getattr(args, key) is not None}
+    options = {key: getattr(args, key) for key in (*_OF_ROBOT, *_DECODE) if getattr(args, key) is not None}
     if args.robot is not None:
         options["robot"] = robot_file(args.robot)
     report = (_act if args.question is None else _ask)(args, given, options, console)
@@ -141,8 +151,8 @@ def _ask(args: Args, given: dict[str, Any], options: dict[str, Any], console: Co
 
     with _stage(console, f"loading {args.ckpt}"):
         check_talks(args.ckpt)
-        if "images" in given and not options:
-            policy, images = load_talker(args.ckpt), given["images"]
+        if "images" in given and not any(key in options for key in _OF_ROBOT):
+            policy, images = load_talker(args.ckpt, **options), given["images"]
         else:
             policy = Policy.from_checkpoint(args.ckpt, **options)
             images = _observation(args, given, policy)
@@ -166,6 +176,10 @@ def _ask(args: Args, given: dict[str, Any], options: dict[str, Any], console: Co
 def _check(args: Args) -> None:
     if args.images and args.observation:
         raise UserError("--images and --observation exclude each other: give one of them")
+    if args.denoise_steps is not None and args.denoise_steps < 1:
+        raise UserError(f"--denoise-steps must be 1 or more, found {args.denoise_steps}")
+    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature must be 0 or more, found {args.temperature}")
     if args.seed < 0 or args.rollout < 0 or args.repeats < 0:
         raise UserError("--seed, --rollout and --repeats must be 0 or more")
     own = [flag for flag in ("images", "state", "prompt", "observation", "question", "plot") if getattr(args, flag)]

@@ -123,6 +123,13 @@ def test_a_list_of_subtasks_is_all_that_can_come_out_and_each_is_scored(ckpt, ti
     assert "leave out one" in fails([*ckpt, *listed, "--subtask", "done"], capsys)
 
 
+def test_the_users_way_of_decoding_is_handed_on(ckpt, tiny_policy, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(Policy, "from_checkpoint", lambda path, **options: given.update(options) or tiny_policy)
+    infer.main([*ckpt, "--dtype", "bfloat16", "--temperature", "0.5", "--denoise-steps", "3"])
+    assert given == {"dtype": "bfloat16", "temperature": 0.5, "denoise_steps": 3}
+
+
 def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
     options = ["--rollout", "2", "--seed", "3", "--split", "held_out", "--execute", "2", "--wrong-subtask"]
     infer.main([*warm, *options, "--json", str(tmp_path / "r.json"), "--video", str(tmp_path / "r.gif")])
@@ -158,6 +165,8 @@ def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
         (["--plot", "TEXT"], [".png", "text.txt"]),
         (["--rollout", "1"], ["leave out --images, --state, --prompt"]),
         (["--repeats", "-1"], ["--repeats must be 0 or more"]),
+        (["--temperature", "-1"], ["--temperature must be 0 or more, found -1"]),
+        (["--denoise-steps", "0"], ["--denoise-steps must be 1 or more, found 0"]),
     ],
 )
 def test_bad_input_is_one_line_with_cause_and_remedy(warm, tmp_path, capsys, change, parts):

@@ -4,10 +4,10 @@ A checkpoint of openpi_ar holds everything, and one of LeRobot nearly so. openpi
 the model was fed depends on the robot that it was trained for, so the robot has to be named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openpi_ar.checkpoints import lerobot, remote, store
 from openpi_ar.checkpoints.options import LoadOptions
@@ -48,31 +48,39 @@ def load(
     robot: str | None = None,
     asset_id: str | None = None,
     horizon: int | None = None,
-    subtasks: Sequence[str] = (),
+    **decode: Any,
 ) -> Policy | Talker:
     """The policy of a checkpoint of any known format: `load("tabletop")` is the one that comes with the package.
 
-    Compiled programs are stored on disk for the next start. With `subtasks` it generates nothing but one of these. A
-    checkpoint without an action tower gives a `Talker`, the part of a policy that answers questions. The other
-    arguments and errors: see `load_policy_parts`.
+    Compiled programs are stored on disk for the next start. A checkpoint without an action tower gives a `Talker`, the
+    part of a policy that answers questions.
+
+    Args:
+        path, robot, asset_id, horizon: see `load_policy_parts`, and there for its errors.
+        decode: fields of `DecodeConfig` in place of the checkpoint's: `dtype="bfloat16"`, `temperature=0.7`,
+            `denoise_steps=5`, `subtasks=[...]` to generate nothing but one of these.
     """
     keep_compiled_programs()
     if robot is None and _only_talks(path):
-        return load_talker(path)
+        return load_talker(path, **decode)
     parts = load_policy_parts(path, robot, asset_id=asset_id, horizon=horizon)
-    if subtasks:
-        decode = dataclasses.replace(parts.cfg.decode, subtasks=tuple(subtasks))
-        parts = parts._replace(cfg=dataclasses.replace(parts.cfg, decode=decode))
-    return Policy(*parts)
+    cfg = dataclasses.replace(parts.cfg, decode=_decoding(parts.cfg.decode, decode))
+    return Policy(*parts._replace(cfg=cfg))
 
 
-def load_talker(path: str | Path, *, dtype: str = "auto") -> Talker:
+def _decoding(own: DecodeConfig, changed: Mapping[str, Any]) -> DecodeConfig:
+    """The checkpoint's way of decoding with the user's changes."""
+    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
+    return dataclasses.replace(own, **listed)
+
+
+def load_talker(path: str | Path, **decode: Any) -> Talker:
     """Answers of any checkpoint that writes text: PaliGemma's, pi0.5's of openpi or LeRobot, one of openpi_ar.
 
     Args:
         path: as in `load_policy_parts`. A checkpoint that is not openpi_ar's needs PaliGemma's tokenizer: as
             `tokenizer.model` beside it, or in the cache (`load_tokenizer`).
-        dtype: of weights and computation: "float32", "bfloat16", or "auto" (`inference_dtype`).
+        decode: fields of `DecodeConfig` in place of the checkpoint's: `dtype="bfloat16"`, `temperature=0.7`.
 
     Raises:
         UserError: it is no checkpoint, there is no tokenizer, or the model was trained for nothing but actions.
@@ -83,18 +91,19 @@ def load_talker(path: str | Path, *, dtype: str = "auto") -> Talker:
     notes: tuple[str, ...] = ()
     if _is_ours(path):
         cfg, model, tokenizer, _ = store.load_policy_checkpoint(path)
-        text, decode = cfg.text, cfg.decode
+        text, own = cfg.text, cfg.decode
     else:
         from openpi_ar.checkpoints.load import load_model  # here, because reading other formats is a heavy import
 
         loaded = load_model(path)
         notes = tuple(note for note in loaded.notes if not note.startswith("action_horizon"))
         model, tokenizer = loaded.model, _tokenizer_beside(loaded.source.path) or load_tokenizer("paligemma")
-        text, decode = TextConfig("paligemma", "vqa", max_target_tokens=_ANSWER_TOKENS), DecodeConfig()
+        text, own = TextConfig("paligemma", "vqa", max_target_tokens=_ANSWER_TOKENS), DecodeConfig()
         if not isinstance(loaded.config, ModelConfig):
             tokenizer = Tokenizer(tokenizer.model_bytes, action_tail=0)  # its last ids are no action tokens
-    kind = inference_dtype(decode.dtype if dtype == "auto" else dtype)
-    return Talker(run_once(lambda m: m.for_inference(kind), model), tokenizer, text, decode, notes)
+    how = _decoding(own, decode)
+    kind = inference_dtype(how.dtype)
+    return Talker(run_once(lambda m: m.for_inference(kind), model), tokenizer, text, how, notes)
 
 
 def check_talks(path: str | Path) -> None:

@@ -312,6 +312,16 @@ def test_only_listed_subtasks_come_out_with_and_without_a_draft(tiny_checkpoint)
         assert again["subtask"] == out["subtask"] and again["margin"] == pytest.approx(out["margin"], abs=1e-3)
 
 
+def test_the_callers_way_of_decoding_replaces_the_checkpoints(tiny_checkpoint, tiny_policy):
+    one = Policy.from_checkpoint(tiny_checkpoint, denoise_steps=1, subtasks=["done"])
+    assert one.cfg.decode == dataclasses.replace(tiny_policy.cfg.decode, denoise_steps=1, subtasks=("done",))
+    raw = raw_observation(0)
+    steps = [policy.infer(raw, subtask="done")["actions"] for policy in (one, tiny_policy)]
+    assert np.abs(steps[0] - steps[1]).max() > 1e-3  # one step, and not ten
+    with pytest.raises(TypeError, match="denoising_steps"):
+        Policy.from_checkpoint(tiny_checkpoint, denoising_steps=1)
+
+
 def test_known_subtasks_take_fewer_passes_and_change_no_text(tiny_checkpoint):
     """The table may hold what the model writes, in part or wrongly: texts and actions stay those without it."""
     cfg, model, tok, stats = store.load_policy_checkpoint(tiny_checkpoint)
