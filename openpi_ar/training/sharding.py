@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from openpi_ar.compilation import attention_on
 from openpi_ar.config import TrainConfig
@@ -39,7 +39,7 @@ TABLES: dict[type[PaliGemmaConfig], Table] = {PaliGemmaConfig: PALIGEMMA, ModelC
 class Placement:
     """A mesh, the table that says how parameters lie on it, and the two shardings that everything else has."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     table: Table
 
     @property
