@@ -56,6 +56,8 @@ class Args:
     """The robot's state in real units."""
     prompt: str | None = None
     """What to do."""
+    done: tuple[str, ...] = ()
+    """The subtasks that are completed, the last one last, for a model with a memory (`text.memory`)."""
     observation: Path | None = None
     """Your observation as .npz: an image per camera by its name, `state`, `prompt`; with --robot what it sends, by its
     keys."""
@@ -76,8 +78,9 @@ class Args:
     """Time each stage too, as medians of this many calls: compiles a program for each."""
     rollout: int = 0
     """Play this many closed-loop episodes in the world."""
-    split: Literal["train", "held_out"] = "train"
-    """Tasks of the episodes: those of training (new layouts), or combinations never trained on."""
+    split: Literal["train", "held_out", "back"] = "train"
+    """Tasks of the episodes: those of training (new layouts), combinations never trained on, or the tabletop's `back`,
+    which cannot be done without a memory."""
     execute: int = 2
     """Actions of a chunk that an episode executes before it asks again."""
     batch: int = 8
@@ -112,6 +115,7 @@ def run(args: Args) -> None:
 
     how = {"flat": _sends_its_own(args), "named": args.question is None}
     given = observations.given(args.images, args.state, args.prompt, args.observation, **how)
+    given |= {"done": args.done} if args.done else {}
     options = {key: getattr(args, key) for key in (*_OF_ROBOT, *_DECODE) if getattr(args, key) is not None}
     if args.robot is not None:
         options["robot"] = robot_file(args.robot)
@@ -182,7 +186,8 @@ def _check(args: Args) -> None:
         raise UserError(f"--temperature must be 0 or more, found {args.temperature}")
     if args.seed < 0 or args.rollout < 0 or args.repeats < 0:
         raise UserError("--seed, --rollout and --repeats must be 0 or more")
-    own = [flag for flag in ("images", "state", "prompt", "observation", "question", "plot") if getattr(args, flag)]
+    single = ("images", "state", "prompt", "done", "observation", "question", "plot")
+    own = [flag for flag in single if getattr(args, flag)]
     if args.rollout and own:
         raise UserError(f"--rollout plays the world's own episodes: leave out {', '.join('--' + f for f in own)}")
     only = [
@@ -193,8 +198,8 @@ def _check(args: Args) -> None:
     for text, flag in ((args.subtask, "--subtask"), (args.question, "--question"), (args.prompt, "--prompt")):
         if text is not None and not text.strip():
             raise UserError(f"{flag} is empty: give it a text or leave it out")
-    for flag in ("subtask", "subtasks"):
-        if getattr(args, flag) is not None and args.question is not None:
+    for flag in ("subtask", "subtasks", "done"):
+        if getattr(args, flag) not in (None, ()) and args.question is not None:
             raise UserError(f"--question is answered without acting: leave out --{flag}")
     if args.subtask is not None and args.subtasks is not None:
         raise UserError("--subtask is given, --subtasks is a list to choose from: leave out one of them")

@@ -55,7 +55,8 @@ def parse(kind: type[T], query: str, address: str) -> T:
         try:
             values[name] = _value(hints[name], text)
         except ValueError:
-            raise UserError(f"{address}: {name} must be {_FORMS[hints[name]]}, found {text!r}") from None
+            form = _FORMS.get(hints[name]) or " or ".join(typing.get_args(hints[name]))
+            raise UserError(f"{address}: {name} must be {form}, found {text!r}") from None
     return kind(**values)
 
 
@@ -68,6 +69,10 @@ _FORMS: dict[Any, str] = {
 
 
 def _value(hint: Any, text: str) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in typing.get_args(hint):
+            raise ValueError(text)
+        return text
     if hint == tuple[str, ...]:
         return tuple(text.split(","))
     if hint == tuple[int, int]:

@@ -83,8 +83,9 @@ class Play:
     dims: Suppress[tuple[int, int] | None] = None
     seed: int = 0
     """Of the first episode's task and layout and of the policy's session; `seed + 1` of the second, ..."""
-    split: Literal["train", "held_out"] = "train"
-    """Tasks asked for: those of training, or combinations never trained on."""
+    split: Literal["train", "held_out", "back"] = "train"
+    """Tasks asked for: those of training, combinations never trained on, or tasks that cannot be done without a memory
+    (`back`: the tabletop's; docs/data.md)."""
     subtask: str | None = None
     """The policy is made to output this, always."""
     wrong_subtask: bool = False

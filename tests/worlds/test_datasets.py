@@ -70,7 +70,7 @@ def test_it_is_recorded_once_and_with_any_number_of_processes_the_same(address, 
 
 def test_every_parameter_and_the_generator_name_another_place(monkeypatch):
     changes = {"episodes": 4, "seed": 6, "image_size": (16, 18), "noise": 0.5, "commanded": 0.3}
-    changes |= {"asked": ("red", "blue"), "pairs": 0.1}
+    changes |= {"asked": ("red", "blue"), "pairs": 0.1, "split": "back"}
     assert set(changes) == {f.name for f in dataclasses.fields(Demonstrations)}
     paths = [cache_path(dataclasses.replace(SMALL, **{k: v})) for k, v in changes.items()]  # type: ignore[arg-type]
     monkeypatch.setattr(dataset, "GENERATOR_VERSION", 0)
@@ -123,6 +123,7 @@ def test_of_two_that_record_at_once_the_first_to_end_provides_it(tmp_path, monke
         ),
         ("world://tabletop?image_size=0x8", "image_size must be positive, found 0x8"),
         ("world://tabletop?commanded=1.5&pairs=-0.1", r"commanded must lie in \[0, 1\], found 1.5; pairs must"),
+        ("world://tabletop?split=forth", "split must be train or back, found 'forth'"),
         ("world://tabletop?asked=red,pink", "asked must be two or more of red, .*, found red, pink"),
     ],
 )

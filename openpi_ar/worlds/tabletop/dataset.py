@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import time
+from typing import Literal
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class Demonstrations:
     """Colours of the blocks that tasks ask for; others only stand by."""
     pairs: float = 1 / 3
     """Fraction of the tasks that name two blocks and their order, the hardest kind."""
+    split: Literal["train", "back"] = "train"
+    """`back`: a block into the other bin and back instead, which cannot be done without a memory (`text.memory`)."""
 
     def check(self) -> None:
         """Raises UserError that names every value out of range."""
@@ -65,6 +68,8 @@ class Demonstrations:
         wrong += [f"{name} must lie in [0, 1], found {v}" for name, v in fractions.items() if not 0 <= v <= 1]
         if len(set(self.asked)) < 2 or not set(self.asked) <= set(COLORS):
             wrong.append(f"asked must be two or more of {', '.join(COLORS)}, found {', '.join(self.asked) or 'none'}")
+        if self.split == "back" and self.commanded:
+            wrong.append(f"commanded must be 0 with split=back, whose plan is its prompt's, found {self.commanded}")
         if wrong:
             raise UserError(f"tabletop demonstrations: {'; '.join(wrong)}")
 
@@ -73,6 +78,8 @@ def cache_path(demos: Demonstrations, cache_dir: str | None = None) -> Path:
     """Where the dataset of these demonstrations is or will be; `cache_dir`: see `files.cache_root`."""
     floats = {name: float(getattr(demos, name)) for name in ("noise", "commanded", "pairs")}
     content = {**dataclasses.asdict(demos), **floats, "cameras": CAMERAS, "version": GENERATOR_VERSION}
+    if demos.split == "train":  # as it was called before there was another
+        del content["split"]
     return cache_root(cache_dir) / "worlds" / "tabletop" / digest(content) / "dataset"
 
 
@@ -167,7 +174,7 @@ def decode_blocks(encoded: np.ndarray) -> np.ndarray:
 
 
 def _record(demos: Demonstrations, i: int) -> Episode:
-    how = {"commanded": demos.commanded, "asked": demos.asked, "pairs": demos.pairs}
+    how = {"commanded": demos.commanded, "asked": demos.asked, "pairs": demos.pairs, "split": demos.split}
     return record_episode(_world(demos.image_size), (demos.seed, i), demos.noise, **how)
 
 

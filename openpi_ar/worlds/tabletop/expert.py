@@ -12,24 +12,22 @@ from openpi_ar.worlds.tabletop.tasks import LIFTED_Z, Facts
 Z_LOW = float(scene.TOOL_LOW[2])
 Z_TRAVEL = 0.12
 """Tool height for carrying and releasing: the carried block's bottom is 5 cm above the walls."""
-HOME = np.array([0.0, -0.03, 0.17])
 
 _FUNNEL_SLOPE = 4.0
 _ALIGNED = 0.012
 """Horizontal distance below which the funnel is at its bottom, metres; the pads forgive about 2 cm."""
 _CLOSE_Z = Z_LOW + 0.012
-_RELEASE_RADIUS = 0.02
 _EMPTY = 0.030
 """Finger opening below which no block can be between the pads (they are 4 cm wide), metres."""
 _OPENED = 0.065
 """Finger opening from which the hand may come down around a block, metres."""
 
 
-def drop_point(color: str, bin_name: str) -> np.ndarray:
+def drop_point(color: str, bin_name: str, bins: scene.Bins = scene.THREE_BINS) -> np.ndarray:
     """Tool target [3] for releasing a block: spread by colour so that blocks do not pile up."""
     angle = 2 * np.pi * scene.COLORS.index(color) / len(scene.COLORS)
-    x, y = scene.BIN_CENTER[bin_name]
-    return np.array([x + 0.016 * np.cos(angle), y + 0.018 * np.sin(angle), Z_TRAVEL])
+    (x, y), (along_x, along_y) = bins.center[bin_name], bins.spread
+    return np.array([x + along_x * np.cos(angle), y + along_y * np.sin(angle), Z_TRAVEL])
 
 
 def parse_subtask(subtask: str) -> tuple[str | None, str | None]:
@@ -51,7 +49,7 @@ def expert_action(facts: Facts, subtask: str) -> np.ndarray:
     """
     color, bin_name = parse_subtask(subtask)
     if color is None:
-        return _action(HOME, close=False)
+        return _action(scene.HOME, close=False)
     if facts.held is not None and facts.held != color:
         return _put_down(facts)
     if facts.held is None:
@@ -59,8 +57,8 @@ def expert_action(facts: Facts, subtask: str) -> np.ndarray:
     lifted = facts.blocks[color][2] > LIFTED_Z
     if bin_name is None or not lifted:
         return _action([*facts.tool[:2], Z_TRAVEL], close=True)
-    goal = drop_point(color, bin_name)
-    over_bin = float(np.linalg.norm(facts.tool[:2] - goal[:2])) < _RELEASE_RADIUS
+    goal = drop_point(color, bin_name, facts.bins)
+    over_bin = float(np.linalg.norm(facts.tool[:2] - goal[:2])) < facts.bins.near
     return _action(goal, close=not over_bin)
 
 

@@ -64,8 +64,9 @@ def _side(first: str, second: str) -> str:
 
 def _placed(facts: Facts) -> dict[str, list[str]]:
     """Colours in each bin, in the order of `COLORS`."""
-    where = {color: scene.bin_of(facts.blocks[color]) for color in COLORS if color in facts.blocks}
-    return {name: [color for color, place in where.items() if place == name and color != facts.held] for name in BINS}
+    where = {color: facts.bins.of(facts.blocks[color]) for color in COLORS if color in facts.blocks}
+    there = [name for name in BINS if name in facts.bins.center]
+    return {name: [color for color, place in where.items() if place == name and color != facts.held] for name in there}
 
 
 def _held_now(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -90,11 +91,14 @@ def _sides(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _just_done(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Only where one image is enough: a block in the air, the only block in a bin, or none in any."""
+    """Only where one image is enough: a block in the air, the only block in a bin, or none in any. In a `back` task a
+    block lies in a bin from the start."""
     placed = [(color, name) for name, colors in _placed(facts).items() for color in colors]
     if facts.held is not None:
         if facts.blocks[facts.held][2] > LIFTED_Z:
             yield _BEGINS["done"], f"picked up the {facts.held} block"
+    elif facts.bins is scene.TWO_BINS:
+        return
     elif not placed:
         yield _BEGINS["done"], "nothing"
     elif len(placed) == 1:

@@ -12,7 +12,7 @@ import numpy as np
 from openpi_ar.worlds.tabletop import scene
 from openpi_ar.worlds.tabletop.expert import expert_action
 from openpi_ar.worlds.tabletop.questions import sample_question
-from openpi_ar.worlds.tabletop.tasks import Facts, Layout, Task, command_task, next_subtask, sample_task
+from openpi_ar.worlds.tabletop.tasks import Facts, Layout, Split, Task, command_task, next_subtask, sample_task
 from openpi_ar.worlds.tabletop.world import Tabletop
 
 _TRAINING = 0x7AB1E
@@ -103,7 +103,7 @@ class Disturbance:
             self._lure = None
         if self._lure is None and self._wrong and not facts.held and self._rng.random() < 0.1:
             self._wrong -= 1
-            loose = [color for color, position in facts.blocks.items() if scene.bin_of(position) is None]
+            loose = [color for color, position in facts.blocks.items() if facts.bins.of(position) is None]
             if loose:
                 self._lure, self._lure_steps = str(self._rng.choice(loose)), 12
         if self._lure is None:
@@ -120,6 +120,7 @@ def record_episode(
     commanded: float = 0.0,
     asked: Collection[str] = scene.COLORS,
     pairs: float = 1 / 3,
+    split: Split = "train",
 ) -> Episode:
     """A successful training demonstration; failed attempts are thrown away and drawn again.
 
@@ -130,13 +131,14 @@ def record_episode(
         commanded: probability of a random plan in place of the prompt's.
         asked: colours that may be targets; see `tasks.sample_task`.
         pairs: probability of a task that names two blocks and their order.
+        split: `train`, or `back` for tasks that need a memory.
 
     Raises:
         RuntimeError: 20 attempts in a row failed, which points to a broken scene or expert.
     """
     for attempt in range(_MAX_ATTEMPTS):
         rng = np.random.default_rng([_TRAINING, *seed, attempt])
-        task, layout = sample_task(rng, split="train", asked=asked, pairs=pairs)
+        task, layout = sample_task(rng, split=split, asked=asked, pairs=pairs)
         if rng.random() < commanded:
             task = command_task(rng, task.prompt, tuple(color for color in layout.colors if color in asked))
         episode = _attempt(world, rng, noise, task, layout)

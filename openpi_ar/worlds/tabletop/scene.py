@@ -13,6 +13,9 @@ is left in the front image. Blocks start near the camera; three open bins stand 
 The workspace is nearly square so that a 64 x 64 image spends its pixels on it (about 6 mm each).
 """
 
+from collections.abc import Mapping
+import dataclasses
+
 import numpy as np
 
 COLORS: tuple[str, ...] = ("red", "yellow", "green", "blue", "purple")
@@ -40,14 +43,47 @@ BIN_CENTER: dict[str, tuple[float, float]] = {"left": (-0.13, 0.145), "middle": 
 BIN_RGBA = {"left": "0.86 0.86 0.86 1", "middle": "0.52 0.36 0.18 1", "right": "0.20 0.20 0.20 1"}
 BIN_HALF = (0.055, 0.06)
 """Inner half sizes of a bin along x and y."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bins:
+    """The bins of a scene, side by side.
+
+    center  xy of each, metres, by name.
+    half    inner half sizes of each along x and y, metres.
+    spread  half axes of the ellipse on which blocks of different colours are released, metres.
+    near    how near to that point along the table the hand lets go, metres: a block that is released on the move flies.
+    """
+
+    center: Mapping[str, tuple[float, float]]
+    half: tuple[float, float]
+    spread: tuple[float, float]
+    near: float
+
+    def of(self, position: np.ndarray) -> str | None:
+        """The bin whose inner walls enclose a point [>= 2] (x, y, ...) seen from above, or None."""
+        for name, (x, y) in self.center.items():
+            if abs(position[0] - x) < self.half[0] and abs(position[1] - y) < self.half[1]:
+                return name
+        return None
+
+
+THREE_BINS = Bins(BIN_CENTER, BIN_HALF, spread=(0.016, 0.018), near=0.02)
+TWO_BINS = Bins({"left": (-0.095, 0.145), "right": (0.095, 0.145)}, (0.085, 0.06), spread=(0.0, 0.0), near=0.005)
+"""Wide enough for the open hand to come down inside: blocks can be taken out again."""
+
 WALL_HEIGHT = 0.05
 BACK_HEIGHT = 0.08
 """Height of the far and outer walls: a block released on the move lands inside."""
 WALL_HALF = 0.003
+BIN_FLOOR = 0.002
+"""Thickness of a bin's floor."""
 
 TOOL_LOW = np.array([-0.18, -0.18, 0.022])
 TOOL_HIGH = np.array([0.18, 0.20, 0.20])
 """Limits of the tool point, the middle between the pads. At the lowest z the finger tips are 2 mm above the table."""
+HOME = np.array([0.0, -0.03, 0.17])
+"""Where the hand rests when there is nothing to do."""
 MAX_OPENING = 0.09
 """Distance between the pads of the open hand: 5 cm wider than a block."""
 
@@ -62,23 +98,20 @@ FRONT_LOOKS_AT = np.array([0.0, 0.03, 0.02])
 
 
 def bin_of(position: np.ndarray) -> str | None:
-    """The bin whose inner walls enclose a point [>= 2] (x, y, ...) seen from above, or None."""
-    for name, (x, y) in BIN_CENTER.items():
-        if abs(position[0] - x) < BIN_HALF[0] and abs(position[1] - y) < BIN_HALF[1]:
-            return name
-    return None
+    """The bin of `THREE_BINS` that a point is in."""
+    return THREE_BINS.of(position)
 
 
 def _vector(values: object) -> str:
     return " ".join(f"{value:.6g}" for value in np.ravel(np.asarray(values, dtype=float)))
 
 
-def _bin_xml(name: str) -> str:
-    (x, y), (half_x, half_y), rgba = BIN_CENTER[name], BIN_HALF, BIN_RGBA[name]
+def _bin_xml(bins: Bins, name: str) -> str:
+    (x, y), (half_x, half_y), rgba = bins.center[name], bins.half, BIN_RGBA[name]
     outer_x, z, back = half_x + 2 * WALL_HALF, WALL_HEIGHT / 2, BACK_HEIGHT / 2
     west, east = (back if name == outer else z for outer in (BINS[0], BINS[-1]))
     boxes = {
-        "floor": ((x, y, 0.001), (half_x, half_y, 0.001)),
+        "floor": ((x, y, BIN_FLOOR / 2), (half_x, half_y, BIN_FLOOR / 2)),
         "near": ((x, y - half_y - WALL_HALF, z), (outer_x, WALL_HALF, z)),
         "far": ((x, y + half_y + WALL_HALF, back), (outer_x, WALL_HALF, back)),
         "west": ((x - half_x - WALL_HALF, y, west), (WALL_HALF, half_y, west)),
@@ -102,8 +135,8 @@ def _finger_xml(side: str) -> str:
       </body>"""
 
 
-def build_xml(num_blocks: int) -> str:
-    """MJCF of the scene with `num_blocks` blocks named block0, block1, ...; their colours are set at reset.
+def build_xml(num_blocks: int, bins: Bins = THREE_BINS) -> str:
+    """MJCF of the scene with these bins and `num_blocks` blocks named block0, block1, ...; reset sets their colours.
 
     Actuators: x, y, z (tool position, metres) and grip (opening of each finger, metres).
     """
@@ -130,7 +163,7 @@ def build_xml(num_blocks: int) -> str:
   </default>
   <worldbody>
     <geom name="table" type="plane" size="2 2 0.1" rgba="0.55 0.54 0.52 1" friction="0.8 0.01 0.001"/>
-    {"".join(map(_bin_xml, BINS))}
+    {"".join(_bin_xml(bins, name) for name in bins.center)}
     <camera name="front" pos="{_vector(FRONT_POSITION)}" fovy="{FRONT_FOVY}"
             xyaxes="{_vector([right, np.cross(right, forward)])}"/>
     <body name="hand" gravcomp="1">

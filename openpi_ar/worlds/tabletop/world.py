@@ -18,6 +18,9 @@ from openpi_ar.worlds.tabletop.tasks import (
     Layout,
     Split,
     Task,
+    back_layout,
+    completed_after,
+    is_lifted,
     is_placed,
     next_subtask,
     sample_layout,
@@ -37,6 +40,9 @@ ACTIONS = ("x", "y", "z", "grip")
 
 MAX_SPEED = 0.05
 """Furthest that the servo's set-point moves in one control step, along the table and along z each, metres."""
+HOLD_STEPS = 25
+"""Control steps for which the block of a `back` task must be left alone at the end: three times what a hand at home
+needs to pick it up again."""
 _RAMP = 5
 """The set-point moves in this many equal parts per control step."""
 
@@ -50,7 +56,9 @@ class Tabletop:
 
     Info: `subtask` (the true one now), `success`, `blocks_placed` (fraction of the task's blocks in their bins),
     `positions` {colour: float64 [3]}, `held` (colour or None), `out_of_order` (the
-    second block of a pair was placed first: success is lost), `task`, `steps`.
+    second block of a pair was placed first, or a block that had come back was picked up again: success is lost),
+    `task`, `steps`. Success in a `back` task: the block was in the other bin, is back, and has been left alone for
+    `HOLD_STEPS`; `blocks_placed` are then the halves of the way.
 
     Args:
         image_size: height and width in pixels.
@@ -62,10 +70,10 @@ class Tabletop:
 
     def __init__(self, image_size: tuple[int, int] = (64, 64), cameras: tuple[str, ...] = CAMERAS) -> None:
         self.image_size, self.cameras = image_size, cameras
-        self._scenes: dict[int, tuple[mujoco.MjModel, mujoco.MjData]] = {}
+        self._scenes: dict[tuple[int, scene.Bins], tuple[mujoco.MjModel, mujoco.MjData]] = {}
         self._rays: dict[str, RayCamera] = {}
         self._task: Task | None = None
-        self._bind(2)  # a wrong camera or size is reported now, not at the first reset
+        self._bind(2, scene.THREE_BINS)  # a wrong camera or size is reported now, not at the first reset
 
     def reset(
         self,
@@ -90,14 +98,17 @@ class Tabletop:
         """
         rng = np.random.default_rng(seed)
         drawn, drawn_layout = sample_task(rng, split=split)
-        if task is not None and layout is None:
+        if task is not None and task.kind == "back":
+            drawn_layout = back_layout(rng, task)
+        elif task is not None and layout is None:
             named = tuple(color for color, _ in task.targets)
             others = [color for color in scene.COLORS if color not in named]
             extra = rng.permutation(others)[: rng.integers(3)] if task.kind == "pair" else ()
             drawn_layout = sample_layout(rng, (*named, *map(str, extra)))
         self._task = task or drawn
-        self._place(layout or drawn_layout)
         self._steps, self._out_of_order = 0, False
+        self._completed, self._left_alone = 0, 0
+        self._place(layout or drawn_layout)
         return self._observe(render), self._info()
 
     def step(self, action: np.ndarray, *, render: bool = True) -> tuple[Observation, float, bool, bool, Info]:
@@ -116,6 +127,8 @@ class Tabletop:
             facts = self.facts()
             first, second = (is_placed(facts, *target) for target in task.targets)
             self._out_of_order |= second and not first
+        if task.kind == "back":
+            self._come_back()
         info = self._info()
         success = info["success"]
         return self._observe(render), float(success), success, self._steps >= self.max_steps, info
@@ -123,7 +136,7 @@ class Tabletop:
     def facts(self) -> Facts:
         """What can be seen now, from the simulator's state."""
         blocks = {color: self._data.xpos[body].copy() for color, body in zip(self._colors, self._bodies, strict=True)}
-        return Facts(self._tool(), self._opening(), blocks, self._held())
+        return Facts(self._tool(), self._opening(), blocks, self._held(), self._bins, self._completed)
 
     @property
     def task(self) -> Task:
@@ -137,12 +150,21 @@ class Tabletop:
         """Step limit: several times what the scripted expert needs."""
         return 40 + 35 * len(self.task.targets)
 
-    def _bind(self, num_blocks: int) -> None:
-        """Make the scene with this many blocks current, compiling it at its first use."""
-        if num_blocks not in self._scenes:
-            model = mujoco.MjModel.from_xml_string(scene.build_xml(num_blocks))
-            self._scenes[num_blocks] = model, mujoco.MjData(model)
-        self._model, self._data = model, _ = self._scenes[num_blocks]
+    def _come_back(self) -> None:
+        """Brings what no image of a `back` task shows up to date."""
+        facts, (color, home) = self.facts(), self.task.targets[-1]
+        if facts.completed == 2 * len(self.task.targets):
+            self._left_alone = self._left_alone + 1 if is_placed(facts, color, home) else 0
+            self._out_of_order |= is_lifted(facts, color)
+        self._completed = completed_after(self.task, facts)
+
+    def _bind(self, num_blocks: int, bins: scene.Bins) -> None:
+        """Make the scene with this many blocks and these bins current, compiling it at its first use."""
+        if (num_blocks, bins) not in self._scenes:
+            model = mujoco.MjModel.from_xml_string(scene.build_xml(num_blocks, bins))
+            self._scenes[num_blocks, bins] = model, mujoco.MjData(model)
+        self._bins = bins
+        self._model, self._data = model, _ = self._scenes[num_blocks, bins]
         if not self._rays:
             self._rays = {name: RayCamera(model, name, self.image_size) for name in self.cameras}
         self._bodies = [model.body(f"block{i}").id for i in range(num_blocks)]
@@ -152,14 +174,15 @@ class Tabletop:
         missing = {color for color, _ in self.task.targets} - set(layout.colors)
         if missing:
             raise ValueError(f"the layout lacks {sorted(missing)}, which the task {self.task.prompt!r} names")
-        self._bind(len(layout.colors))
+        self._bind(len(layout.colors), scene.TWO_BINS if self.task.kind == "back" else scene.THREE_BINS)
         model, data = self._model, self._data
         mujoco.mj_resetData(model, data)
         self._colors = layout.colors
         for i, color in enumerate(layout.colors):
             model.geom(f"block{i}").rgba[:3] = scene.RGB[color]
             half = layout.yaw[i] / 2
-            data.joint(f"block{i}").qpos[:] = [*layout.xy[i], scene.BLOCK_HALF, np.cos(half), 0, 0, np.sin(half)]
+            z = scene.BLOCK_HALF + scene.BIN_FLOOR * (self._bins.of(layout.xy[i]) is not None)
+            data.joint(f"block{i}").qpos[:] = [*layout.xy[i], z, np.cos(half), 0, 0, np.sin(half)]
         for axis, value in zip("xyz", layout.tool, strict=True):
             data.joint(axis).qpos[:] = value
         for side in ("left", "right"):
@@ -204,10 +227,14 @@ class Tabletop:
     def _info(self) -> Info:
         facts, targets = self.facts(), self.task.targets
         placed = [is_placed(facts, *target) for target in targets]
+        if self.task.kind == "back":
+            placed = [i < facts.completed // 2 for i in range(len(targets))]
         # "Placed" counts from the moment of release; success also waits for the fall and for the open hand.
         joints = [self._data.joint(f"block{self._colors.index(color)}") for color, _ in targets]
         landed = all(np.linalg.norm(joint.qvel[:3]) < 0.1 for joint in joints)  # metres per second
         success = bool(all(placed) and landed and facts.opening > 0.06 and not self._out_of_order)
+        if self.task.kind == "back":
+            success &= self._left_alone >= HOLD_STEPS
         return {
             "subtask": next_subtask(self.task, facts),
             "success": success,
