@@ -27,9 +27,10 @@ import numpy as np
 from openpi_ar.checkpoints import store
 from openpi_ar.compilation import counted, keep_compiled_programs
 from openpi_ar.data import check
+from openpi_ar.data.history import LateHistory
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.layout import TrainingSource
-from openpi_ar.data.loader import Loader
+from openpi_ar.data.loader import Loader, in_turn
 from openpi_ar.data.prompt_swap import PromptSwap
 from openpi_ar.data.sources import load_sources
 from openpi_ar.text.tokenizer import Tokenizer, load_tokenizer
@@ -99,12 +100,13 @@ def make_data(cfg: TrainConfig, placement: Placement, resume_from: Path | None) 
     transform = InputTransform.for_training(cfg, tokenizer, stats)
     transform.sample(train[0])  # budgets and shapes that do not fit are reported here, not from a loader thread
     check.check_questions(train, transform)
+    check.check_histories(cfg, train, transform)
     loader = Loader(
         train,
         transform,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
-        augment=PromptSwap(sorted(train.prompts), cfg.data.prompt_swap),
+        augment=in_turn(PromptSwap(sorted(train.prompts), cfg.data.prompt_swap), LateHistory(cfg.model.action_horizon)),
         sharding=placement.batch,
         workers=cfg.workers,
     )

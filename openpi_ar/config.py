@@ -29,6 +29,10 @@ class TextConfig:
     second prefill, without the vision tower."""
     action_template: str = "openpi"
     """The template of that prompt, for `conditioning` reprompt."""
+    memory: int = 0
+    """How many of the last completed subtasks are written into the prompt, before the state: what tells two moments
+    apart that look the same. In training they come from the labels, at inference from what a session has generated.
+    0: none, and prompts are as ever."""
 
 
 @dataclasses.dataclass(frozen=True)

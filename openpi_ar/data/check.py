@@ -186,6 +186,21 @@ def check_questions(train: TrainingSource, transform: InputTransform) -> None:
                 raise UserError(f"{row.where}: {e}") from e
 
 
+def check_histories(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> None:
+    """Raises UserError if a prompt with completed subtasks may not fit its budget, before a run meets it."""
+    template, longest_state = transform.template(), np.ones(transform.state_stats.dims)
+    pairs = list(train.histories)
+    if cfg.data.prompt_swap:  # any task may then stand before any history
+        pairs = [(task, done) for task in train.prompts for done in dict.fromkeys(done for _, done in pairs)]
+    texts = {template.prompt_text(task, longest_state, done) for task, done in pairs}
+    need, text = max(((1 + len(transform.tokenizer.encode(text)), text) for text in texts), default=(0, ""))
+    if need > cfg.text.max_prompt_tokens:
+        raise UserError(
+            f"with text.memory {cfg.text.memory} a prompt can take {need} tokens, text.max_prompt_tokens is "
+            f"{cfg.text.max_prompt_tokens}: raise it, or remember less ({text!r})"
+        )
+
+
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
     """Remarks on texts that can take more tokens than their budget."""
     text, template = cfg.text, transform.template()

@@ -1,7 +1,8 @@
 """A raw observation or sample -> the model's arrays. Training and the policy share this, so they cannot differ.
 
     raw observation  {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}
-                     optional: "masked": names of cameras to go without; "template": name, default `text.template`
+                     optional: "masked": names of cameras to go without; "template": name, default `text.template`;
+                     "done": the subtasks that are completed [str], for `text.memory`
     raw sample       also {"actions": [A X_real], "action_valid": bool [A], "subtask": str}
                      optional: "supervise_text": bool, whether the text is in the loss
     raw question     {"images", "question": str, "answer": str, "template": "vqa"}: a sample that only trains text
@@ -12,6 +13,7 @@ zeros.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -27,7 +29,7 @@ from openpi_ar.errors import UserError
 from openpi_ar.images import resize_with_pad
 from openpi_ar.robot_spec import plain
 from openpi_ar.text.segments import Segment, Special, TokenArrays, pack
-from openpi_ar.text.templates import Template, get_template, text_status
+from openpi_ar.text.templates import TEMPLATES, Template, get_template, text_status
 from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Batch, Observation, Tokens
 
@@ -48,8 +50,8 @@ class InputTransform:
         average_padded_dims: padded action dimensions count in the loss (`LossConfig.average_padded_dims`).
 
     Raises:
-        UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks; or
-            the actions' prompt cannot hold a subtask.
+        UserError: the robot has more dimensions than the model or the statistics, or cameras that the model lacks; the
+            actions' prompt cannot hold a subtask, or the prompt no completed ones.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class InputTransform:
                 f"{cfg.text.template!r} writes none: use one that does ('subtask'), or --text.conditioning append"
             )
         self.template(cfg.text.action_template)
+        self._check_memory()
         for name, real, model in (
             ("state", self.state_stats.dims, cfg.model.state_dim),
             ("action", self.action_stats.dims, cfg.model.action_dim),
@@ -86,6 +89,17 @@ class InputTransform:
     def for_training(cls, cfg: TrainConfig, tokenizer: Tokenizer, stats: Mapping[str, NormStats]) -> "InputTransform":
         """The transform of a run, which its policy shares."""
         return cls(cfg.inference, tokenizer, stats, average_padded_dims=cfg.loss.average_padded_dims)
+
+    def _check_memory(self) -> None:
+        text = self.cfg.text
+        if text.memory < 0:
+            raise UserError(f"text.memory must be 0 or more, found {text.memory}")
+        if text.memory and not self.template().remembers:
+            names = ", ".join(name for name, template in TEMPLATES.items() if template.remembers)
+            raise UserError(
+                f"text.memory is {text.memory}, but template {text.template!r} has no place for completed subtasks: "
+                f"use one of {names}, or --text.memory 0"
+            )
 
     @property
     def reprompts(self) -> bool:
@@ -138,9 +152,32 @@ class InputTransform:
         }
 
     def prompt_segments(self, reading: Reading) -> list[Segment]:
-        """Segments of the prompt. Raises UserError if there is no task, or no state for it."""
-        template = self.template(reading.template)
-        return template.prompt_segments(template.task(reading.prompt, reading.question), self._state(reading))
+        """Segments of the prompt. Raises UserError if there is no task, no state for it, or no memory for what is
+        completed."""
+        template, memory = self.template(reading.template), self.cfg.text.memory
+        if reading.done and not memory:
+            raise UserError(
+                "observation['done'] tells which subtasks are completed, but this model was trained without a memory "
+                "(text.memory 0): leave it out"
+            )
+        done = (reading.done or ())[-memory:] if template.remembers else ()
+        return template.prompt_segments(template.task(reading.prompt, reading.question), self._state(reading), done)
+
+    def recall(self, reading: Reading, done: Sequence[str]) -> Reading:
+        """The reading with what a session has completed, unless it says so itself.
+
+        The oldest are left out where the prompt has no room for all: a robot does not stop for what a model writes.
+        """
+        if reading.done is not None or not self.cfg.text.memory:
+            return reading
+        known = tuple(done[-self.cfg.text.memory :])
+        while known:
+            with contextlib.suppress(UserError):
+                told = dataclasses.replace(reading, done=known)
+                self.prompt(self.prompt_segments(told))
+                return told
+            known = known[1:]
+        return reading
 
     def _state(self, reading: Reading) -> np.ndarray | None:
         """The state, normalised. It enters a prompt before it is padded: openpi's order; padding carries nothing."""

@@ -67,6 +67,11 @@ class TrainingSource(Protocol):
         ...
 
     @property
+    def histories(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The prompts that occur, each with every history (completed subtasks); none if samples do not tell any."""
+        ...
+
+    @property
     def layout(self) -> Layout:
         """Where samples come from."""
         ...

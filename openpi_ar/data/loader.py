@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step): shuffled, made in the background, resumable at any step."""
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import os
 import signal
 import threading
@@ -29,6 +30,8 @@ flags.FLAGS.mark_as_parsed()
 
 Source = RandomAccessDataSource[dict]
 """Random access to raw samples: `len(source)` and `source[index]`."""
+Augment = Callable[[dict, np.random.Generator], dict]
+"""A random change of a raw sample."""
 
 
 class BatchRows(grain.MapDataset):
@@ -79,7 +82,7 @@ class Loader(Iterator[Batch]):
         *,
         batch_size: int,
         seed: int,
-        augment: Callable[[dict, np.random.Generator], dict] | None = None,
+        augment: Augment | None = None,
         sharding: jax.sharding.Sharding | None = None,
         workers: int = 0,
     ):
@@ -127,6 +130,23 @@ class Loader(Iterator[Batch]):
             return iter(rest.to_iter_dataset(grain.ReadOptions(_THREADS, _PREFETCHED_BATCHES)))
         options = grain.MultiprocessingOptions(self._workers, _PREFETCHED_BY_A_WORKER)
         return iter(rest.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options, _start_worker))
+
+
+@dataclasses.dataclass(frozen=True)
+class _InTurn:
+    """A class, because workers get it by pickling."""
+
+    changes: tuple[Augment, ...]
+
+    def __call__(self, raw: dict, rng: np.random.Generator) -> dict:
+        for change in self.changes:
+            raw = change(raw, rng)
+        return raw
+
+
+def in_turn(*changes: Augment) -> Augment:
+    """One change of raw samples after the other. What an earlier one draws does not depend on the later ones."""
+    return _InTurn(changes)
 
 
 def _start_worker(index: int, count: int) -> None:

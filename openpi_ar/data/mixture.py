@@ -58,6 +58,11 @@ class Mixture:
         return tuple(dict.fromkeys(s for part in self.parts for s in part.subtasks))
 
     @property
+    def histories(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Those that occur in any part."""
+        return tuple(dict.fromkeys(pair for part in self.parts for pair in part.histories))
+
+    @property
     def layout(self) -> Layout:
         """The first part's."""
         return self.parts[0].layout

@@ -76,6 +76,10 @@ class QuestionSource:
         return ()
 
     @property
+    def histories(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return ()
+
+    @property
     def layout(self) -> Layout:
         return _NOWHERE
 

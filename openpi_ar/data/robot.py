@@ -22,6 +22,7 @@ class Reading:
     prompt    what to do. None: the observation has none, and neither has the robot.
     question  what to answer, of a template that answers questions. None: there is none.
     template  name of the row's template. None: the config's.
+    done      subtasks that are completed, the last one last. None: the observation does not say.
     """
 
     images: Mapping[str, np.ndarray]
@@ -29,6 +30,7 @@ class Reading:
     prompt: str | None
     question: str | None = None
     template: str | None = None
+    done: tuple[str, ...] | None = None
 
 
 class Robot:
@@ -67,7 +69,8 @@ class Robot:
         flat = _flatten(raw)
         images, question = self._images(flat, set(raw.get("masked", ()))), raw.get("question")
         question = None if question is None else as_text(question, "the question")
-        return Reading(images, self._state_vector(flat), self.prompt(raw), question, raw.get("template"))
+        done = None if raw.get("done") is None else _texts(raw["done"])
+        return Reading(images, self._state_vector(flat), self.prompt(raw), question, raw.get("template"), done)
 
     def prompt(self, raw: Mapping[str, Any]) -> Any:
         """The observation's prompt (`textfile.as_text`); by default the robot's own. Raises UserError."""
@@ -90,7 +93,7 @@ class Robot:
             if masked & {*own, *short} or (place is None and key in self.spec.optional):
                 continue
             if place is None:
-                others = [k for k in flat if k not in (PROMPT, STATE, *(path for _, path, _, _ in self._state))]
+                others = [k for k in flat if k not in (PROMPT, STATE, "done", *(path for _, path, _, _ in self._state))]
                 raise UserError(
                     f"image {_first(key)!r} of camera {camera!r} is missing: {self._who} "
                     f"{', '.join(map(_first, self._places))}; found "
@@ -130,6 +133,16 @@ class Robot:
     @property
     def _state_names(self) -> str:
         return " and ".join(f"observation[{name!r}]" for name in self.spec.state)
+
+
+def _texts(done: Any) -> tuple[str, ...]:
+    """The completed subtasks of an observation. Raises UserError if they are no texts."""
+    if isinstance(done, str | bytes) or not isinstance(done, Sequence | np.ndarray):
+        raise UserError(f"observation['done'] must be a list of the completed subtasks, found {done!r}")
+    texts = tuple(as_text(text, f"observation['done'], entry {i},") for i, text in enumerate(done, 1))
+    if not all(text.strip() for text in texts):
+        raise UserError(f"observation['done'] holds an empty text: leave it out, found {list(texts)}")
+    return texts
 
 
 def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,9 +37,8 @@ def load_sources(
             loaded.append(_Part(*questions.load_folder(path, model.cameras, data.held_out), [], weight))
             continue
         one = dataclasses.replace(data, path=locate(path, data.cache_dir), episodes=() if i else data.episodes)
-        sources = load_lerobot(
-            one, model.action_horizon, model.cameras, model.siglip.image_size, needs_subtask=needs_subtask
-        )
+        asked = {"needs_subtask": needs_subtask, "memory": cfg.text.memory}
+        sources = load_lerobot(one, model.action_horizon, model.cameras, model.siglip.image_size, **asked)
         loaded.append(_Part(*sources, weight))
         if data.questions and EVENTS in sources[0].table.frames.meta.features:
             asked = questions_of(sources[0], sources[1], model.cameras)

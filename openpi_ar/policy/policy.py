@@ -139,12 +139,13 @@ class Policy(Talker):
 
         Args:
             raw: {"images": {camera: uint8 [h w 3]}, "state": [P_real], "prompt": str}, real units; with a robot, what
-                it sends (`RobotSpec`).
+                it sends (`RobotSpec`). A model with a memory (`text.memory`) may be told "done", the subtasks that are
+                completed, in place of what the session knows.
             seed: of the noise that actions are denoised from, and of sampled text.
             noise: [A X], normalised, in place of the seed's.
             subtask: have the model act as if it had generated this.
-            session: in place of `seed`: draws new noise in every call and checks the last text before decoding a new
-                one.
+            session: in place of `seed`: draws new noise in every call, checks the last text before decoding a new one,
+                and knows what is completed: a text that another one follows.
             timing: time the stages apart (slower than the usual path, which is one program).
 
         Returns:
@@ -191,7 +192,7 @@ class Policy(Talker):
         draft = None
         if text is None and self._programs.drafts:
             draft = stacked_drafts(padded([session.draft for session in sessions], rows), self._programs.budget)
-        readings = [self.robot.read(raw) for raw in raws]
+        readings = self._readings(raws, sessions)
         obs = self.transform.observations(readings, rows, resize=not self._resizes)
         prepared = time.perf_counter()
         own = partial(self._action_prompts, readings, rows) if self.transform.reprompts else None
@@ -207,6 +208,7 @@ class Policy(Talker):
         actions = self.transform.actions_to_real(chunks[: len(raws)], readings)
         ms["total"] = milliseconds(time.perf_counter() - start)
         texts = [self._text(reading, written, row, given=text is not None) for row, reading in enumerate(readings)]
+        self._remember(sessions, texts)
         whole = {"passes": int(written.steps), "timing": ms}
         return [{"subtask": s, **rest, "actions": actions[i], **whole} for i, (s, rest) in enumerate(texts)]
 
@@ -251,6 +253,21 @@ class Policy(Talker):
             return self.infer(raw, seed=seed, subtask=subtask, timing=apart)  # no session: every call decodes its text
 
         return measured(call, repeats)
+
+    def _readings(self, raws: Sequence[Raw], sessions: Sequence[Session]) -> list[Reading]:
+        """The observations, with what the sessions have completed."""
+        readings = [self.robot.read(raw) for raw in raws]
+        if not self.cfg.text.memory:
+            return readings
+        for reading, session in zip(readings, sessions, strict=True):
+            session.begin(reading.prompt)
+        return [self.transform.recall(r, session.done) for r, session in zip(readings, sessions, strict=True)]
+
+    def _remember(self, sessions: Sequence[Session], texts: Sequence[tuple[str, Result]]) -> None:
+        """Tells the sessions what was generated. A text without an end is none that was trained on."""
+        for session, (text, rest) in zip(sessions, texts, strict=True):
+            if self.cfg.text.memory and text and rest["text_status"] == "ok":
+                session.remember(text, self.cfg.text.memory)
 
     def _text(self, reading: Reading, text: Generated, row: int, *, given: bool = False) -> tuple[str, Result]:
         """The text of a row of numpy arrays, and what else a result holds of it."""

@@ -21,6 +21,10 @@ class Session:
         texts: token ids of the texts that were generated, the last one first, 16 at most: how the next may go on.
         chunk: the last actions, normalised, float32 [A X]. None before the first call.
         executed: actions of `chunk` that the robot has executed. The caller counts them; a new chunk starts at 0.
+        task: the prompt of the last call. None before the first call.
+        subtask: the last text. "" before the first call.
+        done: subtasks that are completed, the last one last, as many as the model reads (`text.memory`). You may set
+            it.
     """
 
     def __init__(self, seed: int = 0):
@@ -31,6 +35,21 @@ class Session:
         self.texts: list[tuple[int, ...]] = []
         self.chunk: np.ndarray | None = None
         self.executed = 0
+        self.task: str | None = None
+        self.subtask = ""
+        self.done: tuple[str, ...] = ()
+
+    def begin(self, task: str | None) -> None:
+        """Records what the next call asks for. What was completed of another task is forgotten."""
+        if self.task is not None and task != self.task:
+            self.subtask, self.done = "", ()
+        self.task = task
+
+    def remember(self, subtask: str, most: int) -> None:
+        """Records the text of a call: the last one is completed if this is another. At most `most` are kept."""
+        if self.subtask and subtask != self.subtask:
+            self.done = (*self.done, self.subtask)[-most:]
+        self.subtask = subtask
 
     def advance(self, key: np.ndarray, draft: Draft | None, chunk: np.ndarray) -> None:
         """Records one call: the next key, the text that was generated (None: it was given) and the actions."""

@@ -25,13 +25,15 @@ class Template:
     """What follows BOS, and what the model is to write.
 
     name         key of `TEMPLATES`; `raw["template"]` of a row, `text.template` of a config.
-    prompt       with {task} and, if the state is written into the prompt, {state}.
+    prompt       with {task}, {state} if the state is written into the prompt, and {done} if the template `remembers`.
     target       with {text}; EOS follows it. None if the model writes nothing.
     kind         of the target's tokens.
     needs_state  a row must have a state: it is written into the prompt, or the row acts from it.
     cleans       task and text are lower-cased and lose one closing punctuation mark, which the template brings itself,
                  and "_" and line breaks of the text become spaces (openpi's forks).
     typed        leave the task as it was typed: it is the prompt.
+    done         what takes the place of {done}, with {texts}: the subtasks that are completed, in their order, joined
+                 by "; ". Without any, nothing takes it.
     """
 
     name: str
@@ -41,25 +43,36 @@ class Template:
     needs_state: bool = True
     cleans: bool = False
     typed: bool = False
+    done: str = ""
+
+    @property
+    def remembers(self) -> bool:
+        """The prompt has a place for the subtasks that are completed (`text.memory`)."""
+        return bool(self.done)
 
     @property
     def key(self) -> str:
         """Key of a raw sample that holds the text to write: "subtask" or "answer"."""
         return self.kind.label
 
-    def prompt_text(self, task: str, state: np.ndarray | None = None) -> str:
-        """The prompt after BOS. `state` is normalised [P]; templates without {state} ignore it.
+    def prompt_text(self, task: str, state: np.ndarray | None = None, done: Sequence[str] = ()) -> str:
+        """The prompt after BOS. `state` is normalised [P]; templates without {state} ignore it. `done` are the subtasks
+        that are completed, the last one last.
 
-        Raises UserError if the task is empty or the state is missing or not finite.
+        Raises UserError if the task is empty, the state is missing or not finite, or a template that does not remember
+        is told what is completed.
         """
         words = task.strip() if self.typed else self._clean(task)
         if not words.strip():
             raise UserError("the prompt is empty: say what to do")
+        if done and not self.remembers:
+            raise UserError(f"template {self.name!r} has no place for completed subtasks, found {list(done)}")
+        slots = {"task": words, "done": self.done.format(texts="; ".join(map(self.canonical, done))) if done else ""}
         if "{state}" not in self.prompt:
-            return self.prompt.format(task=words)
+            return self.prompt.format(**slots)
         if state is None:
             raise UserError(f"template {self.name!r} writes the state into the prompt, but no state was given")
-        return self.prompt.format(task=words, state=" ".join(map(str, discretize_state(state))))
+        return self.prompt.format(**slots, state=" ".join(map(str, discretize_state(state))))
 
     def target_text(self, text: str) -> str:
         """The target before EOS. Raises UserError if the text is empty or the template has no target."""
@@ -80,9 +93,9 @@ class Template:
             raise UserError(f"observation[{name!r}] must be a text that says what to do, found {task!r}")
         return task
 
-    def prompt_segments(self, task: str, state: np.ndarray | None = None) -> list[Segment]:
+    def prompt_segments(self, task: str, state: np.ndarray | None = None, done: Sequence[str] = ()) -> list[Segment]:
         """BOS and the prompt: bidirectional and not supervised. Raises UserError as `prompt_text`."""
-        return [Segment(Special.BOS), Segment(self.prompt_text(task, state))]
+        return [Segment(Special.BOS), Segment(self.prompt_text(task, state, done))]
 
     def target_segments(self, text: str, *, supervised: bool = True) -> list[Segment]:
         """The target and a hidden EOS: causal, and in the loss if `supervised`. Raises UserError as `target_text`."""
@@ -124,11 +137,23 @@ TEMPLATES: dict[str, Template] = {
         # openpi, pi0 and the state-less pi05_libero.
         Template("openpi_pi0", "{task}\n"),
         # Ours. The prompt ends without a space, the target begins with one: " pick" is one piece, " " + "pick" two.
-        Template("subtask", "Task: {task}, State: {state};\nSubtask:", " {text}"),
+        Template("subtask", "Task: {task}{done}, State: {state};\nSubtask:", " {text}", done=", Done: {texts}"),
         # BrunoFANG1/openpi_subtask_generation, zero-shot on pi05_base.
-        Template("openpi_subtask_generation", "Task: {task}. Subtask: ", "{text}.;\nAction: ", cleans=True),
+        Template(
+            "openpi_subtask_generation",
+            "Task: {task}.{done} Subtask: ",
+            "{text}.;\nAction: ",
+            cleans=True,
+            done=" Done: {texts}.",
+        ),
         # Ke-Wang1017/openpi_subtask.
-        Template("openpi_subtask", "Task: {task}.; State: {state}; Subtask: ", "{text}.;\nAction: ", cleans=True),
+        Template(
+            "openpi_subtask",
+            "Task: {task}.;{done} State: {state}; Subtask: ",
+            "{text}.;\nAction: ",
+            cleans=True,
+            done=" Done: {texts};",
+        ),
         # PaliGemma's visual question answering.
         Template("vqa", "answer en {task}\n", "{text}", kind=Kind.ANSWER, needs_state=False),
         # Its other tasks, which begin with the task's name: "caption en", "detect cup ; plate", "segment cup".

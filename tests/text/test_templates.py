@@ -61,6 +61,30 @@ def test_text_is_byte_exact(name):
         assert TEMPLATES[name].target_text("Move to_the cup. ") == target
 
 
+# The same with completed subtasks, "_" and capitals as above.
+REMEMBERED = {
+    "subtask": "Task: Pick up the CUP., Done: Move to_the cup.; lift, State: -1 0 0 128 192 255 255 255;\nSubtask:",
+    "openpi_subtask_generation": "Task: pick up the cup. Done: move to the cup; lift. Subtask: ",
+    "openpi_subtask": "Task: pick up the cup.; Done: move to the cup; lift; State: -1 0 0 128 192 255 255 255; Subtask: ",
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_completed_subtasks_stand_before_the_state(tok, name):
+    template, done = TEMPLATES[name], ("Move to_the cup. ", " lift")
+    assert template.remembers is (name in REMEMBERED)
+    if not template.remembers:
+        with pytest.raises(UserError, match="has no place for completed subtasks"):
+            template.prompt_text("Pick_up the CUP.\n ", STATE, done)
+        return
+    told = template.prompt_text("Pick_up the CUP.\n ", STATE, done)
+    assert told == REMEMBERED[name]
+    # What a session tells, the parsed text, is what training tells, the label.
+    ids = [i for s in template.target_segments(done[0]) for i in s.ids(tok)]
+    assert template.prompt_text("Pick_up the CUP.\n ", STATE, (template.parse(tok, ids), "lift")) == told
+    assert template.prompt_text("a {done}", STATE, ("{texts}",)).count("{") == 2
+
+
 def test_braces_in_the_users_text_are_just_text():
     assert TEMPLATES["vqa"].prompt_text("what is {state} {0} {task}?") == "answer en what is {state} {0} {task}?\n"
     assert TEMPLATES["subtask"].target_text("say {text}") == " say {text}"

@@ -23,7 +23,13 @@ from openpi_ar.robot_spec import MASKED, split_key
 
 
 def load_lerobot(
-    cfg: LeRobotData, horizon: int, cameras: Sequence[str], size: tuple[int, int], *, needs_subtask: bool
+    cfg: LeRobotData,
+    horizon: int,
+    cameras: Sequence[str],
+    size: tuple[int, int],
+    *,
+    needs_subtask: bool,
+    memory: int = 0,
 ) -> tuple[LeRobotSource, LeRobotSource, list[str]]:
     """(training source, held-out source, remarks for the user). Decodes and caches the frames on first use.
 
@@ -33,6 +39,7 @@ def load_lerobot(
         size: height and width that frames are cached at.
         needs_subtask: the model learns to write the subtask. Frames without one are then skipped; if it does not, those
             whose subtask does not follow from the prompt. Both are counted in the remarks.
+        memory: completed subtasks that a sample tells.
 
     Raises:
         UserError: anything in the dataset or the config that does not fit; names file, episode and frame.
@@ -79,10 +86,10 @@ def load_lerobot(
     held_out = held_out_mask(episodes, cfg.held_out)[frames.episode_of]
     robot = cfg.reader(cameras)
     robot.check_dims(table.state.shape[1], table.actions.shape[1])
-    train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot)
+    train = LeRobotSource(table, np.flatnonzero(usable & ~held_out), horizon, robot, memory)
     if cfg.held_out == 0:
         remarks.append("data.held_out is 0: evaluation runs on training frames")
-    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon, robot)
+    test = LeRobotSource(table, np.flatnonzero(judged & (held_out | (cfg.held_out == 0))), horizon, robot, memory)
     if not len(train) or not len(test):
         raise UserError(
             f"{meta.root}: {len(train)} usable training frames and {len(test)} held out: name more data.episodes, or "

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 
 import numpy as np
 
+from openpi_ar.data.history import History
 from openpi_ar.data.layout import Column, Layout, Numbers
 from openpi_ar.data.lerobot.columns import Frames, runs
 from openpi_ar.data.normalize import Mode, NormStats, compute_stats
@@ -33,6 +35,11 @@ class Table:
     last: np.ndarray
     layout: Layout
 
+    @functools.cached_property
+    def history(self) -> History:
+        """Which subtasks were completed when."""
+        return History.of(self.subtasks, self.subtask_id, self.frames.starts)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LeRobotSource:
@@ -48,6 +55,8 @@ class LeRobotSource:
     horizon: int
     robot: RobotSpec
     """What is done to states and actions before normalisation; samples are as recorded."""
+    memory: int = 0
+    """Completed subtasks that a sample tells (`data/history.py`)."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,6 +66,7 @@ class LeRobotSource:
         steps = np.arange(row, row + self.horizon)
         end = t.last[row]
         label = int(t.subtask_id[row])
+        told = t.history.told(row, self.memory) if self.memory else {}
         return {
             "images": {name: read(row) for name, read in t.images.items()},
             "masked": t.masked,
@@ -66,6 +76,7 @@ class LeRobotSource:
             "actions": t.actions[np.minimum(steps, end)],
             "action_valid": steps <= end,
             "supervise_text": bool(t.supervise[row]),
+            **told,
         }
 
     @property
@@ -83,6 +94,16 @@ class LeRobotSource:
         """The subtasks that occur in these frames, the most frequent first."""
         ids, counts = np.unique(self.table.subtask_id[self.rows], return_counts=True)
         return tuple(self.table.subtasks[i] for i in ids[np.argsort(-counts, kind="stable")] if i >= 0)
+
+    @property
+    def histories(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The prompts that occur in these frames, each with every history."""
+        if not self.memory:
+            return ()
+        t = self.table
+        moments = np.unique(np.stack([t.prompt_id[self.rows], t.history.run[self.rows]]), axis=1).T.tolist()
+        pairs = dict.fromkeys((t.prompts[prompt], t.history.before(run, self.memory)) for prompt, run in moments)
+        return tuple(pairs)
 
     @property
     def layout(self) -> Layout:
