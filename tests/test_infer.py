@@ -164,6 +164,8 @@ def test_rollout_prints_and_writes_means_over_episodes(warm, tmp_path, capsys):
         (["--plot", "nowhere/a.png"], ["'nowhere'", "create it"]),
         (["--plot", "TEXT"], [".png", "text.txt"]),
         (["--rollout", "1"], ["leave out --images, --state, --prompt"]),
+        (["--done", "pick up", "--question", "why?"], ["leave out --done"]),
+        (["--done", "pick up the red block"], ["without a memory", "text.memory 0"]),
         (["--repeats", "-1"], ["--repeats must be 0 or more"]),
         (["--temperature", "-1"], ["--temperature must be 0 or more, found -1"]),
         (["--denoise-steps", "0"], ["--denoise-steps must be 1 or more, found 0"]),
