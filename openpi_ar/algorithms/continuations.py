@@ -61,3 +61,14 @@ class Continuations:
         inside = jnp.minimum(at, longest - 1)
         proposed = fits.any(-1)[:, None] & (at < longest) & jnp.take_along_axis(known[text], inside, axis=1)
         return jnp.where(proposed, jnp.take_along_axis(table[text], inside, axis=1), 0), proposed
+
+
+Proposal = tuple[Int[Array, "B w"], Bool[Array, "B w"]]
+"""Tokens that may come next, and which are proposed: the first ones of each row."""
+
+
+def joined(forced: Proposal, known: Proposal) -> Proposal:
+    """What is known to be likely where it begins with what must come, else what must come."""
+    agrees = (~forced[1] | known[1] & (known[0] == forced[0])).all(-1, keepdims=True)
+    ids, proposed = (jnp.where(agrees, a, b) for a, b in zip(known, forced, strict=True))
+    return ids, proposed

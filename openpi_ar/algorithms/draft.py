@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.algorithms.sampling import Generated, Sampling, certainty
+from openpi_ar.algorithms.choice import Choice, choose, choose_along
+from openpi_ar.algorithms.sampling import Generated, Sampling
 from openpi_ar.models.vlm import VLM
 from openpi_ar.types import Array, Kind, Tokens
 
@@ -19,13 +20,13 @@ from openpi_ar.types import Array, Kind, Tokens
 class Start(NamedTuple):
     """The beginning of decoding, of each row after the `agreed` first tokens of its draft.
 
-    logits      of the next token, constrained.
+    choice      the next token [B].
     text        the agreed tokens.
     constraint  its state after the agreed tokens.
     """
 
     agreed: Int[Array, " B"]
-    logits: Float[Array, "B V"]
+    choice: Choice
     text: Generated
     constraint: Any
 
@@ -38,13 +39,12 @@ def as_draft(ids: Int[Array, "B T"], valid: Bool[Array, "B T"], sampling: Sampli
     return Tokens.of(jnp.where(used, ids, 0), used, kind=Kind.SUBTASK, causal=True)
 
 
-def without_draft(model: VLM, last_hidden: Float[Array, "B D"], sampling: Sampling) -> Start:
-    """Decoding begins with the first token."""
+def without_draft(model: VLM, last_hidden: Float[Array, "B D"], sampling: Sampling, keys: Array | None) -> Start:
+    """Decoding begins with the first token, drawn with these keys unless it is greedy."""
     batch, most = last_hidden.shape[0], sampling.max_new_tokens
     state = sampling.init(batch)
-    logits = sampling.constrained(model.logits(last_hidden), state)
     text = Generated.given(jnp.zeros((batch, most), jnp.int32), jnp.zeros((batch, most), bool))
-    return Start(jnp.zeros((batch,), jnp.int32), logits, text, state)
+    return Start(jnp.zeros((batch,), jnp.int32), choose(model, last_hidden, sampling, state, keys), text, state)
 
 
 def check_draft(
@@ -61,25 +61,20 @@ def check_draft(
     hidden = jnp.concatenate([last_hidden[:, None], draft_hidden], axis=1)[:, :most]
     count = hidden.shape[1]
     states = constraint_states(sampling, sampling.init(batch), draft.ids[:, : count - 1])
-    logits = constrained_along(sampling, model.logits(hidden), states)
-    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    right = (predicted[:, :length] == draft.ids) & draft.valid
+    # The token after the last one of a draft is needed too; of an empty draft it is the only one.
+    needed = jnp.arange(count) <= draft.valid.sum(-1, keepdims=True)
+    choices = choose_along(model, hidden, needed, sampling, states)
+    right = (choices.ids[:, :length] == draft.ids) & draft.valid
     agreed = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(-1)
-    at = jnp.minimum(agreed, count - 1)
+    at, row = jnp.minimum(agreed, count - 1), jnp.arange(batch)
     kept = jnp.arange(most) < agreed[:, None]
-    draft_values = (draft.ids, *certainty(logits[:, :length], draft.ids))
-    ids, logprobs, margins = (jnp.where(kept, jnp.pad(x, [(0, 0), (0, most - length)]), 0) for x in draft_values)
+    ids, logprobs, margins = (jnp.where(kept, jnp.pad(x, [(0, 0), (0, most - count)]), 0) for x in choices)
     return Start(
         agreed=agreed,
-        logits=jnp.take_along_axis(logits, at[:, None, None], axis=1)[:, 0],
+        choice=Choice(*(x[row, at] for x in choices)),
         text=Generated(ids, kept, logprobs, margins, steps=jnp.zeros((), jnp.int32)),
-        constraint=jax.tree.map(lambda s: s[at, jnp.arange(batch)], states),
+        constraint=jax.tree.map(lambda s: s[at, row], states),
     )
-
-
-def constrained_along(sampling: Sampling, logits: Float[Array, "B T V"], states: Any) -> Float[Array, "B T V"]:
-    """Logits of consecutive tokens, constrained by the state before each (`constraint_states`)."""
-    return jax.vmap(sampling.constrained, in_axes=(1, 0), out_axes=1)(logits, states)
 
 
 def constraint_states(sampling: Sampling, start: Any, ids: Int[Array, "B T"]) -> Any:

@@ -1,6 +1,7 @@
 """Autoregressive text: the decode loop, one token a step, or several where it is known how a text may go on."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from openpi_ar.algorithms.continuations import Continuations
-from openpi_ar.algorithms.draft import check_draft, constrained_along, constraint_states, without_draft
-from openpi_ar.algorithms.sampling import Generated, Sampling, certainty
+from openpi_ar.algorithms.choice import Choice, choose, choose_along
+from openpi_ar.algorithms.continuations import Continuations, joined
+from openpi_ar.algorithms.draft import check_draft, constraint_states, without_draft
+from openpi_ar.algorithms.sampling import Generated, Sampling
 from openpi_ar.models.cache import Cache
 from openpi_ar.models.vlm import VLM, Run
 from openpi_ar.types import Array, Tokens
@@ -55,6 +57,8 @@ def generate(
 
     With `continuations` a pass carries up to `block` tokens where the table knows how a text may go on: those that the
     model would have chosen itself are kept. The text is the same, in fewer passes. The table matters to nothing else.
+    So it is without a table where a constraint that lists the ids which may come next (`sampling.FewIds`) leaves no
+    choice.
 
     Raises ValueError if a draft or continuations are given and the text is not greedy, or if it is not and there are no
     keys.
@@ -62,26 +66,26 @@ def generate(
     most = sampling.max_new_tokens
     if continuations is not None and not sampling.greedy:
         raise ValueError("continuations are checked against greedy text")
+    blocks = block > 1 and sampling.greedy and (continuations is not None or sampling.lists)
 
     def live(state: _State) -> Array:
         # A text cut off at its budget takes one step more, which writes its last token to the cache and drops the next.
         return ~state.done & (state.step <= most)
 
-    def record(state: _State, logits: Array, chosen: Array, agreed: Array, states: Any) -> _State:
-        """Records the first `agreed` + 1 of the `chosen` tokens [B T] of unfinished rows; overflow is dropped.
+    def record(state: _State, choices: Choice, agreed: Array, states: Any) -> _State:
+        """Records the first `agreed` + 1 of the choices [B T] of unfinished rows; overflow is dropped.
 
-        `logits` [B T V] predict them; `states` [T ...] are those of the constraint before each.
+        `states` [T ...] are those of the constraint before each.
         """
         on, batch = live(state), jnp.arange(agreed.shape[0])
         at = jnp.arange(most) - state.step[:, None]
         here = (at >= 0) & (at <= agreed[:, None]) & on[:, None]
-        place = jnp.clip(at, 0, chosen.shape[1] - 1)
-        values = (chosen, *certainty(logits, chosen))
+        place = jnp.clip(at, 0, choices.ids.shape[1] - 1)
         old = (state.text.ids, state.text.logprobs, state.text.margins)
         ids, logprobs, margins = (
-            jnp.where(here, jnp.take_along_axis(new, place, axis=1), x) for new, x in zip(values, old, strict=True)
+            jnp.where(here, jnp.take_along_axis(new, place, axis=1), x) for new, x in zip(choices, old, strict=True)
         )
-        token = chosen[batch, agreed]
+        token = choices.ids[batch, agreed]
         before = jax.tree.map(lambda s: s[agreed, batch], states)
         return dataclasses.replace(
             state,
@@ -92,11 +96,13 @@ def generate(
             constraint=sampling.advance(before, token, on),
         )
 
-    def record_one(state: _State, logits: Array) -> _State:
-        """Chooses a token from constrained logits [B V] and records it."""
-        token = sampling.choose(logits, None if keys is None else jax.vmap(jax.random.fold_in)(keys, state.step))
+    def record_one(state: _State, choice: Choice) -> _State:
+        """Records one token [B] of each row."""
         states = jax.tree.map(lambda s: s[None], state.constraint)
-        return record(state, logits[:, None], token[:, None], jnp.zeros_like(token), states)
+        return record(state, Choice(*(x[:, None] for x in choice)), jnp.zeros_like(choice.ids), states)
+
+    def step_keys(step: Array) -> Array | None:
+        return None if keys is None else jax.vmap(jax.random.fold_in)(keys, step)
 
     def forward(state: _State, ids: Array, valid: Array) -> tuple[Array, _State]:
         run = Run(model.embed_text(ids), valid, jnp.ones_like(valid), jnp.zeros_like(valid))
@@ -106,26 +112,30 @@ def generate(
 
     def one_token(state: _State) -> _State:
         hidden, state = forward(state, state.last[:, None], live(state)[:, None])
-        # Two axes, as for the first token: XLA:CPU keeps a float32 copy of a bfloat16 table for each form of product.
-        return record_one(state, sampling.constrained(model.logits(hidden[:, 0]), state.constraint))
+        return record_one(state, choose(model, hidden[:, 0], sampling, state.constraint, step_keys(state.step)))
 
     def one_block(state: _State, proposal: Array, proposed: Array) -> _State:
         """Checks the proposed tokens and records those that are the model's own choice, and its next one."""
         on = live(state)
         ids = jnp.concatenate([state.last[:, None], proposal], axis=1)
-        hidden, state = forward(state, ids, jnp.concatenate([on[:, None], proposed], axis=1))
+        given = jnp.concatenate([on[:, None], proposed], axis=1)
+        hidden, state = forward(state, ids, given)
         states = constraint_states(sampling, state.constraint, proposal)
-        logits = constrained_along(sampling, model.logits(hidden), states)
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        agreed = jnp.cumprod((chosen[:, :-1] == proposal) & proposed, axis=1, dtype=jnp.int32).sum(-1)
+        choices = choose_along(model, hidden, given, sampling, states)
+        agreed = jnp.cumprod((choices.ids[:, :-1] == proposal) & proposed, axis=1, dtype=jnp.int32).sum(-1)
         cache = state.cache.retract(block, jnp.where(on, agreed + 1, 0))
-        return record(dataclasses.replace(state, cache=cache), logits, chosen, agreed, states)
+        return record(dataclasses.replace(state, cache=cache), choices, agreed, states)
+
+    def propose(state: _State) -> tuple[Array, Array]:
+        """(tokens after the last one, which are proposed): those that must come, and what the table knows."""
+        forced = sampling.forced(state.constraint, block - 1)
+        known = None if continuations is None else continuations.propose(state.text.ids, state.step, block - 1)
+        return functools.reduce(joined, [p for p in (forced, known) if p is not None])
 
     def body(state: _State) -> _State:
-        if continuations is None or block < 2:
+        if not blocks:
             return one_token(state)
-        proposal, proposed = continuations.propose(state.text.ids, state.step, block - 1)
-        on = live(state)[:, None]
+        (proposal, proposed), on = propose(state), live(state)[:, None]
         proposed &= on & (jnp.arange(block - 1) < most - state.step[:, None])  # not past the budget
         # Rejected tokens take slots where another row keeps more: there must be room for the rest token by token.
         left = most + 1 - jnp.where(on[:, 0], state.step, most).min()
@@ -133,12 +143,12 @@ def generate(
         return jax.lax.cond(proposed.any() & room, lambda s: one_block(s, proposal, proposed), one_token, state)
 
     if draft is None:
-        begin = without_draft(model, last_hidden, sampling)
+        begin = without_draft(model, last_hidden, sampling, step_keys(jnp.zeros(last_hidden.shape[0], jnp.int32)))
     else:
         begin = check_draft(model, last_hidden, draft, draft_hidden, sampling)
         cache = cache.invalidate(jnp.arange(draft.ids.shape[1]) < begin.agreed[:, None])
     zero = jnp.zeros_like(begin.agreed)
-    spare = 0 if continuations is None else 2 * block
+    spare = 2 * block if blocks else 0
     start = _State(begin.agreed, zero, zero > 0, begin.text, begin.constraint, cache.reserve(most + spare))
-    end = jax.lax.while_loop(lambda s: live(s).any(), body, record_one(start, begin.logits))
+    end = jax.lax.while_loop(lambda s: live(s).any(), body, record_one(start, begin.choice))
     return end.text, end.cache.compact()

@@ -34,6 +34,19 @@ class Constraint(Protocol):
         ...
 
 
+@runtime_checkable
+class FewIds(Constraint, Protocol):
+    """A constraint that can list what it allows: the head then computes nothing else."""
+
+    def candidates(self, state: Any) -> tuple[Int[Array, "B F"], Bool[Array, "B F"]]:
+        """The ids that may come next in ascending order, and which of them count: at least one of each row."""
+        ...
+
+    def forced(self, state: Any, width: int) -> tuple[Int[Array, "B w"], Bool[Array, "B w"]]:
+        """The next tokens as far as there is no choice, at most `width` and without EOS, and which there are."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AllowedIds:
@@ -96,6 +109,19 @@ class Sampling:
             return jnp.where(on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         return jax.tree.map(pick, self.constraint.advance(state, token), state)
+
+    @property
+    def lists(self) -> bool:
+        """The constraint can list the ids that may come next."""
+        return isinstance(self.constraint, FewIds)
+
+    def candidates(self, state: Any) -> tuple[Int[Array, "B F"], Bool[Array, "B F"]] | None:
+        """`FewIds.candidates`; None if the constraint lists none."""
+        return self.constraint.candidates(state) if isinstance(self.constraint, FewIds) else None
+
+    def forced(self, state: Any, width: int) -> tuple[Int[Array, "B w"], Bool[Array, "B w"]] | None:
+        """`FewIds.forced`; None if the constraint lists none."""
+        return self.constraint.forced(state, width) if isinstance(self.constraint, FewIds) else None
 
     def constrained(self, logits: Float[Array, "*b V"], state: Any) -> Float[Array, "*b V"]:
         """Logits with those of the ids that may not come next at -inf."""
