@@ -11,8 +11,9 @@ What is done as where (read at openpi 15a9616, github.com/BrunoFANG1/openpi_subt
 * `pi0.py` `sample_actions`: time MLP, AdaRMS, positions and masks in every denoising step, a loop on a float time.
 * `pi0_fast.py` `sample_actions` and the fork's `sample_low_level_task`: tokens rolled to the right, a cache as long as
   everything will be, over which the prefill attends too; it goes through the scan of every token's layers as input and
-  output. All prefix positions go through the LM head (`pi0_fast.py`; the fork takes the last); decoding does so with
-  one, takes a log-softmax, writes the token by a one-hot product, and spends a step on the token after the last.
+  output. All prefix positions go through the LM head (`pi0_fast.py`), or the last one (the fork; `Size.last_logits`);
+  decoding does so with one, takes a log-softmax, writes the token by a one-hot product, and spends a step on the token
+  after the last.
 * the fork's `compute_loss`: prefix once, then actions on its cache; all text positions through the head, a product with
   one-hot targets.
 
@@ -150,9 +151,9 @@ def prefill(
     return hidden, (k, v, jnp.pad(valid, [(0, 0), (0, room)]))
 
 
-def first_logits(model: Pi0, hidden: Array) -> Array:
-    """Logits [B 1 V] of the first text token, by way of those of all positions."""
-    return logits_of(model, hidden)[:, -1:]
+def first_logits(model: Pi0, hidden: Array, *, last: bool = False) -> Array:
+    """Logits [B 1 V] of the first text token, by way of those of all positions, or of the last one alone."""
+    return logits_of(model, hidden[:, -1:]) if last else logits_of(model, hidden)[:, -1:]
 
 
 def generate(model: Pi0, cache: Cache, logits: Array, tokens: int, *, eos_id: int = -1) -> tuple[Array, Cache]:
@@ -203,10 +204,12 @@ def denoise(model: Pi0, obs: Observation, cache: Cache, noise: Array, steps: int
     return jax.lax.while_loop(lambda s: s[1] >= -dt / 2, body, (noise, jnp.float32(1.0)))[0]
 
 
-def text_and_actions(model: Pi0, obs: Observation, noise: Array, tokens: int, steps: int) -> tuple[Array, Array]:
-    """The text, then the actions."""
+def text_and_actions(
+    model: Pi0, obs: Observation, noise: Array, tokens: int, steps: int, *, last: bool = False
+) -> tuple[Array, Array]:
+    """The text, then the actions; `last` as in `first_logits`."""
     hidden, cache = prefill(model, obs, room=tokens)
-    ids, cache = generate(model, cache, first_logits(model, hidden), tokens)
+    ids, cache = generate(model, cache, first_logits(model, hidden, last=last), tokens)
     return ids, denoise(model, obs, cache, noise, steps)
 
 

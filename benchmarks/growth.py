@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.inference import Ours
+from benchmarks.inference import Ours, sampling_of
 from benchmarks.sizes import Size, make_model, make_observation
 from benchmarks.timing import Program, compile_program, run_in_turns
 from openpi_ar.models.vlm import VLA
@@ -34,7 +34,7 @@ MEASURED = {
 def _program(axis: str, value: int, size: Size, model: VLA) -> Program:
     if axis == "tokens decoded":
         size = dataclasses.replace(size, tokens=value)
-    ours = Ours(size)
+    ours, sampling = Ours(size), sampling_of(size)
     obs = make_observation(
         size,
         batch=value if axis == "batch" else 1,
@@ -43,14 +43,16 @@ def _program(axis: str, value: int, size: Size, model: VLA) -> Program:
     )
     if axis == "batch":
         shape = (value, size.model.action_horizon, size.model.action_dim)
-        return compile_program(ours.whole, model, obs, jax.random.normal(jax.random.key(0), shape))
+        return compile_program(
+            ours.whole, model, obs, jax.random.normal(jax.random.key(0), shape), sampling, None, None
+        )
     if axis == "cameras":
         return compile_program(lambda m, o: ours.prefill(m, o, m.embed_images(o)), model, obs)
     images = jax.jit(lambda m, o: m.embed_images(o))(model, obs)
     if axis == "prompt tokens":
         return compile_program(ours.prefill, model, obs, images)
     last, cache = jax.jit(ours.prefill)(model, obs, images)
-    return compile_program(ours.generate, model, cache, last)
+    return compile_program(ours.generate, model, cache, last, sampling)
 
 
 def run(size: Size, dtype: str, seconds: float) -> dict[str, dict[int, float]]:

@@ -15,18 +15,31 @@ from openpi_ar.types import Batch, Kind, Observation, Tokens
 @dataclasses.dataclass(frozen=True)
 class Size:
     """A model, and how much it reads and generates: prompt tokens, decoded tokens, denoising steps, rows of a training
-    batch."""
+    batch.
+
+    last_logits  the baseline's first logits are those of the last token alone (the subtask fork), not of all the prefix
+                 (openpi's pi0-FAST): with a real vocabulary these would be most of its time.
+    """
 
     model: ModelConfig
     prompt: int
     tokens: int
     steps: int = 10
     train_batch: int = 4
+    last_logits: bool = False
 
 
 def _tower(width: int, depth: int, mlp: int, head_dim: int) -> TowerConfig:
     return TowerConfig(width=width, depth=depth, mlp_dim=mlp, num_heads=8, num_kv_heads=1, head_dim=head_dim)
 
+
+_MID = ModelConfig(
+    siglip=VitConfig(width=192, depth=4, mlp_dim=768, num_heads=4, image_size=(112, 112)),
+    vlm=_tower(512, 6, 2048, 64),
+    expert=_tower(256, 6, 1024, 64),
+    vocab_size=8192,
+    dtype="float32",
+)
 
 SIZES = {
     "tiny": Size(
@@ -42,17 +55,9 @@ SIZES = {
         steps=4,
         train_batch=2,
     ),
-    "mid": Size(
-        ModelConfig(
-            siglip=VitConfig(width=192, depth=4, mlp_dim=768, num_heads=4, image_size=(112, 112)),
-            vlm=_tower(512, 6, 2048, 64),
-            expert=_tower(256, 6, 1024, 64),
-            vocab_size=8192,
-            dtype="float32",
-        ),
-        prompt=48,
-        tokens=20,
-    ),
+    "mid": Size(_MID, prompt=48, tokens=20),
+    # The vocabulary of real checkpoints: its head is five times as large as the towers that write text.
+    "mid-vocab": Size(dataclasses.replace(_MID, vocab_size=257_152), prompt=48, tokens=20, last_logits=True),
     "full": Size(ModelConfig(vlm=GEMMA_2B, expert=GEMMA_300M, action_horizon=50), prompt=200, tokens=25, train_batch=1),
 }
 
