@@ -54,12 +54,12 @@ TABLETOP_MODEL = ModelConfig(
 )
 
 # From random parameters, or better from what `python -m openpi_ar.worlds.tabletop pretrain` writes (docs/training.md).
-# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9; the rest is room
-# for other wordings.
+# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9, the longest answer to
+# a question 12; the rest is room for other wordings.
 TABLETOP_FROM_NOTHING = TrainConfig(
     name="tabletop_from_nothing",
     model=TABLETOP_MODEL,
-    text=TextConfig(tokenizer="embedded", template="subtask", max_prompt_tokens=32, max_target_tokens=10),
+    text=TextConfig(tokenizer="embedded", template="subtask", max_prompt_tokens=32, max_target_tokens=16),
     loss=LossConfig(flow_draws=4),
     data=LeRobotData("world://tabletop?episodes=1000&commanded=0.25&pairs=0.45", prompt_swap=0.1),
     world="tabletop",
