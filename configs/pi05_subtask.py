@@ -54,8 +54,8 @@ TABLETOP_MODEL = ModelConfig(
 )
 
 # From random parameters, or better from what `python -m openpi_ar.worlds.tabletop pretrain` writes (docs/training.md).
-# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9, the longest answer to
-# a question 12; the rest is room for other wordings.
+# The longest prompt of the scene takes 27 tokens (28 with template `openpi`), the longest subtask 9, the longest answer
+# to a question 12; the rest is room for other wordings.
 TABLETOP_FROM_NOTHING = TrainConfig(
     name="tabletop_from_nothing",
     model=TABLETOP_MODEL,
