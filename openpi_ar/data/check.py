@@ -188,17 +188,22 @@ def check_questions(train: TrainingSource, transform: InputTransform) -> None:
 
 def check_histories(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> None:
     """Raises UserError if a prompt with completed subtasks may not fit its budget, before a run meets it."""
-    template, longest_state = transform.template(), np.ones(transform.state_stats.dims)
-    pairs = list(train.histories)
-    if cfg.data.prompt_swap:  # any task may then stand before any history
-        pairs = [(task, done) for task in train.prompts for done in dict.fromkeys(done for _, done in pairs)]
-    texts = {template.prompt_text(task, longest_state, done) for task, done in pairs}
-    need, text = max(((1 + len(transform.tokenizer.encode(text)), text) for text in texts), default=(0, ""))
+    need, text = _longest_history(cfg, train, transform)
     if need > cfg.text.max_prompt_tokens:
         raise UserError(
             f"with text.memory {cfg.text.memory} a prompt can take {need} tokens, text.max_prompt_tokens is "
             f"{cfg.text.max_prompt_tokens}: raise it, or remember less ({text!r})"
         )
+
+
+def _longest_history(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> tuple[int, str]:
+    """(most tokens that a prompt with completed subtasks can take, that prompt); 0 without a memory."""
+    template, longest_state = transform.template(), np.ones(transform.state_stats.dims)
+    pairs = list(train.histories)
+    if cfg.data.prompt_swap:  # any task may then stand before any history
+        pairs = [(task, done) for task in train.prompts for done in dict.fromkeys(done for _, done in pairs)]
+    texts = {template.prompt_text(task, longest_state, done) for task, done in pairs}
+    return max(((1 + len(transform.tokenizer.encode(text)), text) for text in texts), default=(0, ""))
 
 
 def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform) -> list[str]:
@@ -222,4 +227,10 @@ def _budgets(cfg: TrainConfig, train: TrainingSource, transform: InputTransform)
         for what, tokens, budget in used
         if tokens > (limit := getattr(text, budget))
     ]
+    need, prompt = _longest_history(cfg, train, transform)
+    if need > text.max_prompt_tokens:
+        odd.append(
+            f"{prompt!r} takes {need} tokens, text.max_prompt_tokens is {text.max_prompt_tokens}: raise it, or lower "
+            "text.memory"
+        )
     return odd[:_LISTED] + [f"... and {len(odd) - _LISTED} more such texts"] * (len(odd) > _LISTED)
