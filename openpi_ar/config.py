@@ -63,7 +63,11 @@ class DecodeConfig:
     top_p: float = 1.0
     """Draw text from the most likely tokens that together reach this probability; 1: all."""
     denoise_steps: int = 10
-    """Euler steps from noise (t = 1) to actions (t = 0)."""
+    """Steps from noise (t = 1) to actions (t = 0)."""
+    denoise_method: Literal["euler", "heun"] = "euler"
+    """heun: two passes through the action tower a step, for a more exact path."""
+    denoise_shift: float = 1.0
+    """1: equal steps. Above 1 shorter ones near the noise, below 1 near the actions."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and matmuls in the policy; auto: float32 on CPU, bfloat16 elsewhere."""
     prompt_buckets: tuple[int, ...] = (48, 96)

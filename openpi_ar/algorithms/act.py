@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from openpi_ar.algorithms.continuations import Continuations
 from openpi_ar.algorithms.draft import as_draft
-from openpi_ar.algorithms.flow import Guide, denoise
+from openpi_ar.algorithms.flow import Guide, Steps, denoise
 from openpi_ar.algorithms.generate import Generated, generate
 from openpi_ar.algorithms.prefill import Prefill, prefill
 from openpi_ar.algorithms.sampling import Sampling
@@ -52,7 +52,7 @@ def act(
     noise: Float[Array, "B A X"],
     sampling: Sampling,
     *,
-    num_steps: int,
+    num_steps: Steps | int,
     keys: Array | None = None,
     text: Tokens | None = None,
     draft: tuple[Int[Array, "B _"], Bool[Array, "B _"]] | None = None,
@@ -81,7 +81,7 @@ def act_on(
     images: Float[Array, "B _ D"],
     noise: Float[Array, "B A X"],
     *,
-    num_steps: int,
+    num_steps: Steps | int,
     table: Float[Array, "n m W"] | None = None,
     guide: Guide | None = None,
     run: RunStage = call,
@@ -102,7 +102,7 @@ def _flow(
     noise: Array,
     table: Array | None,
     *,
-    num_steps: int,
+    num_steps: Steps | int,
     guide: Guide | None,
     run: RunStage,
 ) -> Array:

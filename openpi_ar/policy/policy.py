@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from openpi_ar.algorithms.flow import flow_table
+from openpi_ar.algorithms.flow import Steps, flow_table
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
@@ -76,7 +76,7 @@ class Policy(Talker):
         self.cfg, self._model = cfg, acting
         self.transform = InputTransform(cfg, tokenizer, stats)
         self.robot: Robot = self.transform.robot
-        self._table = jax.jit(lambda m: flow_table(m, cfg.decode.denoise_steps))(self._model)
+        self._table = jax.jit(lambda m: flow_table(m, Steps.of(cfg.decode)))(self._model)
         budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
         sampling = dataclasses.replace(self._answers, max_new_tokens=budget)
         if cfg.decode.subtasks:

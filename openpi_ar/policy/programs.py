@@ -12,6 +12,7 @@ import numpy as np
 
 from openpi_ar.algorithms.act import Act, RunStage, act, act_on, call, talk
 from openpi_ar.algorithms.continuations import Continuations
+from openpi_ar.algorithms.flow import Steps
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.algorithms.sampling import Sampling
@@ -96,7 +97,7 @@ class Programs:
     """
 
     def __init__(self, cfg: InferenceConfig, sampling: Sampling, answers: Sampling):
-        self._steps, self._sampling, self._answers = cfg.decode.denoise_steps, sampling, answers
+        self._steps, self._sampling, self._answers = Steps.of(cfg.decode), sampling, answers
         self.budget = sampling.max_new_tokens
         self.drafts = cfg.decode.draft and sampling.greedy and self.budget > 0
         self._block = cfg.decode.block

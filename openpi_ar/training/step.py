@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 import optax
 
 from openpi_ar.algorithms.act import Act, act, act_on, talk
+from openpi_ar.algorithms.flow import Steps
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.losses import Counts, Metrics, batch_counts, compute_loss
 from openpi_ar.algorithms.sampling import Sampling, row_keys
@@ -132,7 +133,7 @@ def make_act(
     @partial(jax.jit, out_shardings=where)
     def at_once(model: VLA, obs: Observation, key: jax.Array) -> Act:
         keys, noise = keys_and_noise(model, obs, key)
-        return act(model.unstacked(), obs, noise, sampling, num_steps=cfg.denoise_steps, keys=keys)
+        return act(model.unstacked(), obs, noise, sampling, num_steps=Steps.of(cfg), keys=keys)
 
     @partial(jax.jit, out_shardings=(where, None))
     def first(model: VLA, obs: Observation, key: jax.Array) -> tuple[Generated, Array]:
@@ -142,7 +143,7 @@ def make_act(
     @partial(jax.jit, out_shardings=where)
     def then(model: VLA, obs: Observation, images: Array, key: jax.Array) -> Array:
         noise = keys_and_noise(model, obs, key)[1]
-        return act_on(model.unstacked(), obs, images, noise, num_steps=cfg.denoise_steps)
+        return act_on(model.unstacked(), obs, images, noise, num_steps=Steps.of(cfg))
 
     def run(model: VLA, obs: Observation, key: jax.Array, prompts: Callable[[Generated], Tokens]) -> Act:
         if not reprompts:

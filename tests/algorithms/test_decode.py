@@ -1,6 +1,7 @@
 """If this fails, the text and actions of inference are not those that the model was trained to give."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from openpi_ar.algorithms import act as acting
+from openpi_ar.algorithms.flow import Steps
 from openpi_ar.algorithms.sampling import AllowedIds
 from openpi_ar.models import family
 from openpi_ar.types import Kind, Tokens
@@ -198,6 +200,40 @@ def test_denoise_is_euler_from_noise_to_data():
         x = x - 0.25 * velocity(model, obs, cache, x, jnp.full((3,), t))
     assert max_diff(x, denoise(model, obs, cache, noise, num_steps=4)) < TOL
     assert max_diff(x, denoise(model, obs, cache, noise, num_steps=8)) > 100 * TOL
+
+
+def by_hand(model, obs, cache, x, times, heun=False):
+    """The flow followed with a velocity at a time."""
+    v = lambda x, t: velocity(model, obs, cache, x, jnp.full((3,), float(t)))
+    for t, after in itertools.pairwise(times):
+        slope = v(x, t)
+        if heun:
+            slope = (slope + v(x - (t - after) * slope, after)) / 2
+        x = x - (t - after) * slope
+    return x
+
+
+def test_heun_and_unequal_steps_are_those_of_the_formula():
+    _, model, obs = settings()
+    _, cache = prefill(model, obs)
+    noise = jax.random.normal(jax.random.key(2), (3, 4, 5))
+    run = lambda **how: denoise(model, obs, cache, noise, num_steps=Steps(4, **how))
+    equal, shifted = (1, 0.75, 0.5, 0.25, 0), (1, 0.9, 0.75, 0.5, 0)  # 3 t / (1 + 2 t)
+    assert max_diff(run(), by_hand(model, obs, cache, noise, equal)) < TOL
+    assert max_diff(run(shift=3.0), by_hand(model, obs, cache, noise, shifted)) < TOL
+    assert max_diff(run(method="heun"), by_hand(model, obs, cache, noise, equal, heun=True)) < TOL
+    assert max_diff(run(method="heun", shift=3.0), by_hand(model, obs, cache, noise, shifted, heun=True)) < TOL
+    assert min(max_diff(run(), run(shift=3.0)), max_diff(run(), run(method="heun"))) > 100 * TOL  # control
+
+
+def test_equal_steps_are_openpis_and_end_at_the_actions():
+    for n in (1, 3, 10):
+        times = Steps(n).times()
+        assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all() and len(times) == n + 1
+        np.testing.assert_allclose(Steps(n, shift=2.5).sizes().sum(), 1, rtol=1e-6)
+    for wrong in ({"num": 0}, {"shift": 0.0}, {"shift": float("nan")}):
+        with pytest.raises(ValueError, match="1 step or more"):
+            Steps(**wrong)
 
 
 def test_act_with_given_text_follows_it():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openpi_ar.algorithms.flow import flow_times, velocity
+from openpi_ar.algorithms.flow import Steps, velocity
 from openpi_ar.algorithms.prefill import prefill
 from openpi_ar.checkpoints import export
 from openpi_ar.checkpoints.load import load_model
@@ -143,7 +143,7 @@ def test_velocity_projection(model, golden):
 
 
 def test_euler_times_are_openpis(golden):
-    np.testing.assert_array_equal(flow_times(10), golden["sample10/time_trace"])
+    np.testing.assert_array_equal(Steps(10).times()[:-1], golden["sample10/time_trace"])
     assert gap(1 - np.arange(10) / 10, golden["sample10/time_trace"]) > 0
 
 
