@@ -52,6 +52,9 @@ class LossConfig:
     """Average the flow loss over padded action dimensions too, as openpi does (re-weights flow against text)."""
 
 
+DenoiseMethod = Literal["euler", "heun"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How text and actions are sampled."""
@@ -64,7 +67,7 @@ class DecodeConfig:
     """Draw text from the most likely tokens that together reach this probability; 1: all."""
     denoise_steps: int = 10
     """Steps from noise (t = 1) to actions (t = 0)."""
-    denoise_method: Literal["euler", "heun"] = "euler"
+    denoise_method: DenoiseMethod = "euler"
     """heun: two passes through the action tower a step, for a more exact path."""
     denoise_shift: float = 1.0
     """1: equal steps. Above 1 shorter ones near the noise, below 1 near the actions."""

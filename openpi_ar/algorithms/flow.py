@@ -6,14 +6,13 @@ actions.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 import numpy as np
 
-from openpi_ar.config import DecodeConfig
+from openpi_ar.config import DecodeConfig, DenoiseMethod
 from openpi_ar.errors import UserError
 from openpi_ar.models.cache import Cache
 from openpi_ar.models.vlm import VLA
@@ -55,7 +54,7 @@ class Steps:
     """
 
     num: int = 10
-    method: Literal["euler", "heun"] = "euler"
+    method: DenoiseMethod = "euler"
     shift: float = 1.0
 
     def __post_init__(self) -> None:

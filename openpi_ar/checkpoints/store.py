@@ -23,6 +23,7 @@ from openpi_ar.config import InferenceConfig, TrainConfig
 from openpi_ar.data.normalize import FILE as NORM_STATS
 from openpi_ar.data.normalize import NormStats, check_mode, load_norm_stats, save_norm_stats
 from openpi_ar.errors import UserError
+from openpi_ar.files import replace_text, writing
 from openpi_ar.model_config import portable
 from openpi_ar.models import family
 from openpi_ar.models.vlm import VLA
@@ -80,6 +81,19 @@ def save_assets(folder: Path, assets: Assets) -> None:
     save_norm_stats(folder, assets.stats)
     if assets.subtasks:
         (folder / SUBTASKS).write_text(json.dumps(assets.subtasks, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_decode(path: str | Path, **changes: Any) -> Path:
+    """Changes fields of `DecodeConfig` in the config of a step directory, in one step, and returns the file.
+
+    Raises UserError if it is not a complete checkpoint of openpi_ar, or cannot be written.
+    """
+    step_dir = resolve_step_dir(path)
+    file, config = step_dir / "assets" / CONFIG, load_assets(step_dir).config
+    with writing(file, "copy the checkpoint to a directory that can be written"):
+        decode = dataclasses.replace(config.decode, **changes)
+        replace_text(file, config_json.dumps(dataclasses.replace(config, decode=decode)))
+    return file
 
 
 def complete_steps(experiment: Path) -> list[int]:

@@ -8,6 +8,7 @@ same.
 """
 
 from collections.abc import Mapping, Sequence
+import copy
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from openpi_ar.algorithms.flow import Steps, flow_table
 from openpi_ar.algorithms.generate import Generated
 from openpi_ar.algorithms.trie import Trie
 from openpi_ar.compilation import run_once
-from openpi_ar.config import InferenceConfig
+from openpi_ar.config import DenoiseMethod, InferenceConfig
 from openpi_ar.data.inputs import InputTransform
 from openpi_ar.data.normalize import NormStats
 from openpi_ar.data.robot import Reading, Robot
@@ -44,6 +45,7 @@ from openpi_ar.text.tokenizer import Tokenizer
 from openpi_ar.types import Tokens
 
 Raw = Mapping[str, Any]
+_flow_table = jax.jit(flow_table, static_argnames="num_steps")
 
 
 class Policy(Talker):
@@ -76,7 +78,7 @@ class Policy(Talker):
         self.cfg, self._model = cfg, acting
         self.transform = InputTransform(cfg, tokenizer, stats)
         self.robot: Robot = self.transform.robot
-        self._table = jax.jit(lambda m: flow_table(m, Steps.of(cfg.decode)))(self._model)
+        self._table = _flow_table(self._model, num_steps=Steps.of(cfg.decode))
         budget = cfg.text.max_target_tokens if self.transform.writes_text else 0
         sampling = dataclasses.replace(self._answers, max_new_tokens=budget)
         if cfg.decode.subtasks:
@@ -96,6 +98,18 @@ class Policy(Talker):
 
         policy = load(path, **options)
         return policy if isinstance(policy, Policy) else policy.infer()
+
+    def denoising(self, num_steps: int, method: DenoiseMethod = "euler", shift: float = 1.0) -> "Policy":
+        """The same policy, its parameters shared, with other steps from noise to actions (`flow.Steps`).
+
+        Raises UserError for steps that there cannot be.
+        """
+        steps = {"denoise_steps": num_steps, "denoise_method": method, "denoise_shift": shift}
+        out = copy.copy(self)
+        out.cfg = dataclasses.replace(self.cfg, decode=dataclasses.replace(self.cfg.decode, **steps))
+        out._table = _flow_table(out._model, num_steps=Steps.of(out.cfg.decode))
+        out._programs = self._programs.denoising(out.cfg)
+        return out
 
     @staticmethod
     def session(seed: int = 0) -> Session:

@@ -107,6 +107,10 @@ class Programs:
         self._compiled: list[Callable[..., Any]] = [jax.jit(f) for f in (self._act, self._talk, self._act_on)]
         self._acting = Stages()
 
+    def denoising(self, cfg: InferenceConfig) -> "Programs":
+        """The same for another way of denoising."""
+        return Programs(cfg, self._sampling, self._answers)
+
     def act(
         self,
         model: VLA,

@@ -1,5 +1,5 @@
-"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout|ask`: demonstrations, a model that knows where things
-are before it imitates, closed-loop episodes, and questions about them."""
+"""`python -m openpi_ar.worlds.tabletop record|pretrain|rollout|steps|ask`: demonstrations, a model that knows where
+things are before it imitates, closed-loop episodes, how many denoising steps they need, and questions about them."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,8 @@ import tyro
 from openpi_ar import files, flags
 from openpi_ar.data.lerobot.meta import read_meta
 from openpi_ar.errors import UserError, command_line
-from openpi_ar.tables import console
+from openpi_ar.policy.ladder import Ladder
+from openpi_ar.tables import console, new_table
 from openpi_ar.worlds.protocol import Play
 from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop.ask import AskConfig, ask
@@ -137,10 +138,54 @@ class Ask:
         files.write_json(self.json, result.as_dict())
 
 
+@dataclasses.dataclass(frozen=True)
+class StepsOfFlow:
+    """Success against the number, method and spacing of the steps from noise to actions. Where there is no simulator:
+    `python -m openpi_ar.policy steps`."""
+
+    ckpt: str = "tabletop"
+    """Checkpoint, as for infer.py."""
+    which: Annotated[Play, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: Play(seed=1000))
+    how: Annotated[RolloutConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: RolloutConfig(episodes=50, batch=50)
+    )
+    ladder: Annotated[Ladder, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Ladder)
+    tolerance: float = 0.02
+    """The fewest steps whose success is this close to the best are enough."""
+    write: bool = False
+    """Write them into the checkpoint (`decode.denoise_steps`, ...): its policy then uses them."""
+    json: Path | None = None
+    """Write the results to this file."""
+
+    def run(self) -> None:
+        files.check_file(self.json, "--json")
+        from openpi_ar.policy import Policy, steps
+
+        policy = Policy.from_checkpoint(self.ckpt)
+        make = open_episodes(Play.of(policy, **dataclasses.asdict(self.which)))
+        results = {}
+        for way in steps.ways(self.ladder):
+            console().print(f"{steps.describe(way)}:")
+            played = run_rollouts(policy.denoising(way.num, way.method, way.shift), self.how, make)
+            results[way] = played.means
+        chosen = steps.fewest({way: 1 - r["success"] for way, r in results.items()}, self.tolerance)
+        table = new_table("steps", "passes", "success", "subtask right", "")
+        for way, r in results.items():
+            right = "" if r["subtask_accuracy"] is None else f"{r['subtask_accuracy']:.1%}"
+            enough = "enough" if way == chosen else ""
+            table.add_row(steps.describe(way), str(way.passes), f"{r['success']:.1%}", right, enough)
+        console().print(table)
+        body = {"chosen": steps.describe(chosen), "ways": {steps.describe(way): r for way, r in results.items()}}
+        files.write_json(self.json, body)
+        if self.write:
+            console().print(f"{steps.write(self.ckpt, chosen)}: {steps.describe(chosen)}", soft_wrap=True)
+
+
 Command = (
     Annotated[Record, tyro.conf.subcommand("record")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+    | Annotated[StepsOfFlow, tyro.conf.subcommand("steps")]
     | Annotated[Ask, tyro.conf.subcommand("ask")]
 )
 
