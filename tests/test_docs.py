@@ -25,7 +25,7 @@ def test_every_source_file_is_on_the_map_and_every_file_on_the_map_exists():
             listed |= {name if "/" in name or not folder else folder + name for name in names}
     sources = {
         str(path.relative_to(ROOT))
-        for pattern in ("*.py", "configs/*.py", "benchmarks/*.py", "openpi_ar/**/*.py")
+        for pattern in ("*.py", "configs/*.py", "benchmarks/**/*.py", "openpi_ar/**/*.py")
         for path in ROOT.glob(pattern)
         if path.read_text().strip() and path.name != "__init__.py"
     }
