@@ -123,7 +123,8 @@ class FusedBlock(nnx.Module):
             new = write(past[-1][0], new[0], at, 3), write(past[-1][1], v, at, 1)
             runs = [*past[:-1], new]
         q = q * h**-0.5
-        if past or attention_on(self.attention, q.dtype) == "plain":
+        # A kernel of the library is for many queries over their own keys: decoding and the last layer's few are not.
+        if past or rows is not None or attention_on(self.attention, q.dtype) == "plain":
             y = attend_apart(q, runs, mask)
         else:
             y = attend(q, [(k, v)], mask, self.attention)
