@@ -65,10 +65,10 @@ def steps(record: Record, cfg: TrainConfig, state: TrainState, batches: list[Bat
     state, metrics = jax.block_until_ready(step(state, batches[0], key))
     first, done, began = time.perf_counter() - began, 1, time.perf_counter()
     while done < most and record.left > spare:
+        before = metrics
         state, metrics = step(state, batches[done % len(batches)], key)
+        jax.block_until_ready(before)  # the host is one step ahead of the device, not more: it watches the clock
         done += 1
-        if done % 20 == 0 or done == most:
-            jax.block_until_ready(metrics)  # the host must not run ahead of the clock
     jax.block_until_ready(metrics)
     return state, done, (done - 1) / max(time.perf_counter() - began, 1e-9), first, metrics
 
@@ -95,9 +95,10 @@ def run(stage: Stage, size: str, record: Record) -> None:
     record.add("steps_per_s", rate)
     record.add("first_step_s", first)
     record.add("last_loss", float(metrics["loss"]))
+    record.say(f"{done} steps at {rate:.3g} a second")
     record.add("after", held_out(cfg, state.best_model, aside))
-    losses = f", held-out loss {record.figures['before']['loss']:.3g} to {record.figures['after']['loss']:.3g}"
-    record.say(f"{done} steps at {rate:.3g} a second{losses if recorded else ', random batches'}")
+    losses = f"held-out loss {record.figures['before']['loss']:.3g} to {record.figures['after']['loss']:.3g}"
+    record.say(losses if recorded else "random batches")
     if jax.default_backend() == "cpu":
         return
     with record.attempt("cpu"):
