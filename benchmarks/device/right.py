@@ -152,7 +152,8 @@ def debug_losses(**optimizer: float) -> list[float]:
     rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.opt_state)
     state = TrainState(jnp.zeros((), jnp.int32), model, rest, jax.tree.map(jnp.copy, model))
     step = make_train_step(cfg, make_optimizer(cfg.optimizer, cfg.num_steps))
-    batch = make_batch(Size(cfg.model, cfg.text.max_prompt_tokens, cfg.text.max_target_tokens, train_batch=8))
+    # Lengths of its own: the losses are recorded, and the presets' budgets change.
+    batch = make_batch(Size(cfg.model, prompt=32, tokens=10, train_batch=8))
     losses: list[Array] = []
     with jax.default_matmul_precision("highest"):
         for _ in range(_STEPS):
