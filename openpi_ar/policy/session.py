@@ -22,7 +22,8 @@ class Session:
         chunk: the last actions, normalised, float32 [A X]. None before the first call.
         executed: actions of `chunk` that the robot has executed. The caller counts them; a new chunk starts at 0.
         task: the prompt of the last call. None before the first call.
-        subtask: the last text. "" before the first call.
+        subtask: the standing text, the last one that two calls in a row gave; "" before there is one. A text of a single
+            call is a slip, and completes nothing.
         done: subtasks that are completed, the last one last, as many as the model reads (`text.memory`). You may set
             it.
     """
@@ -36,20 +37,22 @@ class Session:
         self.chunk: np.ndarray | None = None
         self.executed = 0
         self.task: str | None = None
-        self.subtask = ""
+        self.subtask, self._last = "", ""
         self.done: tuple[str, ...] = ()
 
     def begin(self, task: str | None) -> None:
         """Records what the next call asks for. What was completed of another task is forgotten."""
         if self.task is not None and task != self.task:
-            self.subtask, self.done = "", ()
+            self.subtask, self._last, self.done = "", "", ()
         self.task = task
 
     def remember(self, subtask: str, most: int) -> None:
-        """Records the text of a call: the last one is completed if this is another. At most `most` are kept."""
-        if self.subtask and subtask != self.subtask:
-            self.done = (*self.done, self.subtask)[-most:]
-        self.subtask = subtask
+        """Records the text of a call: if it is another than the standing one, and the last call gave it too, the standing
+        one is completed. At most `most` are kept."""
+        if subtask == self._last != self.subtask:
+            self.done = (*self.done, self.subtask)[-most:] if self.subtask else self.done
+            self.subtask = subtask
+        self._last = subtask
 
     def advance(self, key: np.ndarray, draft: Draft | None, chunk: np.ndarray) -> None:
         """Records one call: the next key, the text that was generated (None: it was given) and the actions."""
