@@ -1,6 +1,6 @@
 """Which subtasks were completed before a frame, from its episode's labels: what a sample tells of the past.
 
-A run is consecutive frames of one label; a label of a single frame is no run. While a session asks once in a while, what
+A run is consecutive frames of one label; a label of a single frame is none. While a session asks once in a while, what
 it knows is late: the call at which a new subtask is generated does not know yet that the last one is completed, and nor
 does the next, which has to confirm it (`Session.remember`). If training told of a change at once, its histories alone
 would say which subtask it is now, and a model that learnt that would never begin a new one. So a change is told two
@@ -77,7 +77,7 @@ def _runs(labels: np.ndarray, episode: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class LateHistory:
-    """Tells a training row of the last change as late as a session may learn of it: 2 to `most` + 1 frames after, drawn.
+    """Tells a training row of the last change as late as a session may learn it: 2 to `most` + 1 frames after, drawn.
 
     most  frames of two calls, and those by which a model notices a change late.
     """

@@ -22,8 +22,8 @@ class Session:
         chunk: the last actions, normalised, float32 [A X]. None before the first call.
         executed: actions of `chunk` that the robot has executed. The caller counts them; a new chunk starts at 0.
         task: the prompt of the last call. None before the first call.
-        subtask: the standing text, the last one that two calls in a row gave; "" before there is one. A text of one call
-            alone is a slip, and completes nothing.
+        subtask: the standing text, the last one that two calls in a row gave; "" before there is one. A text of one
+            call alone is a slip, and completes nothing.
         done: subtasks that are completed, the last one last, as many as the model reads (`text.memory`). You may set
             it.
     """
