@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from openpi_ar.policy.session import Session
 from openpi_ar.worlds.protocol import Play
 from openpi_ar.worlds.rollout import RolloutConfig, run_rollouts
 from openpi_ar.worlds.tabletop import dataset, questions, record, scene, tasks
@@ -158,12 +159,14 @@ class Remembers:
 
     def __init__(self) -> None:
         self.first: list[tuple[str, ...]] = []
+        self.known: list[Session] = []
 
     def infer_batch(self, raws, *, subtasks=None, sessions=None, batch_size=None):
         plans = []
         for raw, session in zip(raws, sessions, strict=True):
             facts: Facts = raw["world"].facts()
-            if not session.subtask:
+            if session not in self.known:
+                self.known.append(session)
                 self.first.append(session.done)
             text = next_subtask(raw["world"].task, facts)
             session.remember(text, 4)
