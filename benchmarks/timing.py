@@ -47,12 +47,14 @@ class Program:
 def compile_program(fn: Callable[..., Any], *args: Any) -> Program:
     """`fn` jitted and compiled for these arguments, not run yet."""
     start = time.perf_counter()
-    compiled = jax.jit(fn).lower(*args).compile()
+    # As a list: JAX describes arguments by trees like theirs, and not every class may hold a description.
+    leaves, tree = jax.tree.flatten(args)
+    compiled = jax.jit(lambda leaves: fn(*jax.tree.unflatten(tree, leaves))).lower(leaves).compile()
     seconds = time.perf_counter() - start
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     compulsory = memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
     return Program(
-        call=lambda: jax.block_until_ready(compiled(*args)),
+        call=lambda: jax.block_until_ready(compiled(leaves)),
         compile_s=seconds,
         flops=cost.get("flops"),
         bytes_accessed=cost.get("bytes accessed"),
